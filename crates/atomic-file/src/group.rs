@@ -3,6 +3,7 @@
 mod add_error;
 mod commit;
 mod eligibility;
+mod same_file;
 
 use std::sync::Arc;
 

@@ -83,7 +83,7 @@ fn a_directory_at_a_destination_fails_the_group() {
     fs::create_dir(dir.path().join("new")).unwrap();
     let error = group.commit().unwrap_err();
     let GroupCommitError::NothingReplaced {
-        step: CommitStep::Check,
+        step: CommitStep::Destination,
         path,
         ..
     } = error

@@ -28,6 +28,9 @@ pub enum CommitStep {
     Recover,
     /// Verifying that the name of the staged file still refers to the file that was written.
     Check,
+    /// Verifying that the destination is not a directory, and not the file of another member of the
+    /// group.
+    Destination,
     /// Writing and syncing the group record.
     Record,
     /// Setting the mode and the preserved attributes of the staged file.
@@ -46,6 +49,7 @@ impl fmt::Display for CommitStep {
         f.write_str(match self {
             Self::Recover => "completing the group commits pending in the directory",
             Self::Check => "finding the staged file",
+            Self::Destination => "checking the destination",
             Self::Record => "writing the group record",
             Self::Attributes => "setting the mode and attributes of the staged file",
             Self::Sync => "syncing the staged file",

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::same_file::is_one_file;
 use crate::directory::Directory;
 use crate::durability::Durability;
 use crate::error::{CommitStep, GroupCommitError, Leftover};
@@ -118,16 +119,20 @@ impl Commit {
                 .map_err(|(step, error)| at(step)(error))?;
             let stat = writer.staged.check().map_err(at(CommitStep::Check))?;
             let entry = self.dir.entry(&writer.dest.name);
-            let in_the_way = entry.map_err(at(CommitStep::Check))?;
+            let in_the_way = entry.map_err(at(CommitStep::Destination))?;
             if in_the_way.is_some_and(|entry| entry.is_dir()) {
                 let error = io::Error::from(io::ErrorKind::IsADirectory);
-                return Err(at(CommitStep::Check)(error));
+                return Err(at(CommitStep::Destination)(error));
             }
             // A file with several links may have both names.
             if let Some(entry) = in_the_way.filter(|entry| entry.links == 1)
                 && let Some(other) = old_files.insert(entry.id.inode, &writer.dest.name)
             {
-                return Err(at(CommitStep::Check)(same_file_error(other)));
+                // The other name was looked up before a sync, which may take long.
+                let is_one = is_one_file(&self.dir, other, &writer.dest.name);
+                if is_one.map_err(at(CommitStep::Destination))? {
+                    return Err(at(CommitStep::Destination)(same_file_error(other)));
+                }
             }
             intents.push(Member {
                 inode: stat.id.inode,

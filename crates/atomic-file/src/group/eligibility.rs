@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 
 use super::add_error::Ineligible;
+use super::same_file::is_one_file;
 use super::{AtomicGroup, len_in_record};
 use crate::destination::Destination;
 use crate::directory::Directory;
@@ -55,6 +56,8 @@ fn names_same_file(writer: &AtomicWriter, other: &Destination) -> bool {
     // Two names of a file with several links are different destinations.
     if let [Some((one, 1)), Some((another, 1))] = ids
         && one == another
+        // The commit fails if it cannot tell either.
+        && is_one_file(&dest.dir, &dest.name, &other.name).unwrap_or(false)
     {
         return true;
     }
@@ -104,6 +107,44 @@ mod tests {
         for (one, other, expected) in NAMES {
             assert_eq!(same(disk.path(), one, other), expected, "{one} {other}");
         }
+    }
+
+    /// A commit between the two calls of `open` frees the inode number that the first one saw.
+    #[test]
+    fn a_reused_inode_number_does_not_make_one_file_of_two() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut open = ["vm.mem", "vm.state"].map(|name| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, "").unwrap();
+            AtomicWriter::open(path).unwrap()
+        });
+        open[0].dest.entry = open[1].dest.entry;
+        let [memory, state] = open;
+        let mut group = AtomicGroup::new();
+        group.add(memory).unwrap();
+        group.add(state).unwrap();
+        group.commit().unwrap();
+    }
+
+    /// As when another program creates the file once both writers are members, in a directory that
+    /// takes their names for spellings of one name.
+    #[test]
+    fn the_commit_refuses_two_spellings_of_one_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.mem");
+        let [one, mut other] = [(); 2].map(|()| AtomicWriter::open(&path).unwrap());
+        other.dest.name = "./vm.mem".into();
+        let mut group = AtomicGroup::new();
+        group.add(one).unwrap();
+        group.add(other).unwrap();
+        std::fs::write(&path, "old").unwrap();
+        let error = group.commit().unwrap_err();
+        let crate::GroupCommitError::NothingReplaced { step, source, .. } = error else {
+            panic!("{error:?}");
+        };
+        assert_eq!(step, crate::CommitStep::Destination);
+        assert!(source.to_string().contains("names of one file"), "{source}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
     }
 
     /// A file with several links may have both names.
