@@ -4,10 +4,15 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 
+use nix::errno::Errno;
+use nix::fcntl::AtFlags;
+use nix::unistd::{AccessFlags, faccessat};
+
 use crate::directory::Directory;
 use crate::records::Records;
-use crate::stat::{FileId, stat_of};
-use crate::sys::{Lock, Unlock, try_lock};
+use crate::retry::retry;
+use crate::stat::{FileId, Stat, stat_of};
+use crate::sys::{Lock, Unlock, may_act_for, try_lock};
 
 /// The result of inspecting a staged file that may be orphaned.
 #[derive(Debug)]
@@ -105,11 +110,32 @@ impl Orphan {
             }
             if remove {
                 dir.remove(name)?;
+            } else {
+                check_removable(dir, name, &stat)?;
             }
             Ok(Inspection::Removed)
         };
         or_retained(attempt())
     }
+}
+
+/// Fails with the error of the system if it is known not to let this process remove the file.
+fn check_removable(dir: &Directory, name: &OsStr, file: &Stat) -> io::Result<()> {
+    const STICKY: u32 = 0o1000;
+    let access = AccessFlags::W_OK | AccessFlags::X_OK;
+    retry(|| faccessat(dir, ".", access, AtFlags::AT_EACCESS))?;
+    let (of_dir, of_file) = (dir.restrictions(OsStr::new("")), dir.restrictions(name));
+    let is_protected = [of_dir, of_file]
+        .iter()
+        .any(|found| found.immutable || found.append_only);
+    let is_sticky = dir.stat.mode & STICKY != 0;
+    if is_protected || (is_sticky && !may_act_for([file.uid, dir.stat.uid])) {
+        return Err(Errno::EPERM.into());
+    }
+    if of_file.mount_point {
+        return Err(Errno::EBUSY.into());
+    }
+    Ok(())
 }
 
 fn retained(reason: &'static str) -> Inspection {

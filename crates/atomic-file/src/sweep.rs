@@ -47,7 +47,8 @@ pub fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, SweepError> {
 }
 
 /// Returns the report that [`sweep`] would return, but removes nothing: [`SweepReport::removed`]
-/// and [`SweepReport::recycled`] list the files that it would remove.
+/// and [`SweepReport::recycled`] list the files that it would remove. Files that this process may
+/// not remove are in [`SweepReport::skipped`], with the error of the system.
 ///
 /// # Errors
 /// Returns the errors of [`sweep`].

@@ -7,7 +7,9 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 
-use atomic_file::{AtomicGroup, AtomicWriter, GroupCommitError, Preserve, recover, sweep};
+use atomic_file::{
+    AtomicGroup, AtomicWriter, GroupCommitError, Preserve, preview_sweep, recover, sweep,
+};
 use rstest::rstest;
 use support::commit;
 use support::hostile::{
@@ -167,6 +169,31 @@ fn an_owners_sweep_keeps_the_files_of_roots_group(#[values(0, 1)] renamed: usize
     let owner = |name| fs::metadata(dir.join(name)).unwrap().uid();
     assert_eq!(MEMBERS.map(owner), [OTHER_USER; 2]);
     assert_eq!(support::names(&dir), MEMBERS);
+}
+
+/// Another user may read and lock these files, but not remove them.
+#[rstest]
+#[case::in_a_sticky_directory(0o1777, 1)]
+#[case::in_a_directory_of_the_owner(0o755, 1)]
+#[case::in_a_directory_of_all(0o777, 0)]
+fn a_preview_promises_no_removal_that_is_not_permitted(#[case] mode: u32, #[case] kept: usize) {
+    needs!(Root);
+    let place = Place::new(mode);
+    let orphaned = place.path("dir/.atomic-file-00000000-0123456789abcdef.stage");
+    fs::write(&orphaned, "").unwrap();
+    support::hostile::open_to_all(&orphaned).unwrap();
+    let report = |sweep: fn(std::path::PathBuf) -> _| {
+        let report: Result<atomic_file::SweepReport, _> =
+            as_other_user(|| sweep(place.path("dir")));
+        let report = report.unwrap();
+        let reasons = report.skipped.iter().map(|file| file.reason.kind());
+        (report.removed, reasons.collect::<Vec<_>>())
+    };
+    let preview = report(preview_sweep);
+    assert_eq!(preview.1, vec![io::ErrorKind::PermissionDenied; kept]);
+    assert!(orphaned.exists());
+    assert_eq!(preview, report(sweep));
+    assert_eq!(orphaned.exists(), kept == 1);
 }
 
 /// A record protects only the files of its own user, unless no other user can have written it.
