@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use indicatif::BinaryBytes;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
 use crate::failure::Failure;
@@ -31,10 +32,35 @@ pub fn check_stdout() -> Result<(), Failure> {
 }
 
 /// Returns stdout without the buffer of std, which hides that a stream is closed.
-pub fn stdout() -> io::Result<File> {
+pub fn stdout() -> io::Result<Stdout> {
     match sys::stdout_was_open() {
-        true => Ok(io::stdout().as_fd().try_clone_to_owned()?.into()),
+        true => Ok(Stdout(io::stdout().as_fd().try_clone_to_owned()?.into())),
         false => Err(Errno::EBADF.into()),
+    }
+}
+
+/// Stdout, whose writes wait for the reader also if another process that shares the pipe has made
+/// it nonblocking.
+#[derive(Debug)]
+pub struct Stdout(File);
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.0.write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                written => return written,
+            }
+            let mut ready = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
+            match poll(&mut ready, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 

@@ -1,5 +1,6 @@
 //! Staging and committing an image.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -183,9 +184,24 @@ pub fn put_in_place(
 }
 
 fn report(session: &Session, path: &Path, raw: bool) -> anyhow::Result<()> {
-    let text = describe(path, raw)
-        .with_context(|| format!("{path:?} is in place, but can't be described"))?;
+    let text = match describe(path, raw) {
+        // A write-only file was replaced, and its mode kept: the work is done nevertheless.
+        Err(error) if is_permission(&error) => {
+            format!(
+                "{}: written; its mode does not let you read it",
+                path.display()
+            )
+        }
+        described => {
+            described.with_context(|| format!("{path:?} is in place, but can't be described"))?
+        }
+    };
     Ok(session.report(&text)?)
+}
+
+fn is_permission(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
+    causes.any(|cause: &io::Error| cause.kind() == io::ErrorKind::PermissionDenied)
 }
 
 fn describe(path: &Path, raw: bool) -> anyhow::Result<String> {

@@ -260,3 +260,89 @@ fn a_limit_of_threads_is_named_or_tolerated() {
     Ended::of(&mut receive).good();
     assert!(work.read("got.mem") == work.read("full.mem"));
 }
+
+#[test]
+fn a_stream_is_sent_whole_to_a_nonblocking_pipe() {
+    use std::io::Read as _;
+
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let work = Work::with_chain();
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    // Fill the pipe, so that the first write of the stream already has to wait.
+    let filled = fill(&writer);
+    let mut send = work.command("convert full.mem -o - --zstd");
+    send.stdout(writer).stderr(std::process::Stdio::piped());
+    let mut sender = send.spawn().unwrap();
+    drop(send);
+    while sender.try_wait().unwrap().is_none() && !waits_in_poll(sender.id()) {
+        std::thread::yield_now();
+    }
+    let mut stream = Vec::new();
+    reader.read_to_end(&mut stream).unwrap();
+    let sent = sender.wait_with_output().unwrap();
+    assert!(sent.status.success(), "{sent:?}");
+    fs::write(work.path("stream"), &stream[filled..]).unwrap();
+    let mut receive = work.command("convert - --zstd -o got.mem");
+    receive.stdin(File::open(work.path("stream")).unwrap());
+    Ended::of(&mut receive).good();
+    assert!(work.read("got.mem") == work.read("full.mem"));
+}
+
+/// Writes to a nonblocking pipe until it is full. Returns the number of bytes.
+fn fill(mut pipe: &std::io::PipeWriter) -> usize {
+    use std::io::Write as _;
+    let mut filled = 0;
+    while let Ok(written) = pipe.write(&[0; 4096]) {
+        filled += written;
+    }
+    filled
+}
+
+/// Returns whether the main thread of the process waits in `poll(2)`.
+fn waits_in_poll(pid: u32) -> bool {
+    use nix::libc;
+    #[cfg(target_arch = "x86_64")]
+    const CALLS: &[libc::c_long] = &[libc::SYS_poll, libc::SYS_ppoll];
+    #[cfg(not(target_arch = "x86_64"))]
+    const CALLS: &[libc::c_long] = &[libc::SYS_ppoll];
+    let call = fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+    let number = call
+        .split(' ')
+        .next()
+        .and_then(|number| number.parse().ok());
+    number.is_some_and(|number| CALLS.contains(&number))
+}
+
+/// The mode of a replaced file is kept, also one that does not let its owner read the image.
+#[test]
+fn an_output_that_its_owner_may_not_read_is_reported() {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+    use std::os::unix::process::CommandExt as _;
+    test_machine::needs!(Root);
+    const USER: u32 = 1_234_567;
+    let work = Work::with_chain();
+    let public = tempfile::tempdir().unwrap();
+    let files = [
+        (work.path("full.mem"), "full.mem", 0o644),
+        (work.path("d1.mem"), "d1.mem", 0o644),
+        (work.path("full.mem"), "out", 0o200),
+        (support::RAMSNAP.into(), "ramsnap", 0o755),
+    ];
+    for (from, to, mode) in files {
+        let to = public.path().join(to);
+        fs::copy(from, &to).unwrap();
+        chown(&to, Some(USER), Some(USER)).unwrap();
+        fs::set_permissions(to, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    chown(public.path(), Some(USER), Some(USER)).unwrap();
+    let mut merge = Command::new(public.path().join("ramsnap"));
+    merge.args(["merge", "full.mem", "d1.mem", "-o", "out", "--force"]);
+    merge.current_dir(public.path()).uid(USER).gid(USER);
+    let out = Ended::of(&mut merge).good().out;
+    assert!(out.starts_with("out: written; "), "{out}");
+    let out = public.path().join("out");
+    assert_eq!(fs::metadata(&out).unwrap().mode() & 0o777, 0o200);
+    work.good("merge full.mem d1.mem -o expected");
+    assert!(fs::read(out).unwrap() == work.read("expected"));
+}
