@@ -150,6 +150,37 @@ fn ext4_that_writes_zeros_around_pages_is_refused() {
     PageHoles::check_new(&new, PAGE).expect("identified");
 }
 
+/// `mountinfo` does not show the options that the superblock contains.
+#[rstest::rstest]
+#[case::locking("-Emount_opts=dioread_lock")]
+#[case::journaled("-ojournal_data")]
+fn ext4_that_is_made_to_write_zeros_around_pages_is_refused(#[case] option: &str) {
+    needs!(Mount(FileSystem::EXT4));
+    let mount = LoopMount::new(FileSystem::EXT4).expect("mounted");
+    let place = mount.path().to_str().expect("a path of text");
+    let mounts = std::fs::read_to_string("/proc/self/mounts").expect("read");
+    let mut mounts = mounts.lines().map(|line| line.split(' '));
+    let device =
+        mounts.find_map(|mut line| Some((line.next()?, line.next()?)).filter(|it| it.1 == place));
+    let (device, _) = device.expect("it is mounted");
+    let run = |tool: &str, arguments: &[&str]| {
+        let mut command = test_machine::tool(tool);
+        let output = command.args(arguments).output().expect("runs");
+        assert!(output.status.success(), "{tool}: {output:?}");
+    };
+    // Keeps the disk attached while it is not mounted.
+    let _held = File::open(device).expect("opened");
+    run("umount", &[place]);
+    run("tune2fs", &[option, device]);
+    run("mount", &[device, place]);
+    let new = tempfile::tempfile_in(mount.path()).expect("file");
+    let refused = PageHoles::check_new(&new, PAGE);
+    assert!(
+        matches!(refused, Err(PagesUnknown::ZerosBeside { .. })),
+        "{refused:?}"
+    );
+}
+
 #[test]
 fn holes_of_files_that_are_not_regular_are_not_used() {
     let null = File::open("/dev/null").expect("opened");

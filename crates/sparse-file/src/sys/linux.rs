@@ -313,7 +313,7 @@ pub(crate) fn first_unwritten(file: &File) -> io::Result<Option<u64>> {
 }
 
 /// Mount options with which ext4 writes zeros into the rest of a small unwritten extent when a part
-/// of it is written, as shown in `/proc/self/mountinfo`.
+/// of it is written, as shown in `/proc/self/mountinfo` and `/proc/fs/ext4/DEVICE/options`.
 const ZEROS_BESIDE: [&str; 3] = ["nodioread_nolock", "dioread_lock", "data=journal"];
 
 /// Returns the first of [`ZEROS_BESIDE`] that the mount of `file` has. Returns `None` if there is
@@ -328,9 +328,29 @@ pub(crate) fn zeros_beside(file: &File) -> io::Result<Option<&'static str>> {
         let (_, of_file_system) = mounts.lines().find(is_it)?.split_once(" - ")?;
         Some(of_file_system.split(' ').nth(2)?.to_owned())
     });
-    let options = options.unwrap_or_default();
-    let is_shown = |option: &&str| options.split(',').any(|shown| shown == *option);
+    let lists = [options, all_ext4_options(file)?];
+    let is_shown = |option: &&str| {
+        let shown = lists
+            .iter()
+            .flatten()
+            .flat_map(|list| list.split([',', '\n']));
+        shown.into_iter().any(|shown| shown == *option)
+    };
     Ok(ZEROS_BESIDE.into_iter().find(is_shown))
+}
+
+/// Returns the mount options of the ext4 of `file`, one a line, also those that the mounts do not
+/// show: options that the superblock contains, or that are the kernel's default. Returns `None` if
+/// the system does not report them.
+fn all_ext4_options(file: &File) -> io::Result<Option<String>> {
+    let device = file.metadata()?.dev();
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    let Ok(device) = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}")) else {
+        return Ok(None);
+    };
+    let name = device.file_name().unwrap_or_default();
+    let options = Path::new("/proc/fs/ext4").join(name).join("options");
+    Ok(std::fs::read_to_string(options).ok())
 }
 
 /// Returns the number of the mount through which the file was opened.
