@@ -1,6 +1,8 @@
 //! Detection of shared memory that a userfaultfd still fills.
 
-use std::fmt;
+mod unexamined;
+mod visibility;
+
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -12,6 +14,10 @@ use page_reader::{FlaggedRegion, MappingsError, PageReader, ProcessRegion, print
 
 use crate::proc_error::is_not_found;
 use crate::sys::mapped_file::MappedFile;
+
+use visibility::hidden_processes;
+
+pub use unexamined::{HiddenProcesses, Unexamined, UnexaminedProcess};
 
 /// Checks that no process fills the shared memory `file` page by page as it is accessed.
 ///
@@ -28,18 +34,21 @@ use crate::sys::mapped_file::MappedFile;
 /// reading. The cost grows with the number of processes: about 0.1 ms each, and more for those that
 /// map the file.
 ///
-/// Returns the processes that run as the owner of the file and that this process may not examine.
-/// Each of them may be filling it. With `CAP_SYS_PTRACE` there are none, except for processes with
-/// privileges that this process lacks. Callers that need certainty treat any such process as a
-/// failure.
+/// Returns the processes that may be filling the file and were not examined. These are processes
+/// that run as the owner of the file and that this process may not examine. With `CAP_SYS_PTRACE`
+/// there are none, except for processes with privileges that this process lacks. `/proc` may also
+/// hide processes ([`HiddenProcesses`]): in a PID namespace other than the initial one, as in most
+/// containers, and by the mount option `hidepid`. Callers that need certainty treat a value that is
+/// not [empty](Unexamined::is_empty) as a failure.
 ///
 /// # Errors
 /// Returns [`LazyFillError::InProgress`] for a process whose mapping is being filled. The other
 /// errors mean that the check failed.
 ///
 /// # What is not detected
+/// - A process that `/proc` hides. The returned value says that there may be some.
 /// - A process of a user other than the file's owner that this process may not examine (without
-///   `CAP_SYS_PTRACE`), or that is in a PID namespace not visible here, or hidden by `hidepid`.
+///   `CAP_SYS_PTRACE`).
 /// - On overlayfs, a process that has opened the file by another path than `file`: one in the
 ///   merged directory, the other in the upper directory. Newer kernels (Linux 6.18 is one) list
 ///   their mappings as those of two files.
@@ -50,23 +59,24 @@ use crate::sys::mapped_file::MappedFile;
 /// # Examples
 /// ```
 /// let ram = tempfile::tempfile()?;
-/// for process in process_memory::check_lazy_fill(&ram)? {
-///     eprintln!("warning: {process} may still be filling the memory");
+/// let unexamined = process_memory::check_lazy_fill(&ram)?;
+/// if !unexamined.is_empty() {
+///     eprintln!("warning: not examined: {unexamined}; these may still fill the memory");
 /// }
 /// // Copy the memory here.
 /// process_memory::check_lazy_fill(&ram)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub fn check_lazy_fill(file: &File) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
+pub fn check_lazy_fill(file: &File) -> Result<Unexamined, LazyFillError> {
     let metadata = file.metadata().map_err(LazyFillError::File)?;
     if !metadata.is_file() {
-        return Ok(Vec::new());
+        return Ok(Unexamined::default());
     }
     let owner = metadata.uid();
     let backing = match file_system(file)? {
         // A layer that a userfaultfd cannot fill.
         OVERLAYFS_SUPER_MAGIC if sparse_file::is_on_disk(file).map_err(LazyFillError::File)? => {
-            return Ok(Vec::new());
+            return Ok(Unexamined::default());
         }
         OVERLAYFS_SUPER_MAGIC => Backing::as_mapped(file, owner)?,
         TMPFS_MAGIC | HUGETLBFS_MAGIC => Backing {
@@ -74,7 +84,7 @@ pub fn check_lazy_fill(file: &File) -> Result<Vec<UnexaminedProcess>, LazyFillEr
             inode: metadata.ino(),
             owner,
         },
-        _ => return Ok(Vec::new()),
+        _ => return Ok(Unexamined::default()),
     };
     backing.check()
 }
@@ -116,49 +126,27 @@ pub enum LazyFillError {
     Mappings(#[from] MappingsError),
 }
 
-/// A process that could not be examined, and that runs as the owner of the memory.
-///
-/// [`Display`](fmt::Display) writes its id and the name of its program, with control characters
-/// escaped.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct UnexaminedProcess {
-    /// The process id.
-    pub pid: u32,
-    /// The name of its program, control characters escaped.
-    pub command: String,
-}
-
-impl fmt::Display for UnexaminedProcess {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "process {} ({})", self.pid, self.command)
-    }
-}
-
 /// Checks that no process fills the files behind the host memory of `reader` page by page as they
 /// are accessed, from offset 0 to the first offset without host memory.
 ///
-/// Private anonymous memory passes: reads wait for the pages that a userfaultfd fills. See
-/// [`check_lazy_fill`] for the limits of the check, and why to call it before and after a copy.
+/// Private anonymous memory passes: reads wait for the pages that a userfaultfd fills. Shared
+/// memory of this process may be filled by any other process, so the limits are those of
+/// [`check_lazy_fill`], which also says why to call it before and after a copy.
 ///
 /// # Errors
 /// As for [`check_lazy_fill`].
 pub fn check_lazy_fill_of_memory(
     reader: &(impl PageReader + ?Sized),
-) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
+) -> Result<Unexamined, LazyFillError> {
     let regions = ProcessRegion::of_this_process()?;
-    let (mut offset, mut unexamined) = (0, Vec::new());
+    let (mut offset, mut unexamined) = (0, Unexamined::default());
     while let Some(memory) = reader.host_memory(offset, usize::MAX) {
         let start = memory.as_ptr().addr() as u64;
         let end = start + memory.len() as u64;
         let inside =
             |region: &&ProcessRegion| region.addresses.start < end && start < region.addresses.end;
         for region in regions.iter().filter(inside) {
-            for process in check_lazy_fill_of_region(region)? {
-                if !unexamined.contains(&process) {
-                    unexamined.push(process);
-                }
-            }
+            unexamined.merge(check_lazy_fill_of_region(region)?);
         }
         offset += memory.len() as u64;
     }
@@ -174,11 +162,9 @@ pub fn check_lazy_fill_of_memory(
 ///
 /// # Errors
 /// As for [`check_lazy_fill`].
-pub fn check_lazy_fill_of_region(
-    region: &ProcessRegion,
-) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
+pub fn check_lazy_fill_of_region(region: &ProcessRegion) -> Result<Unexamined, LazyFillError> {
     if region.inode == 0 {
-        return Ok(Vec::new());
+        return Ok(Unexamined::default());
     }
     Backing {
         device: device_of(region),
@@ -218,7 +204,7 @@ impl Backing {
         })
     }
 
-    fn check(&self) -> Result<Vec<UnexaminedProcess>, LazyFillError> {
+    fn check(&self) -> Result<Unexamined, LazyFillError> {
         let processes = fs::read_dir("/proc").map_err(LazyFillError::Processes)?;
         let (mut seen, mut unexamined) = (false, Vec::new());
         for entry in processes {
@@ -229,9 +215,15 @@ impl Backing {
                 unexamined.extend(self.check_process(pid)?);
             }
         }
-        // procfs is not mounted at /proc.
-        seen.then_some(unexamined)
-            .ok_or_else(|| LazyFillError::Processes(io::ErrorKind::NotFound.into()))
+        if !seen {
+            // procfs is not mounted at /proc.
+            return Err(LazyFillError::Processes(io::ErrorKind::NotFound.into()));
+        }
+        let hidden = hidden_processes().map_err(LazyFillError::Processes)?;
+        Ok(Unexamined {
+            processes: unexamined,
+            hidden,
+        })
     }
 
     fn check_process(&self, pid: u32) -> Result<Option<UnexaminedProcess>, LazyFillError> {

@@ -44,6 +44,9 @@
 //!   or `CAP_SYS_PTRACE`.
 //! - Stopping a process does not stop other writers of its memory: a process that shares it,
 //!   requests in the kernel, devices.
+//! - `/proc` does not list the processes outside of the PID namespace of a container, nor those that
+//!   its mount option `hidepid` hides. A userfaultfd of such a process is not found; the result of
+//!   [`check_lazy_fill`] says so.
 //!
 //! Linux only; on other systems the crate is empty. There are no cargo features.
 
@@ -65,8 +68,8 @@ mod sys;
 
 #[cfg(target_os = "linux")]
 pub use lazy_fill::{
-    LazyFillError, UnexaminedProcess, check_lazy_fill, check_lazy_fill_of_memory,
-    check_lazy_fill_of_region,
+    HiddenProcesses, LazyFillError, Unexamined, UnexaminedProcess, check_lazy_fill,
+    check_lazy_fill_of_memory, check_lazy_fill_of_region,
 };
 #[cfg(target_os = "linux")]
 pub use maps::{FindRegionError, ProcessMaps};

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::fchown;
+use std::process::Command;
 
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -16,7 +17,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::{ForkResult, fork};
 use page_reader::{MappedMemory, RamLayout};
 use process_memory::{
-    LazyFillError, ProcessMaps, UnexaminedProcess, check_lazy_fill, check_lazy_fill_of_memory,
+    LazyFillError, ProcessMaps, Unexamined, check_lazy_fill, check_lazy_fill_of_memory,
     check_lazy_fill_of_region,
 };
 use rstest::rstest;
@@ -54,7 +55,7 @@ fn small_pages() -> File {
 }
 
 #[track_caller]
-fn assert_filled_in(checked: Result<Vec<UnexaminedProcess>, LazyFillError>, process: u32) {
+fn assert_filled_in(checked: Result<Unexamined, LazyFillError>, process: u32) {
     match checked {
         Err(error @ LazyFillError::InProgress { .. }) => {
             assert!(error.to_string().contains(&format!("process {process} (")));
@@ -247,6 +248,7 @@ fn an_unexaminable_process_of_the_owner_is_returned() {
     let file = small_pages();
     let child = child(|| missing(&file));
     let unexamined = without_privilege(USER, || check_lazy_fill(&file)).unwrap();
+    let unexamined = unexamined.processes;
     assert!(unexamined.iter().any(|process| process.pid == child.pid()));
     let text = unexamined[0].to_string();
     assert!(
@@ -257,8 +259,85 @@ fn an_unexaminable_process_of_the_owner_is_returned() {
     // Processes of users other than the owner are not returned, as documented.
     let file = small_pages();
     fchown(&file, Some(USER), None).unwrap();
-    assert_eq!(
-        without_privilege(USER, || check_lazy_fill(&file)).unwrap(),
-        []
+    let unexamined = without_privilege(USER, || check_lazy_fill(&file)).unwrap();
+    assert_eq!(unexamined.processes, []);
+}
+
+/// The file that `checks_a_file_elsewhere` checks.
+const CHECKED: &str = "RAMSNAP_TEST_CHECKED";
+
+/// Not a test: prints the processes that are hidden from a check in another namespace.
+#[test]
+fn checks_a_file_elsewhere() {
+    let Some(path) = std::env::var_os(CHECKED) else {
+        return;
+    };
+    let mut options = File::options();
+    let file = options.read(true).write(true).open(path).unwrap();
+    let (shared, private) = (whole(&file), Mapping::private(SIZE));
+    let maps = ProcessMaps::of_this_process().unwrap();
+    let region = |mapping: &Mapping| check_lazy_fill_of_region(maps.at(mapping.address()).unwrap());
+    for (name, checked) in [
+        ("file", check_lazy_fill(&file)),
+        ("shared mapping", region(&shared)),
+        ("private mapping", region(&private)),
+    ] {
+        match checked {
+            Ok(unexamined) => println!("{name}: hidden {:?}", unexamined.hidden),
+            Err(LazyFillError::InProgress { .. }) => println!("{name}: filled"),
+            Err(other) => panic!("{name}: {other:?}"),
+        }
+    }
+}
+
+const AS_OTHER: &str = "exec setpriv --reuid=12345 --regid=12345 --clear-groups";
+
+/// In another PID namespace a process that fills the memory is not found. The result says so.
+#[rstest]
+#[case::of_the_namespace("mount -t proc proc /proc", "exec", "hidden [OutsidePidNamespace]")]
+#[case::hidden_from_others(
+    "mount -t proc -o hidepid=2 proc /proc",
+    AS_OTHER,
+    "hidden [OutsidePidNamespace, HidePid]"
+)]
+#[case::not_hidden_from_a_group(
+    "mount -t proc -o hidepid=2,gid=12345 proc /proc",
+    AS_OTHER,
+    "hidden [OutsidePidNamespace]"
+)]
+#[case::not_hidden_from_root(
+    "mount -t proc -o hidepid=2 proc /proc",
+    "exec",
+    "hidden [OutsidePidNamespace]"
+)]
+#[case::of_the_host("true", "exec", "filled")]
+fn hidden_processes_are_returned(#[case] mount: &str, #[case] exec: &str, #[case] expected: &str) {
+    needs!(Userfaultfd, Root);
+    let named = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    named.as_file().set_len(SIZE as u64).unwrap();
+    fchown(named.as_file(), Some(12345), None).unwrap();
+    let child = child(|| missing(named.as_file()));
+    assert_filled_in(check_lazy_fill(named.as_file()), child.pid());
+
+    let program = test_memory::world_executable();
+    let run = format!(
+        "{mount} && {exec} \"$0\" --exact checks_a_file_elsewhere --nocapture --test-threads 1"
     );
+    let output = Command::new("unshare")
+        .args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-c"])
+        .arg(run)
+        .arg(program.path())
+        .env(CHECKED, named.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    for line in [
+        format!("file: {expected}"),
+        format!("shared mapping: {expected}"),
+        "private mapping: hidden []".to_owned(),
+    ] {
+        // The harness begins the first line.
+        assert!(text.lines().any(|it| it.ends_with(&line)), "{text}");
+    }
 }

@@ -1,5 +1,7 @@
 //! The command line, and the text of `--help` and the man pages.
 
+use std::path::PathBuf;
+
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::exit_status::ExitStatus;
@@ -56,6 +58,21 @@ impl Verb {
         }
     }
 
+    /// Returns the files that the verb reads and writes, except those that it finds in a directory.
+    pub fn files(&self) -> Vec<PathBuf> {
+        match self {
+            Self::Info(info) => info.files(),
+            Self::Verify(verify) => verify.files(),
+            Self::Map(map) => map.files(),
+            Self::Dump(dump) => dump.files(),
+            Self::Diff(diff) => diff.files(),
+            Self::Merge(merge) => merge.files(),
+            Self::Convert(convert) => convert.files(),
+            Self::Restore(restore) => restore.files(),
+            Self::Sweep(_) | Self::Demo(_) | Self::Man(_) | Self::Completions(_) => Vec::new(),
+        }
+    }
+
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         match self {
             Self::Info(info) => info.run(),
@@ -108,7 +125,8 @@ whole then, is brought to its disk do not empty it; a third one ends ramsnap bef
 whose RAM is read by --pid is stopped last, when all else is prepared, and goes on before the image is committed; meanwhile ramsnap is \
 not suspended by SIGTSTP (Ctrl-Z).
 
-A verb that prints is refused before any work if stdout is closed, and so is `-` if stdin is. Without stderr, messages are lost, and the exit \
+A verb that prints is refused before any work if stdout is closed, and so is `-` if stdin is. A verb is also refused, with exit status 2, \
+if stdout or stderr is one of its inputs or outputs; if stderr is, without a message. Without stderr, messages are lost, and the exit \
 status remains.
 
 JSON: a path is a string or, where it is not UTF-8, an object: `text`, with U+FFFD for what is not, and `bytes_hex`, all of its bytes.";

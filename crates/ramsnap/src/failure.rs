@@ -20,6 +20,11 @@ pub enum Failure {
     OutputExists { path: PathBuf },
     #[error("the output {path:?} is one of the inputs: name another file")]
     OutputIsInput { path: PathBuf },
+    #[error(
+        "{stream} is the file {path:?}, which is an input or output, and text would be written into it: \
+         redirect {stream} to another file"
+    )]
+    StreamIsFile { stream: &'static str, path: PathBuf },
     #[error("{path:?} would replace one of its inputs: name another file, or say --in-place")]
     MergeOntoInput { path: PathBuf },
     #[error("`-` is a stream, which is always compressed: add --zstd")]
@@ -195,14 +200,16 @@ pub enum Failure {
         available: u64,
         source: std::io::Error,
     },
-    #[error("another restore writes to {path:?}: wait for its end, or name another file")]
+    #[error(
+        "another `ramsnap restore` is writing to {path:?}: wait until it has ended, or name another file"
+    )]
     TargetBusy { path: PathBuf },
     #[error(
-        "another ramsnap reads the RAM {path:?}: wait for its end, or name another file; nothing was written"
+        "another ramsnap is reading the RAM {path:?}: wait until it has ended, or name another file; nothing was written"
     )]
     TargetRead { path: PathBuf },
     #[error(
-        "`ramsnap restore` is writing to {ram}, which holds a part of what it is to hold: wait for its end, and try again"
+        "`ramsnap restore` is writing to {ram}, which is not complete yet: wait until it has ended, and try again"
     )]
     RamBeingRestored { ram: String },
     #[error(
@@ -246,8 +253,8 @@ pub enum Failure {
     },
     #[cfg(target_os = "linux")]
     #[error(
-        "the RAM needs {needed} bytes of {path:?}, and the file system cannot set them aside: {available} are available, and \
-         what the old RAM has counts only where the new RAM has something, too; make room there, or restore to a new file; \
+        "the RAM needs {needed} bytes of {path:?}, and the file system cannot reserve them: {available} are available, and \
+         blocks of the old RAM are reused only where the new RAM has data too; free space there, or restore to a new file; \
          nothing was written"
     )]
     NoRoomOver {
@@ -255,7 +262,7 @@ pub enum Failure {
         needed: u64,
         available: u64,
     },
-    #[error("cannot write {path:?}, which is as it was")]
+    #[error("cannot write {path:?}, which is unchanged")]
     TargetNotWritable {
         path: PathBuf,
         source: std::io::Error,
@@ -266,7 +273,7 @@ pub enum Failure {
     NoWritesThere { path: PathBuf },
     #[cfg(target_os = "linux")]
     #[error(
-        "there are not enough huge pages for {path:?}, which is as it was: raise vm.nr_hugepages, or the size of \
+        "there are not enough huge pages for {path:?}, which is unchanged: raise vm.nr_hugepages, or the size of \
          its hugetlbfs"
     )]
     NoHugePages {
@@ -284,6 +291,7 @@ impl Failure {
         match self {
             Self::OutputExists { .. }
             | Self::OutputIsInput { .. }
+            | Self::StreamIsFile { .. }
             | Self::MergeOntoInput { .. }
             | Self::StreamNotCompressed
             | Self::NoStream

@@ -47,9 +47,11 @@ fn run() -> anyhow::Result<ExitStatus> {
         }
     };
     // Before any work, which would have to be done again for its output.
-    if cli.verb.prints(cli.quiet) {
+    let prints = cli.verb.prints(cli.quiet);
+    if prints {
         print::check_stdout()?;
     }
+    print::check_apart(&cli.verb.files(), prints)?;
     cli.verb.run(&Session::begin(cli.quiet)?)
 }
 

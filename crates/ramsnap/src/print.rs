@@ -1,21 +1,23 @@
 //! Text on stdout, and the format of numbers.
 
 use std::fmt::Write as _;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Write};
 use std::ops::Deref;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use indicatif::BinaryBytes;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::ser::{Serialize, SerializeStruct, Serializer};
+use sparse_file::FileIdentity;
 
 use crate::failure::Failure;
-use crate::sys;
+use crate::{stderr, sys};
 
 /// Prints a line to stdout. It is not an error if the reader has closed the pipe (`| head`): the
 /// exit code still reports the result.
@@ -29,6 +31,53 @@ pub fn check_stdout() -> Result<(), Failure> {
         true => Ok(()),
         false => Err(Failure::NoStdout),
     }
+}
+
+/// Refuses a stdout, if the verb prints to it, or a stderr that is one of `files`: text would
+/// overwrite or extend it.
+pub fn check_apart(files: &[PathBuf], prints: bool) -> Result<(), Failure> {
+    STDOUT_USED.store(prints, Ordering::Relaxed);
+    check_is_none_of(|_, stream| files.iter().find(|path| is_file_at(stream, path)).cloned())
+}
+
+/// Whether the verb prints to stdout.
+static STDOUT_USED: AtomicBool = AtomicBool::new(true);
+
+/// Refuses a stdout or stderr that the verb uses and for which `file` returns the path of a file of
+/// the verb.
+pub fn check_is_none_of(
+    file: impl Fn(&Metadata, &FileIdentity) -> Option<PathBuf>,
+) -> Result<(), Failure> {
+    let of = |stream: BorrowedFd<'_>| {
+        let stream = File::from(stream.try_clone_to_owned().ok()?);
+        let metadata = stream.metadata().ok().filter(Metadata::is_file)?;
+        file(&metadata, &FileIdentity::of(&stream).ok()?)
+    };
+    let (stdout, error) = (io::stdout(), io::stderr());
+    if sys::stderr_was_open()
+        && let Some(path) = of(error.as_fd())
+    {
+        // The message would be written to the file, too.
+        stderr::silence();
+        return Err(Failure::StreamIsFile {
+            stream: "stderr",
+            path,
+        });
+    }
+    if STDOUT_USED.load(Ordering::Relaxed)
+        && sys::stdout_was_open()
+        && let Some(path) = of(stdout.as_fd())
+    {
+        return Err(Failure::StreamIsFile {
+            stream: "stdout",
+            path,
+        });
+    }
+    Ok(())
+}
+
+fn is_file_at(stream: &FileIdentity, path: &Path) -> bool {
+    FileIdentity::at(path).is_ok_and(|file| file.may_be(stream))
 }
 
 /// Returns stdout without the buffer of std, which hides that a stream is closed.

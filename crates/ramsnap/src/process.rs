@@ -12,14 +12,15 @@ use anyhow::Context;
 use mapped_file::files_in;
 use page_reader::{PageReader, printable};
 use process_memory::{
-    ProcessMaps, ProcessMemory, ProcessMemoryError, ProcessRegion, StoppedProcess,
-    UnexaminedProcess, check_lazy_fill_of_region,
+    ProcessMaps, ProcessMemory, ProcessMemoryError, ProcessRegion, StoppedProcess, Unexamined,
+    check_lazy_fill_of_region,
 };
 use sparse_file::FileIdentity;
 
 use crate::args;
 use crate::failure::Failure;
 use crate::interrupt::NotSuspended;
+use crate::print;
 use crate::ram_lock;
 use crate::session::Session;
 use crate::stderr::{self, Kept};
@@ -119,6 +120,10 @@ impl ProcessRam {
             kept: None,
         };
         ram.check_mapped(&maps)?;
+        print::check_is_none_of(|metadata, stream| {
+            let region = ram.mapping_of(&maps, metadata, stream)?;
+            Some(OsString::from_vec(region.name.to_vec()).into())
+        })?;
         ram.keep_from_restore(&maps)?;
         let unexamined = ram.check_filled(&maps)?;
         warn_of_unexamined(&format!("the RAM of process {pid}"), &unexamined);
@@ -154,9 +159,19 @@ impl ProcessRam {
         ) else {
             return false;
         };
-        files_in(&maps, &self.regions)
-            .iter()
-            .any(|mapped| mapped.may_be(self.pid, &metadata, &file))
+        self.mapping_of(&maps, &metadata, &file).is_some()
+    }
+
+    /// Returns a mapping in one of the regions, of a file that may be the one of these attributes.
+    fn mapping_of<'m>(
+        &self,
+        maps: &'m ProcessMaps,
+        metadata: &fs::Metadata,
+        file: &FileIdentity,
+    ) -> Option<&'m ProcessRegion> {
+        let mut files = files_in(maps, &self.regions).into_iter();
+        let mapped = files.find(|mapped| mapped.may_be(self.pid, metadata, file))?;
+        Some(mapped.lines[0])
     }
 
     pub fn size(&self) -> u64 {
@@ -211,8 +226,8 @@ impl ProcessRam {
     }
 
     /// Refuses RAM that another process is still filling: missing pages are read as zeros.
-    fn check_filled(&self, maps: &ProcessMaps) -> anyhow::Result<Vec<UnexaminedProcess>> {
-        let mut unexamined = Vec::new();
+    fn check_filled(&self, maps: &ProcessMaps) -> anyhow::Result<Unexamined> {
+        let mut unexamined = Unexamined::default();
         let mapped = |region: &&ProcessRegion| {
             let addresses = &region.addresses;
             let mut ram = self.regions.iter();
@@ -221,10 +236,10 @@ impl ProcessRam {
         for region in maps.regions().iter().filter(mapped) {
             let found = check_lazy_fill_of_region(region);
             let found = found.with_context(|| format!("cannot capture {region}"))?;
-            unexamined.extend(found.into_iter().filter(|process| process.pid != self.pid));
+            unexamined.merge(found);
         }
-        unexamined.sort_by_key(|process| process.pid);
-        unexamined.dedup();
+        unexamined.processes.retain(|it| it.pid != self.pid);
+        unexamined.processes.sort_by_key(|it| it.pid);
         Ok(unexamined)
     }
 }
@@ -268,17 +283,18 @@ fn regions_in<'m>(
 }
 
 /// Warns of processes that may be filling the RAM and could not be examined.
-pub fn warn_of_unexamined(ram: &str, unexamined: &[UnexaminedProcess]) {
-    if let Some(first) = unexamined.first() {
-        let others = match unexamined.len() - 1 {
-            0 => String::new(),
-            others => format!(" and {others} more"),
-        };
-        stderr::line(&format!(
-            "warning: {first}{others} could not be examined: if it is still filling {ram} by userfaultfd, missing pages \
-             are saved as zeros"
-        ));
+pub fn warn_of_unexamined(ram: &str, unexamined: &Unexamined) {
+    if unexamined.is_empty() {
+        return;
     }
+    let advice = match unexamined.hidden.is_empty() {
+        true => "",
+        false => "; to examine all processes, run ramsnap as root outside of containers",
+    };
+    stderr::line(&format!(
+        "warning: could not examine {unexamined}: if one of these is still filling {ram} by userfaultfd, missing pages \
+         are saved as zeros{advice}"
+    ));
 }
 
 #[cfg(test)]

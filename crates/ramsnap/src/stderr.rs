@@ -4,6 +4,7 @@ use std::io::{self, Write};
 #[cfg(target_os = "linux")]
 use std::mem;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -11,8 +12,19 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 /// The lines that are held back while a [`Kept`] exists.
 static KEPT: Mutex<Option<Vec<String>>> = Mutex::new(None);
 
+/// Whether nothing more is printed.
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+/// Drops all further lines: stderr is a file of the verb.
+pub fn silence() {
+    SILENT.store(true, Ordering::Relaxed);
+}
+
 /// Prints a line to stderr. Errors are ignored.
 pub fn line(text: &str) {
+    if SILENT.load(Ordering::Relaxed) {
+        return;
+    }
     if let Some(kept) = &mut *KEPT.lock().unwrap_or_else(PoisonError::into_inner) {
         kept.push(text.to_owned());
         return;
@@ -22,6 +34,9 @@ pub fn line(text: &str) {
 
 /// Prints a line to stderr if it accepts output within a second, for a thread that must not block.
 pub fn line_at_once(text: &str) {
+    if SILENT.load(Ordering::Relaxed) {
+        return;
+    }
     const PATIENCE: u16 = 1000;
     let stderr = io::stderr();
     let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];

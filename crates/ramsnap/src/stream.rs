@@ -244,18 +244,6 @@ pub fn check_is_not_stdin(output: &Path) -> Result<(), Failure> {
     }
 }
 
-/// Refuses to send a file to itself: `ramsnap convert FILE -o - --zstd >> FILE`.
-pub fn check_is_not_stdout(inputs: &[PathBuf]) -> Result<(), Failure> {
-    let stdout = io::stdout();
-    let same = inputs
-        .iter()
-        .find(|input| is_file_of(stdout.as_fd(), input));
-    match same.cloned() {
-        Some(path) => Err(Failure::OutputIsInput { path }),
-        None => Ok(()),
-    }
-}
-
 fn is_file_of(stream: BorrowedFd<'_>, path: &Path) -> bool {
     let (Ok(stream), Ok(file)) = (FileIdentity::of(stream), FileIdentity::at(path)) else {
         return false;

@@ -47,6 +47,11 @@ pub fn stdout_was_open() -> bool {
     USABLE.load(Ordering::Relaxed) & 1 << libc::STDOUT_FILENO != 0
 }
 
+/// Returns whether stderr was open for writing when the process started.
+pub fn stderr_was_open() -> bool {
+    USABLE.load(Ordering::Relaxed) & 1 << libc::STDERR_FILENO != 0
+}
+
 /// Returns whether this process was started with `signal` ignored, as `nohup` does, or a shell that
 /// starts a job in the background.
 pub fn is_ignored(signal: i32) -> bool {

@@ -1,4 +1,5 @@
-//! Standard streams that are closed, or open in the wrong direction, when the tool starts.
+//! Standard streams that are closed, open in the wrong direction, or a file of the verb when the tool
+//! starts.
 
 mod support;
 
@@ -105,4 +106,70 @@ fn verbs_that_read_files_need_no_stdin() {
     redirected(&work, "verify full.mem d1.mem", "<&-").good();
     redirected(&work, "dump ram -o out", "<&-").good();
     work.good("diff out --ram ram");
+}
+
+/// The report or a message would be written into the file, and RAM or an image be damaged.
+#[rstest]
+#[case::info("info full.mem", "full.mem")]
+#[case::verify("verify full.mem d1.mem", "d1.mem")]
+#[case::map("map full.mem", "full.mem")]
+#[case::map_drawn_of("map full.mem -o new.svg", "full.mem")]
+#[case::map_drawn_to("map full.mem -o old.svg --force", "old.svg")]
+#[case::dump_of("dump ram -o new", "ram")]
+#[case::dump_to("dump ram -o first --force", "first")]
+#[case::dump_with("dump ram -o new --metadata second", "second")]
+#[case::diff_of("diff full.mem --ram ram -o new", "full.mem")]
+#[case::diff_of_ram("diff full.mem --ram ram", "ram")]
+#[case::diff_of_a_new_state("diff full.mem --to full.mem --to d1.mem", "d1.mem")]
+#[case::diff_to("diff full.mem --ram ram -o first --force", "first")]
+#[case::diff_with("diff full.mem --ram ram -o new --metadata second", "second")]
+#[case::merge_of("merge full.mem d1.mem -o new", "d1.mem")]
+#[case::merge_to("merge full.mem d1.mem -o first --force", "first")]
+#[case::merge_in_place("merge --in-place full.mem d1.mem", "full.mem")]
+#[case::convert_of("convert full.mem -o new", "full.mem")]
+#[case::convert_to("convert full.mem -o first --force", "first")]
+#[case::convert_with("convert full.mem -o new --metadata second", "second")]
+#[case::convert_of_a_diff("convert raw:ram -o new --raw-diff --parent full.mem", "full.mem")]
+#[case::convert_to_a_stream("convert full.mem -o - --zstd", "full.mem")]
+#[case::restore_of("restore full.mem d1.mem -o new", "d1.mem")]
+#[case::restore_to("restore full.mem -o first --force", "first")]
+fn a_stream_that_is_a_file_of_the_verb_is_refused(#[case] arguments: &str, #[case] file: &str) {
+    let work = Work::with_chain();
+    work.create("old.svg", 0);
+    std::fs::hard_link(work.path(file), work.path("link")).unwrap();
+    let before = work.contents();
+    for redirection in ["1<>", ">>"] {
+        redirected(&work, arguments, &format!("{redirection}link"))
+            .fails(2, &["stdout", file, "input or output"]);
+    }
+    for redirection in ["2<>", "2>>"] {
+        let ended = redirected(&work, arguments, &format!("{redirection}link"));
+        assert_eq!((ended.code, &ended.out[..]), (Some(2), ""), "{ended:?}");
+        let both = format!("{redirection}link >>link");
+        assert_eq!(redirected(&work, arguments, &both).code, Some(2));
+    }
+    assert!(work.contents() == before, "{:?}", work.files());
+}
+
+/// A stream to which nothing is written may be a file of the verb.
+#[test]
+fn a_stream_that_is_not_written_to_may_be_an_input() {
+    let work = Work::with_chain();
+    let before = work.read("full.mem");
+    redirected(&work, "convert full.mem -o new --quiet", ">>full.mem").good();
+    redirected(&work, "verify full.mem", "2<full.mem").good();
+    assert!(work.read("full.mem") == before);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn ram_is_restored_to_a_quiet_stdout() {
+    let work = Work::with_chain();
+    let ram = work.create("new", support::RAM);
+    let before = work.contents();
+    redirected(&work, "restore full.mem -o /dev/stdout", "1<>new").fails(2, &["/dev/stdout"]);
+    assert!(work.contents() == before);
+    redirected(&work, "restore full.mem -o /dev/stdout --quiet", "1<>new").good();
+    work.assert_same("new", "first");
+    drop(ram);
 }

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use support::{RAM, Work, missing};
+use support::{Ended, RAM, RAMSNAP, Work, missing};
 use test_machine::Need;
 
 /// The task of the other process: `fill PATH`, `fill` (a memfd of its own) or `map PATH`.
@@ -145,4 +145,39 @@ fn ram_that_another_process_fills_is_not_captured() {
     assert_nothing_at(&work.path("full.mem"));
     drop(filling);
     work.good(&capture);
+}
+
+/// A process that fills the RAM outside of the PID namespace cannot be found there.
+#[test]
+fn processes_outside_of_the_pid_namespace_are_named_in_a_warning() {
+    let test = "processes_outside_of_the_pid_namespace_are_named_in_a_warning";
+    if !met(test) || !Need::Ptrace.met(test) {
+        return;
+    }
+    let work = Work::empty();
+    let ram = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    ram.as_file().set_len(RAM).unwrap();
+    let path = ram.path().to_str().unwrap();
+    let warned = "the processes outside of this PID namespace";
+    let dump = |output: &str| {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc", RAMSNAP]);
+        command.args(["dump", path, "-o", output]);
+        Ended::of(command.current_dir(work.path("")))
+    };
+    let ended = dump("inside.mem").good();
+    assert_eq!(ended.err.matches(warned).count(), 1, "{ended:?}");
+    assert!(ended.err.contains("outside of containers"), "{ended:?}");
+    // Here, all processes are listed.
+    let ended = work.good(&format!("dump {path} -o outside.mem"));
+    assert!(!ended.err.contains(warned), "{ended:?}");
+    // A file on a disk cannot be filled.
+    let disk = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    disk.as_file().set_len(RAM).unwrap();
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc", RAMSNAP]);
+    command.arg("dump").arg(disk.path());
+    command.args(["-o", "disk.mem"]).current_dir(work.path(""));
+    let ended = Ended::of(&mut command).good();
+    assert_eq!(ended.err, "", "{ended:?}");
 }

@@ -5,6 +5,7 @@
 mod support;
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use support::vmm::{FILE, SPLIT, Vmm};
@@ -138,7 +139,20 @@ fn a_file_that_the_process_has_as_ram_is_not_the_output() {
             path.display()
         );
         work.fails(&command, 2, &["one of the inputs"]);
+        // Nor is it a stream that text is written to.
+        let verb = work.command(&format!("{verb} --pid {pid} --region guest-ram"));
+        assert_refused_as_stream(verb, &path);
     }
+    assert!(fs::read(&path).unwrap() == work.read("ram"));
+}
+
+fn assert_refused_as_stream(mut command: Command, ram: &Path) {
+    let open = || fs::File::options().append(true).open(ram).unwrap();
+    command.args(["-o", "out"]);
+    Ended::of(command.stdout(open())).fails(2, &["stdout is the file", "guest-ram"]);
+    command.stdout(std::process::Stdio::piped());
+    let status = command.stderr(open()).status().unwrap();
+    assert_eq!(status.code(), Some(2));
 }
 
 /// An overlay lists the mapping with another device than that of the file. The file has a second

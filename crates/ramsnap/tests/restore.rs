@@ -123,7 +123,7 @@ fn ram_that_is_sealed_against_writing_stays_as_it_is() {
     fcntl(&guest, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).unwrap();
     let path = format!("/proc/{}/fd/{}", std::process::id(), guest.as_raw_fd());
     let restore = format!("restore full.mem --force -o {path}");
-    work.fails(&restore, 3, &["cannot write", "as it was"]);
+    work.fails(&restore, 3, &["cannot write", "unchanged"]);
     assert!(bytes(&guest) == before);
 }
 
@@ -140,7 +140,7 @@ fn ram_larger_than_a_file_may_be_stays_as_it_is() {
     );
     let mut shell = Command::new("sh");
     shell.args(["-c", &script]).current_dir(work.path(""));
-    Ended::of(&mut shell).fails(3, &["cannot write", "File too large", "as it was"]);
+    Ended::of(&mut shell).fails(3, &["cannot write", "File too large", "unchanged"]);
     assert!(bytes(&guest) == before);
 }
 
@@ -202,7 +202,7 @@ fn ram_of_huge_pages_stays_as_it_is_where_there_are_too_few() {
     let zeros = bytes(&guest);
     for force in ["", " --force"] {
         let restore = format!("restore full.mem -o {}{force}", path.display());
-        work.fails(&restore, 3, &["huge pages", "as it was"]);
+        work.fails(&restore, 3, &["huge pages", "unchanged"]);
     }
     assert!(bytes(&guest) == zeros);
     assert_eq!(guest.metadata().unwrap().blocks(), 0);

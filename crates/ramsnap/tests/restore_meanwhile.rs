@@ -238,7 +238,7 @@ fn ram_that_is_read_is_not_restored_to() {
     let command = work.command("dump guest -o out");
     let held = Held::before(&command, &("pwrite64".to_owned(), 1)).expect("held");
     let restore = "restore full.mem -o guest --force";
-    work.fails(restore, 3, &["reads the RAM", "nothing was written"]);
+    work.fails(restore, 3, &["is reading the RAM", "nothing was written"]);
     work.assert_same("guest", "ram");
     // Several readers are allowed at once.
     work.good("dump guest -o again");

@@ -113,7 +113,7 @@ fn ram_on_ext4_stays_where_only_reserved_blocks_are_left() {
     fill(disk.path(), LARGE - (256 << 10));
     let before = bytes(&file);
     let restore = format!("restore large.mem --force -o {}", path.display());
-    work.fails(&restore, 3, &["set them aside", "nothing was written"]);
+    work.fails(&restore, 3, &["cannot reserve them", "nothing was written"]);
     assert!(bytes(&file) == before);
     // The blocks of the file itself count if they are overwritten.
     drop(file);
@@ -150,7 +150,7 @@ fn ram_of_a_user_stays_where_only_roots_blocks_are_left() {
         .args(["restore", "large.mem", "--force", "-o"])
         .arg(&path);
     restore.current_dir(public.path()).uid(65534).gid(65534);
-    Ended::of(&mut restore).fails(3, &["set them aside", "nothing was written"]);
+    Ended::of(&mut restore).fails(3, &["cannot reserve them", "nothing was written"]);
     assert!(bytes(&file) == before);
 }
 
@@ -171,7 +171,7 @@ fn ram_on_xfs_stays_where_its_blocks_are_shared() {
     fill(disk.path(), LARGE / 2);
     let before = bytes(&file).0;
     let restore = format!("restore large.mem --force -o {}", path.display());
-    work.fails(&restore, 3, &["set them aside", "nothing was written"]);
+    work.fails(&restore, 3, &["cannot reserve them", "nothing was written"]);
     assert!(bytes(&file).0 == before);
     fs::remove_file(disk.path().join("ballast")).unwrap();
     work.good(&restore);
@@ -283,5 +283,5 @@ fn sealed_huge_pages_are_not_reported_as_too_few() {
     fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).unwrap();
     let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
     let error = work.run(&format!("restore zeros.mem -o {path}"));
-    error.fails(3, &["cannot write", "as it was", "not permitted"]);
+    error.fails(3, &["cannot write", "unchanged", "not permitted"]);
 }

@@ -67,6 +67,12 @@ pub struct Convert {
 }
 
 impl Convert {
+    /// Returns the files that are read and written.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let output = Some(&self.output.path).filter(|path| !is_stream(path));
+        self.inputs().into_iter().chain(output.cloned()).collect()
+    }
+
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         self.check()?;
         let extras = self.extras.read()?;
@@ -212,8 +218,7 @@ impl Convert {
             if self.layout.is_some_and(|layout| layout != Layout::Packed) {
                 return Err(Failure::StreamLayout);
             }
-            stream::check_stdout()?;
-            return stream::check_is_not_stdout(&self.inputs());
+            return stream::check_stdout();
         }
         if let Some(layout) = self.layout {
             self.check_records(layout)?;

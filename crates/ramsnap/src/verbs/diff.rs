@@ -85,6 +85,13 @@ pub struct Diff {
 }
 
 impl Diff {
+    /// Returns the files that are read and written.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let images = [&self.files[..], &self.to].map(input::paths).concat();
+        let others = self.ram.iter().chain(&self.output).cloned();
+        self.extras.and_inputs(images.into_iter().chain(others))
+    }
+
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let session = &self.process.session(session);
         let (old_files, new_files) = self.states()?;

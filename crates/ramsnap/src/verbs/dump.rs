@@ -46,6 +46,12 @@ pub struct Dump {
 }
 
 impl Dump {
+    /// Returns the files that are read and written.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let files = self.ram.iter().chain([&self.output.path]).cloned();
+        self.extras.and_inputs(files)
+    }
+
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let session = &self.process.session(session);
         let inputs = self.extras.and_inputs(self.ram.clone());

@@ -1,6 +1,7 @@
 //! `ramsnap info`: the properties of images.
 
 use std::fs::File;
+use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
@@ -12,7 +13,7 @@ use sparse_file::{PageHoles, PagesUnknown, allocated_bytes, extents, file_system
 use crate::args::{Formats, ImageFile, Layout};
 use crate::exit_status::ExitStatus;
 use crate::print::{self, JsonPath, count, size};
-use crate::words;
+use crate::{input, words};
 
 /// Show whether files are full images or diffs, of which guest, and which pages they hold
 #[derive(Debug, Args)]
@@ -30,6 +31,11 @@ pub struct InfoArgs {
 }
 
 impl InfoArgs {
+    /// Returns the files that are read.
+    pub fn files(&self) -> Vec<PathBuf> {
+        input::paths(&self.files)
+    }
+
     pub fn run(&self) -> anyhow::Result<ExitStatus> {
         let mut probed = PageHoles::new();
         let mut info = |file: &ImageFile| Info::with(&file.open(self.formats.format)?, &mut probed);

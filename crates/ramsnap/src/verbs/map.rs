@@ -53,6 +53,12 @@ pub struct Map {
 }
 
 impl Map {
+    /// Returns the files that are read and written.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let files = input::paths(&self.files).into_iter();
+        files.chain(self.output.clone()).collect()
+    }
+
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         if let Some(path) = &self.output {
             self.draw(session, path)?;

@@ -58,6 +58,12 @@ pub struct Merge {
 }
 
 impl Merge {
+    /// Returns the files that are read and written.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let files = input::paths(&self.files).into_iter();
+        files.chain(self.output.clone()).collect()
+    }
+
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let output = self.checked_output()?;
         let chain = match self.raw_diffs {

@@ -69,6 +69,12 @@ pub struct Restore {
 }
 
 impl Restore {
+    /// Returns the files that are read and written.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let files = input::paths(&self.files).into_iter();
+        files.chain([self.output.clone()]).collect()
+    }
+
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         save::check_is_no_input(&self.output, &input::paths(&self.files))?;
         let chain = input::full_chain(session, &self.files, self.formats, &self.raw)?;

@@ -1,5 +1,7 @@
 //! `ramsnap verify`: checks that images are whole and follow each other.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use memory_image::{Damage, OpenImageError, VerifyReport};
 use serde::Serialize;
@@ -35,6 +37,11 @@ pub struct Verify {
 }
 
 impl Verify {
+    /// Returns the files that are read.
+    pub fn files(&self) -> Vec<PathBuf> {
+        input::paths(&self.files)
+    }
+
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let mut failed = None;
         let mut files = Vec::new();
