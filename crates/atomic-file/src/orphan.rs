@@ -12,7 +12,7 @@ use crate::directory::Directory;
 use crate::records::Records;
 use crate::retry::retry;
 use crate::stat::{FileId, Stat, stat_of};
-use crate::sys::{Lock, Unlock, may_act_for, try_lock};
+use crate::sys::{Lock, Unlock, may_rename_in_sticky, try_lock};
 
 /// The result of inspecting a staged file that may be orphaned.
 #[derive(Debug)]
@@ -129,7 +129,7 @@ fn check_removable(dir: &Directory, name: &OsStr, file: &Stat) -> io::Result<()>
         .iter()
         .any(|found| found.immutable || found.append_only);
     let is_sticky = dir.stat.mode & STICKY != 0;
-    if is_protected || (is_sticky && !may_act_for([file.uid, dir.stat.uid])) {
+    if is_protected || (is_sticky && !may_rename_in_sticky(file, &dir.stat)) {
         return Err(Errno::EPERM.into());
     }
     if of_file.mount_point {

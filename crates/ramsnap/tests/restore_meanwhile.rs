@@ -30,7 +30,7 @@ fn ram_of_a_guest_started_during_the_checks_is_kept() {
     // The room is reserved last.
     let reserving = (ALLOCATING.to_owned(), 1);
     let held = support::held::Held::before(&work.command(restore), &reserving).expect("held");
-    work.fails(restore, 3, &["another restore"]);
+    work.fails(restore, 3, &["another `ramsnap restore`"]);
     for page in [0, 900, RAM / PAGE - 1] {
         guest.write_all_at(&[7; 10], page * PAGE).unwrap();
     }
