@@ -22,7 +22,7 @@ use xshell::Shell;
 
 use program::Arguments;
 
-/// Every developer task, one door.
+/// Run the developer tasks: checks, tests, benchmarks and proofs.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Xtask {
@@ -44,10 +44,10 @@ enum Task {
     #[cfg(target_os = "linux")]
     #[command(disable_help_flag = true)]
     Crash(Arguments),
-    /// Snapshot a running guest, restore it into a new one, and prove that it goes on correctly
+    /// Snapshot a running guest, restore it into a new one, and prove that it continues correctly
     #[command(disable_help_flag = true)]
     Demo(Arguments),
-    /// Make every system call of every scenario go wrong, once in each way it can
+    /// Make every system call of every scenario fail, once in each way it can fail
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     #[command(disable_help_flag = true)]
     Faults(Arguments),
@@ -61,14 +61,14 @@ enum Task {
     Fuzz(fuzz::Fuzz),
     Mutants(mutants::Mutants),
     Prove(steps::Prove),
-    /// Snapshot a Linux guest in QEMU, restore the chain into another QEMU, and prove that it goes
-    /// on correctly
+    /// Snapshot a Linux guest in QEMU, restore the chain into another QEMU, and prove that it
+    /// continues correctly
     #[cfg(target_os = "linux")]
     #[command(disable_help_flag = true)]
     QemuE2e(Arguments),
     #[cfg(target_os = "linux")]
     Sanitize(sanitize::Sanitize),
-    /// Save guests again and again while things go wrong, and compare everything that was saved
+    /// Save guests repeatedly while faults are injected, and compare everything that was saved
     #[cfg(target_os = "linux")]
     #[command(disable_help_flag = true)]
     Soak(Arguments),

@@ -65,7 +65,7 @@ pub enum FooterError {
         version: u32,
     },
     /// The footer is damaged.
-    #[error("the footer is damaged at offset {offset:#x}")]
+    #[error("the footer is damaged at offset {offset:#x}: use another copy of the image")]
     Damaged {
         /// The file offset of the first invalid field, in bytes.
         offset: u64,

@@ -35,7 +35,7 @@ use restore::Files;
 use snapshots::Snapshots;
 use verify::Proof;
 
-/// Snapshot a running guest, restore it into a new one, and prove that it goes on correctly
+/// Snapshot a running guest, restore it into a new one, and prove that it continues correctly
 ///
 /// A guest keeps a ledger with checksums in its RAM. A full snapshot is taken while it works, then
 /// a diff each round. The chain is restored into a new guest, whose RAM must equal the original's

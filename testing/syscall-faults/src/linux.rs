@@ -35,7 +35,7 @@ use injected_fault::InjectedFault;
 use job::{Settings, again};
 use report::Report;
 
-/// Make every system call of every scenario go wrong, once in each way it can
+/// Make every system call of every scenario fail, once in each way it can fail
 ///
 /// Runs the scenarios of `cargo xtask crash`, and some more, in a traced child process. Then runs
 /// them once more for each call and each error that the call can return. The call fails; or it is

@@ -6,7 +6,7 @@ use super::sanitizer::Sanitizer;
 pub(super) const LEFT_OUT: [(&str, &str); 6] = [
     (
         "most of atomic-file's tests",
-        "they are about what system calls say and who else is there: its library's, groups, recycling and replacing are run",
+        "they test the results of system calls and other processes, which a sanitizer does not check; the unit tests and those of groups, recycling and replacing are run",
     ),
     (
         "page-reader's tests of populated pages, and process-memory",
@@ -16,7 +16,10 @@ pub(super) const LEFT_OUT: [(&str, &str); 6] = [
         "the conformance suite of write-tracking",
         "it is about when threads and virtual machines have their page faults, of which a sanitizer has many more",
     ),
-    ("kvm-backend", "what it does is a virtual machine's"),
+    (
+        "kvm-backend",
+        "its code runs a virtual machine, whose memory accesses a sanitizer does not see",
+    ),
     (
         "uffd",
         "it is about when threads have page faults, of which a sanitizer has many more",

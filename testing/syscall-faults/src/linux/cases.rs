@@ -40,7 +40,7 @@ pub(super) static ALL: &[Case] = &[
     case(commits::FULL),
     case(Scenario {
         name: "by-calls",
-        about: "a full dump by one call after the other",
+        about: "a full dump by single pwrite calls on one thread",
         act: |dir, observer| save(dir, observer, engine(Engine::Pwrite)),
         ..ENGINE
     }),
