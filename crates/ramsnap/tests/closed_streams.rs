@@ -1,5 +1,5 @@
-//! Standard streams that are closed, open in the wrong direction, or a file of the verb when the tool
-//! starts.
+//! Standard streams that are closed, open in the wrong direction, or a file of the verb when the
+//! tool starts.
 
 mod support;
 
