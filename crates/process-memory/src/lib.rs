@@ -45,8 +45,8 @@
 //! - Stopping a process does not stop other writers of its memory: a process that shares it,
 //!   requests in the kernel, devices.
 //! - `/proc` does not list the processes outside of the PID namespace of a container, nor those
-//!   that its mount option `hidepid` hides. A userfaultfd of such a process is not found; the result
-//!   of [`check_lazy_fill`] says so.
+//!   that its mount option `hidepid` hides. A userfaultfd of such a process is not found; the
+//!   result of [`check_lazy_fill`] says so.
 //!
 //! Linux only; on other systems the crate is empty. There are no cargo features.
 
