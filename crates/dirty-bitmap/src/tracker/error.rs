@@ -52,7 +52,12 @@ pub enum FaultError<E: Error + 'static> {
     #[error("write fault at an untracked address: forward it to device emulation")]
     OutOfRange(#[source] OutOfRange),
     /// The platform failed to unprotect the pages. Every page that may be unprotected is marked.
-    #[error("failed to unprotect {:#x}..{:#x}: stop the vCPU", range.start, range.end)]
+    #[error(
+        "failed to unprotect {:#x}..{:#x}: do not resume the write; handle the fault again when the \
+         cause is removed, or stop the guest",
+        range.start,
+        range.end
+    )]
     Unprotect {
         /// The addresses to unprotect.
         range: Range<u64>,

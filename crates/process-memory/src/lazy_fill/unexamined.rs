@@ -127,7 +127,8 @@ mod tests {
     #[case::both(
         vec![process(4)],
         vec![HiddenProcesses::OutsidePidNamespace],
-        "process 4 (vmm), and the processes outside of this PID namespace, which /proc does not list"
+        "process 4 (vmm), and the processes outside of this PID namespace, which /proc does not \
+     list"
     )]
     fn the_text_names_what_was_not_examined(
         #[case] processes: Vec<UnexaminedProcess>,
