@@ -2,9 +2,12 @@
 
 mod mapped_file;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
+use std::fs::Metadata;
 use std::ops::Range;
+use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -166,7 +169,7 @@ impl ProcessRam {
     fn mapping_of<'m>(
         &self,
         maps: &'m ProcessMaps,
-        metadata: &fs::Metadata,
+        metadata: &Metadata,
         file: &FileIdentity,
     ) -> Option<&'m ProcessRegion> {
         let mut files = files_in(maps, &self.regions).into_iter();
