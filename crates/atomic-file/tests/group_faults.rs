@@ -120,8 +120,8 @@ fn a_failed_recovery_is_completed_by_the_next() {
     });
 }
 
-/// While the members are prepared, the file of the first destination gets the second one's name. Its
-/// inode number is then seen by both names, as when another program's file reuses it.
+/// While the members are prepared, the file of the first destination gets the name of the second.
+/// Its inode number is then seen by both names, as when another program's file reuses it.
 #[test]
 fn a_group_compares_its_destinations_at_one_time() {
     needs!(Strace);
