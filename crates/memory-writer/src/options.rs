@@ -114,8 +114,8 @@ impl WriterOptions {
     ///
     /// `memory-image` derives the pages of a raw diff from its holes, and only where holes are
     /// known to be reported correctly: on ext4 (in a file with extents), XFS, btrfs and tmpfs of
-    /// Linux, and on overlayfs over the first three, in pages of at least a block, if at least one page is clean. On other
-    /// file systems (FUSE, network file systems, macOS)
+    /// Linux, and on overlayfs over the first three, in pages of at least a block, if at least one
+    /// page is clean. On other file systems (FUSE, network file systems, macOS)
     /// [`write_diff`](crate::MemoryWriter::write_diff) refuses to write a raw diff.
     /// [`Layout::Sealed`] and [`Layout::Packed`] list their pages and can be used instead.
     ///

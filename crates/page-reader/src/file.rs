@@ -100,8 +100,8 @@ impl<F: Borrow<File>> PageReader for FileReader<F> {
 
     /// Returns the data that the file system reports, on the file systems whose reports are
     /// [used](sparse_file::check_holes_are_zeros): ext4 (files with extents), XFS, btrfs, tmpfs,
-    /// memfds, and overlayfs over the first three. Returns all of `range` on any other. The position of the file is not
-    /// moved.
+    /// memfds, and overlayfs over the first three. Returns all of `range` on any other. The
+    /// position of the file is not moved.
     #[cfg(target_os = "linux")]
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
         let size = self.size.min(u64::MAX - self.start);

@@ -147,7 +147,7 @@ mod tests {
     #[case::program_of_that_name("2 (kthreadd) S 1 2 2 0 -1 4194560 0 0", false)]
     #[case::name_with_a_parenthesis("2 (a) S 0 0 (b) S 0 0 0 0 -1 2129984 0 0", true)]
     #[case::cut("2 (kthreadd) S", false)]
-    fn kernel_threads_are_told_by_their_flags(#[case] stat: &str, #[case] is: bool) {
+    fn kernel_threads_are_recognized_by_their_flags(#[case] stat: &str, #[case] is: bool) {
         assert_eq!(is_kernel_thread(stat), is);
     }
 
