@@ -3,7 +3,9 @@
 mod support;
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::FileExt;
+#[cfg(target_os = "linux")]
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use image_format::{Checksums, Footer, ImageId, ImageKind, Layout, Run, Version};
