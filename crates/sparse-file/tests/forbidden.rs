@@ -159,7 +159,10 @@ fn direct_io_uses_a_ring_or_else_threads() {
         assert!(callers(&ring, "pwrite64").is_empty());
         let threads = trace(TEST, "error=EPERM");
         assert!(callers(&threads, "io_uring_enter").is_empty());
-        assert!(callers(&threads, "pwrite64").len() > 1, "{threads:?}");
+        // One thread may be fast enough to write everything, but not the one that asked for a ring.
+        let asking = callers(&threads, "io_uring_setup");
+        let writing = callers(&threads, "pwrite64");
+        assert!(!writing.is_subset(&asking), "{threads:?}");
     }
 }
 
