@@ -53,8 +53,8 @@ impl Image {
     /// Opens the sealed or packed image at `path`.
     ///
     /// # Errors
-    /// [`OpenImageError`]. [`OpenImageError::Footer`] includes an image of version 1 whose length is
-    /// a multiple of 512, because it may also be raw: pass its format to
+    /// [`OpenImageError`]. [`OpenImageError::Footer`] includes an image of version 1 whose length
+    /// is a multiple of 512, because it may also be raw: pass its format to
     /// [`open_as`](Self::open_as).
     pub fn open(path: impl AsRef<Path>) -> Result<Self, OpenImageError> {
         Self::open_file(path.as_ref(), |file| Footer::read(file).map(Some))

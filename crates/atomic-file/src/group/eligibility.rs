@@ -48,8 +48,8 @@ impl AtomicGroup {
 /// Returns whether the destinations, which have different names in one directory, are known to be
 /// the same file: by the inode number of an existing file, or by case.
 ///
-/// Names that differ only in Unicode composition ("é" as one or two code points) are not recognized
-/// while neither file exists. The commit compares the files again.
+/// Names that differ only in Unicode composition ("é" as one or two code points) are not
+/// recognized while neither file exists. The commit compares the files again.
 fn names_same_file(writer: &AtomicWriter, other: &Destination) -> bool {
     let dest = &writer.dest;
     let ids = [dest, other].map(|dest| dest.entry.map(|entry| (entry.id, entry.links)));

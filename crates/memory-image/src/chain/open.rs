@@ -99,7 +99,8 @@ impl Chain {
     }
 
     /// Creates a chain of diffs from an opened raw diff whose holes are taken for clean pages, as
-    /// [`push_trusting_holes`](Self::push_trusting_holes) does. Also returns why the holes may be wrong.
+    /// [`push_trusting_holes`](Self::push_trusting_holes) does. Also returns why the holes may
+    /// be wrong.
     ///
     /// # Errors
     /// [`ChainError`], except [`AmbiguousDiff`](ChainError::AmbiguousDiff).
