@@ -147,8 +147,8 @@ impl Options {
     ///
     /// A file that another process has open or mapped, or that has another name, never changes
     /// (bind mounts of the file and descriptors of `O_PATH` are not detected; see the
-    /// [limitations](crate#limitations)): a file is kept and reused only if it has a single link and
-    /// the kernel grants a lease on it. A file that differs from a new one in owner, group or
+    /// [limitations](crate#limitations)): a file is kept and reused only if it has a single link
+    /// and the kernel grants a lease on it. A file that differs from a new one in owner, group or
     /// extended attributes is not reused either. In these cases the old file is removed as without
     /// this option, which is not an error. The same applies:
     /// - to a file on which another process holds a `flock`,

@@ -71,8 +71,8 @@ impl Chain {
     }
 
     /// Writes all that the chain holds by a writer that was just opened, for RAM of
-    /// [`ram_size`](Self::ram_size) bytes from address 0 on: what [`merge`](Self::merge) does before
-    /// it commits. Returns the bytes of the pages that the images store.
+    /// [`ram_size`](Self::ram_size) bytes from address 0 on: what [`merge`](Self::merge) does
+    /// before it commits. Returns the bytes of the pages that the images store.
     ///
     /// A chain of diffs is written in pages of its own [size](Self::page_size) or smaller ones: a
     /// larger page would also hold clean memory, whose bytes no diff has.

@@ -188,12 +188,18 @@ fn comment(line: &str) -> Option<&str> {
     ["///", "//!", "//", "#"]
         .iter()
         .find_map(|start| line.strip_prefix(start))
+        // An attribute of Rust.
+        .filter(|_| !line.starts_with("#["))
 }
 
-/// Tables cannot be wrapped, nor can a single word such as an address.
+/// Tables cannot be wrapped, nor can a single word such as an address, or a link by itself.
 fn can_be_wrapped(content: &str) -> bool {
     let words = content.trim_start_matches(['-', '*', '>', ' ']);
-    !content.starts_with('|') && words.trim_end().contains(' ') && !content.starts_with('[')
+    // The target of a link, or of its definition, is one word.
+    let target = words
+        .strip_prefix('[')
+        .and_then(|link| Some(link.split_once(']')?.1.trim_start_matches(':')));
+    !content.starts_with('|') && target.unwrap_or(words).trim().contains(' ')
 }
 
 #[cfg(test)]
@@ -240,6 +246,9 @@ mod tests {
         let address = format!("- https://example.org/{}", "a".repeat(120));
         let text = format!("| {words} |\n```text\n{words}\n```\n{address}\n{words}\n");
         assert_eq!(problems("a.md", &text), [6]);
+        let link = format!("[a link of words](https://example.org/{})", "a".repeat(120));
+        assert!(problems("a.md", &link).is_empty());
+        assert_eq!(problems("a.md", &format!("{link} and text")), [1]);
     }
 
     #[test]
