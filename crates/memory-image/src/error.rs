@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-pub use chain::{AmbiguousDiff, ChainError, LinkError};
+pub use chain::{ChainError, LinkError, ReadAmbiguity};
 pub use map::MapError;
 pub use merge::MergeError;
 pub use open::OpenImageError;

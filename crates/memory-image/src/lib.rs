@@ -114,7 +114,7 @@ pub use chain::Chain;
 pub use chain::segment::{Segment, SegmentSource};
 pub use compare::{CompareError, compare};
 pub use error::{
-    AmbiguousDiff, ChainError, LinkError, MapError, MergeError, NotFullError, OpenImageError,
+    ChainError, LinkError, MapError, MergeError, NotFullError, OpenImageError, ReadAmbiguity,
     ReadImageError, RestoreError, VerifyError,
 };
 pub use image::Image;

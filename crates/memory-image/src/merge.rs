@@ -151,7 +151,7 @@ impl Chain {
         let base = self.base();
         // In larger pages, what became zeros need not be whole pages.
         let pages_fit = writer.page_size() <= self.page_size();
-        let shares = base.footer.is_none() && pages_fit && writer.share_full(&*base.file()?)?;
+        let shares = base.footer.is_none() && pages_fit && writer.reflink_full(&*base.file()?)?;
         Ok(shares)
     }
 }

@@ -7,7 +7,7 @@ use std::ops::Range;
 use dirty_bitmap::{PageSet, coalesce};
 use sparse_file::{ExtentKind, ExtentSource, Extents, PageHoles, extents, reported_extents};
 
-use crate::error::{AmbiguousDiff, ChainError, ReadImageError};
+use crate::error::{ChainError, ReadAmbiguity, ReadImageError};
 use crate::image::Image;
 
 /// A way to list the extents of a file.
@@ -65,22 +65,22 @@ impl Image {
         let file = self.file()?;
         holes
             .check(&file, &dir, page_size)
-            .map_err(|why| self.ambiguous(AmbiguousDiff::Holes(why)))?;
+            .map_err(|why| self.ambiguous(ReadAmbiguity::Holes(why)))?;
         let mut pages = PageSet::new(0..self.size, page_size);
         let source = self.each_data_extent(extents, |data| {
             let unaligned = [data.start, data.end]
                 .into_iter()
                 .find(|offset| !offset.is_multiple_of(page_size));
             if let Some(offset) = unaligned {
-                return Err(self.ambiguous(AmbiguousDiff::TornPage { offset }));
+                return Err(self.ambiguous(ReadAmbiguity::TornPage { offset }));
             }
             pages.add(&data);
             Ok(())
         })?;
         match source {
             ExtentSource::Reported => Ok(pages),
-            ExtentSource::CutShort => Err(self.ambiguous(AmbiguousDiff::Changed)),
-            _ => Err(self.ambiguous(AmbiguousDiff::NoHoles)),
+            ExtentSource::CutShort => Err(self.ambiguous(ReadAmbiguity::Changed)),
+            _ => Err(self.ambiguous(ReadAmbiguity::NoHoles)),
         }
     }
 
@@ -109,7 +109,7 @@ impl Image {
         Ok(listing.source())
     }
 
-    fn ambiguous(&self, why: AmbiguousDiff) -> ChainError {
+    fn ambiguous(&self, why: ReadAmbiguity) -> ChainError {
         ChainError::AmbiguousDiff {
             path: self.path.clone(),
             why,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use atomic_file::{AtomicWriter, CommitError};
 use memory_image::{
-    AmbiguousDiff, Chain, ChainError, HostRam, MappedImage, MergeError, RamTarget, ReadImageError,
+    Chain, ChainError, HostRam, MappedImage, MergeError, RamTarget, ReadAmbiguity, ReadImageError,
     RestoreError,
 };
 use memory_writer::{CancelToken, MemoryWriter, SnapshotError};
@@ -340,7 +340,7 @@ proptest! {
             match chain.push_raw(diff) {
                 Ok(()) => {}
                 // Every page was dirty.
-                Err(ChainError::AmbiguousDiff { why: AmbiguousDiff::NoHoles, .. }) => chain.push_pages(diff, std::iter::once(0..SIZE)).unwrap(),
+                Err(ChainError::AmbiguousDiff { why: ReadAmbiguity::NoHoles, .. }) => chain.push_pages(diff, std::iter::once(0..SIZE)).unwrap(),
                 Err(error) => panic!("{error:?}"),
             }
         }

@@ -2,13 +2,13 @@
 
 mod support;
 
-use memory_image::{AmbiguousDiff, Chain, ChainError, LinkError};
+use memory_image::{Chain, ChainError, LinkError, ReadAmbiguity};
 #[cfg(target_os = "linux")]
 use memory_image::{MapError, MergeError};
 use sparse_file::PagesUnknown;
 use support::raw_guest::{Guest, PAGE, whole};
 
-fn ambiguity(error: ChainError) -> AmbiguousDiff {
+fn ambiguity(error: ChainError) -> ReadAmbiguity {
     match error {
         ChainError::AmbiguousDiff { why, .. } => why,
         other => panic!("{other:?}"),
@@ -22,7 +22,7 @@ fn copied_diff_without_holes_requires_its_pages() {
     let mut chain = guest.chain();
     assert!(matches!(
         ambiguity(chain.push_raw(guest.path("dense")).unwrap_err()),
-        AmbiguousDiff::NoHoles
+        ReadAmbiguity::NoHoles
     ));
     chain
         .push_pages(guest.path("dense"), [7 * PAGE..8 * PAGE])
@@ -61,7 +61,7 @@ fn push_trusting_holes_returns_the_ambiguity_reason() {
     std::fs::write(guest.path("dense"), &dense).unwrap();
     let mut chain = guest.chain();
     let why = chain.push_trusting_holes(guest.path("dense")).unwrap();
-    assert!(matches!(why, Some(AmbiguousDiff::NoHoles)), "{why:?}");
+    assert!(matches!(why, Some(ReadAmbiguity::NoHoles)), "{why:?}");
     assert!(whole(&chain) == dense, "clean pages are taken for zeros");
 }
 
@@ -72,7 +72,7 @@ fn diff_with_a_hole_inside_a_page_is_refused() {
     sparse_file::punch_hole(&file, 7 * PAGE + 4096..8 * PAGE).unwrap();
     let why = ambiguity(guest.chain().push_raw(&diff).unwrap_err());
     assert!(
-        matches!(why, AmbiguousDiff::TornPage { offset } if offset == 7 * PAGE + 4096),
+        matches!(why, ReadAmbiguity::TornPage { offset } if offset == 7 * PAGE + 4096),
         "{why:?}"
     );
 }
@@ -85,7 +85,7 @@ fn raw_diff_with_pages_smaller_than_holes_is_refused() {
     assert!(
         matches!(
             why,
-            AmbiguousDiff::Holes(PagesUnknown::Coarse { page_size: 512, .. })
+            ReadAmbiguity::Holes(PagesUnknown::Coarse { page_size: 512, .. })
         ),
         "{why:?}"
     );
@@ -108,7 +108,7 @@ fn raw_diff_on_a_file_system_with_larger_blocks_is_refused() {
     assert!(
         matches!(
             why,
-            AmbiguousDiff::Holes(PagesUnknown::Coarse {
+            ReadAmbiguity::Holes(PagesUnknown::Coarse {
                 page_size: 4096,
                 ..
             })
@@ -175,7 +175,7 @@ mod names_and_mounts {
         assert!(
             matches!(
                 why,
-                AmbiguousDiff::Holes(PagesUnknown::Coarse { .. } | PagesUnknown::MountedAlone)
+                ReadAmbiguity::Holes(PagesUnknown::Coarse { .. } | PagesUnknown::MountedAlone)
             ),
             "{why:?}"
         );

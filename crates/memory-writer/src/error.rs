@@ -1,8 +1,8 @@
 //! Errors of taking snapshots.
 
-mod ambiguous_diff;
 mod memory_io;
 mod ram;
+mod write_ambiguity;
 
 use std::io;
 use std::path::PathBuf;
@@ -13,9 +13,9 @@ use image_format::FooterError;
 use sparse_file::{SpaceError, WriteError, ZeroError};
 use thiserror::Error;
 
-pub use ambiguous_diff::AmbiguousDiff;
 pub use memory_io::MemoryIoStep;
 pub use ram::RamError;
+pub use write_ambiguity::WriteAmbiguity;
 
 /// An error of taking a snapshot. The destination is unchanged, except after
 /// [`Commit`](Self::Commit), which states what is there.
@@ -146,7 +146,7 @@ pub enum SnapshotError {
         /// The snapshot's destination.
         dest: PathBuf,
         /// The reason why the holes do not identify the pages.
-        source: AmbiguousDiff,
+        source: WriteAmbiguity,
     },
     /// The footer cannot be written. Reported as early as possible: before pages are written, if
     /// regions or metadata do not fit.
@@ -183,7 +183,7 @@ pub enum SnapshotError {
 }
 
 impl SnapshotError {
-    pub(crate) fn from_grow(dest: PathBuf, len: u64, error: SpaceError) -> Self {
+    pub(crate) fn set_size_failed(dest: PathBuf, len: u64, error: SpaceError) -> Self {
         Self::MemoryIo {
             dest,
             step: MemoryIoStep::SetSize,
@@ -192,7 +192,7 @@ impl SnapshotError {
         }
     }
 
-    pub(crate) fn from_punch(dest: PathBuf, offset: u64, error: SpaceError) -> Self {
+    pub(crate) fn punch_failed(dest: PathBuf, offset: u64, error: SpaceError) -> Self {
         Self::MemoryIo {
             dest,
             step: MemoryIoStep::Write,
@@ -201,7 +201,7 @@ impl SnapshotError {
         }
     }
 
-    pub(crate) fn from_share(dest: PathBuf, error: SpaceError) -> Self {
+    pub(crate) fn reflink_failed(dest: PathBuf, error: SpaceError) -> Self {
         Self::MemoryIo {
             dest,
             step: MemoryIoStep::Write,
@@ -210,11 +210,11 @@ impl SnapshotError {
         }
     }
 
-    pub(crate) fn from_wipe(dest: PathBuf, error: ZeroError) -> Self {
+    pub(crate) fn wipe_failed(dest: PathBuf, error: ZeroError) -> Self {
         let (offset, source) = match error {
             ZeroError::Punch(SpaceError::Io { range, source, .. }) => (range.start, source),
             ZeroError::Punch(other) => (0, io_error(other)),
-            ZeroError::Write(error) => match Self::from_write(dest.clone(), error) {
+            ZeroError::Write(error) => match Self::write_failed(dest.clone(), error) {
                 Self::MemoryIo { offset, source, .. } => (offset, source),
                 other => return other,
             },
@@ -227,7 +227,7 @@ impl SnapshotError {
         }
     }
 
-    pub(crate) fn from_write(dest: PathBuf, error: WriteError) -> Self {
+    pub(crate) fn write_failed(dest: PathBuf, error: WriteError) -> Self {
         let (step, offset, source) = match error {
             WriteError::Source { offset, source } => (MemoryIoStep::Read, offset, source),
             WriteError::Destination { offset, source, .. } => (MemoryIoStep::Write, offset, source),

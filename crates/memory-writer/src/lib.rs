@@ -126,7 +126,7 @@ mod writer;
 pub use atomic_file::{
     CommitError, Durability, FileVersion, NotPreserved, OpenError, Preserve, Symlinks,
 };
-pub use error::{AmbiguousDiff, MemoryIoStep, RamError, SnapshotError};
+pub use error::{MemoryIoStep, RamError, SnapshotError, WriteAmbiguity};
 pub use image_format::{FooterError, ImageId, Layout};
 pub use options::WriterOptions;
 pub use seal::Seal;

@@ -7,7 +7,7 @@ use dirty_bitmap::PageSet;
 use nix::unistd::fsync;
 use sparse_file::{ExtentKind, HolesUnknown, PageHoles, PagesUnknown, extents};
 
-use crate::error::AmbiguousDiff;
+use crate::error::WriteAmbiguity;
 use crate::geometry::Geometry;
 
 /// The pages of the memory file that were written.
@@ -18,7 +18,7 @@ pub(crate) struct RawDiff {
 
 impl RawDiff {
     /// Creates a diff without pages in `file`.
-    pub(crate) fn begin(file: &File, geometry: Geometry) -> Result<Self, AmbiguousDiff> {
+    pub(crate) fn begin(file: &File, geometry: Geometry) -> Result<Self, WriteAmbiguity> {
         PageHoles::check_new(file, geometry.page_size)?;
         Ok(Self {
             pages: geometry.no_pages(),
@@ -26,11 +26,11 @@ impl RawDiff {
     }
 
     /// Checks that a hole remains after `pages` are written too.
-    pub(crate) fn check_hole_is_left(&self, pages: &PageSet) -> Result<(), AmbiguousDiff> {
+    pub(crate) fn check_hole_is_left(&self, pages: &PageSet) -> Result<(), WriteAmbiguity> {
         let left = |gap| self.pages.gaps_in(gap).next().is_some();
         match pages.gaps().any(left) {
             true => Ok(()),
-            false => Err(AmbiguousDiff::EveryPage),
+            false => Err(WriteAmbiguity::EveryPage),
         }
     }
 
@@ -40,10 +40,10 @@ impl RawDiff {
     }
 
     /// Checks that the holes of the written file are the pages that were not written.
-    pub(crate) fn check_written(&self, file: &File) -> Result<(), AmbiguousDiff> {
+    pub(crate) fn check_written(&self, file: &File) -> Result<(), WriteAmbiguity> {
         if self.pages.gaps().next().is_none() {
             // Pages were marked during the write.
-            return Err(AmbiguousDiff::EveryPage);
+            return Err(WriteAmbiguity::EveryPage);
         }
         // Delayed allocation may cover more than was written, and blocks that are being written
         // count as reserved. A sync ends both. The commit syncs anyway, so sync here only if
@@ -55,16 +55,16 @@ impl RawDiff {
         self.check_extents(file)
     }
 
-    fn check_extents(&self, file: &File) -> Result<(), AmbiguousDiff> {
+    fn check_extents(&self, file: &File) -> Result<(), WriteAmbiguity> {
         PageHoles::check_reserved(file)?;
         match self.first_difference(file)? {
             None => Ok(()),
-            Some(offset) => Err(AmbiguousDiff::NotAsWritten { offset }),
+            Some(offset) => Err(WriteAmbiguity::NotAsWritten { offset }),
         }
     }
 
     /// Returns the offset of the first page whose reported state is wrong.
-    fn first_difference(&self, file: &File) -> Result<Option<u64>, AmbiguousDiff> {
+    fn first_difference(&self, file: &File) -> Result<Option<u64>, WriteAmbiguity> {
         let failed = |error| PagesUnknown::from(HolesUnknown::Io(error));
         let (size, page_size) = (self.pages.range().end, self.pages.page_size());
         let mut at = 0;
@@ -133,7 +133,7 @@ mod tests {
         }
         let error = diff.check_written(&file).unwrap_err();
         assert!(
-            matches!(error, AmbiguousDiff::NotAsWritten { offset } if offset == at * PAGE),
+            matches!(error, WriteAmbiguity::NotAsWritten { offset } if offset == at * PAGE),
             "{error:?}"
         );
     }
@@ -152,7 +152,7 @@ mod tests {
         assert!(
             matches!(
                 error,
-                AmbiguousDiff::Holes(PagesUnknown::Reserved { offset: PAGE })
+                WriteAmbiguity::Holes(PagesUnknown::Reserved { offset: PAGE })
             ),
             "{error:?}"
         );
@@ -173,7 +173,7 @@ mod tests {
         let (_dir, file, diff) = diff(&[0, 1, 2, 3, 4, 5, 6, 7]);
         file.write_all_at(&[7; 8 * PAGE as usize], 0).unwrap();
         let error = diff.check_written(&file).unwrap_err();
-        assert!(matches!(error, AmbiguousDiff::EveryPage), "{error:?}");
+        assert!(matches!(error, WriteAmbiguity::EveryPage), "{error:?}");
     }
 
     #[test]
@@ -181,6 +181,6 @@ mod tests {
         let (.., diff) = diff(&[0, 1, 2, 3]);
         diff.check_hole_is_left(&set(&[4, 5, 6])).unwrap();
         let error = diff.check_hole_is_left(&set(&[3, 4, 5, 6, 7]));
-        assert!(matches!(error, Err(AmbiguousDiff::EveryPage)));
+        assert!(matches!(error, Err(WriteAmbiguity::EveryPage)));
     }
 }

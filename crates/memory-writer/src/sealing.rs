@@ -46,7 +46,7 @@ impl SealError {
         match self {
             Self::Id(source) => SnapshotError::Id { dest, source },
             Self::Footer(source) => SnapshotError::Seal { dest, source },
-            Self::Grow(len, error) => SnapshotError::from_grow(dest, len, error),
+            Self::Grow(len, error) => SnapshotError::set_size_failed(dest, len, error),
             Self::ReadBack(offset, source) => SnapshotError::MemoryIo {
                 dest,
                 step: MemoryIoStep::ReadBack,

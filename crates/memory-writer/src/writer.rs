@@ -106,7 +106,7 @@ impl MemoryWriter {
 
     /// Returns the path of the staged file.
     #[must_use]
-    pub fn temp_path(&self) -> &Path {
+    pub fn staged_path(&self) -> &Path {
         self.staged.temp_path()
     }
 
@@ -154,7 +154,7 @@ impl MemoryWriter {
     /// Returns the number of bytes that a write has written, or the reason why it is not complete.
     fn finish_pass(&self, written: Result<u64, WriteError>) -> Result<u64, SnapshotError> {
         let dest = || self.staged.dest_path().to_owned();
-        let written = written.map_err(|error| SnapshotError::from_write(dest(), error))?;
+        let written = written.map_err(|error| SnapshotError::write_failed(dest(), error))?;
         match self.reporter.is_cancelled() {
             true => Err(self.cancelled(written)),
             false => Ok(written),

@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{AmbiguousDiff, ImageId, Layout, MemoryWriter, Seal, SnapshotError};
+use memory_writer::{ImageId, Layout, MemoryWriter, Seal, SnapshotError, WriteAmbiguity};
 use page_reader::PageReader;
 use rstest::rstest;
 use sparse_file::{HolesUnknown, PagesUnknown};
@@ -40,7 +40,7 @@ fn seal() -> Seal {
 }
 
 /// Returns the reason why a raw diff of `marks` is refused in `dir`.
-fn refused(dir: &Path, page_size: u64, marks: &DirtyBitmap) -> AmbiguousDiff {
+fn refused(dir: &Path, page_size: u64, marks: &DirtyBitmap) -> WriteAmbiguity {
     let before = marks.dirty_bytes();
     let (dest, ram) = (dir.join("diff.mem"), Ones::default());
     let epoch = marks.begin_epoch().unwrap();
@@ -85,7 +85,7 @@ fn raw_diff_in_pages_smaller_than_a_block_is_refused(
     assert!(
         matches!(
             why,
-            AmbiguousDiff::Holes(PagesUnknown::Coarse { granularity, .. }) if granularity == block
+            WriteAmbiguity::Holes(PagesUnknown::Coarse { granularity, .. }) if granularity == block
         ),
         "{why:?}"
     );
@@ -102,7 +102,7 @@ fn raw_diff_in_a_file_without_extents_is_refused() {
     assert!(
         matches!(
             why,
-            AmbiguousDiff::Holes(PagesUnknown::Holes(HolesUnknown::NoExtents))
+            WriteAmbiguity::Holes(PagesUnknown::Holes(HolesUnknown::NoExtents))
         ),
         "{why:?}"
     );
@@ -114,10 +114,10 @@ fn raw_diff_of_every_page_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let all = dirty((0..RAM).step_by(1024));
     let why = refused(dir.path(), 4096, &all);
-    assert!(matches!(why, AmbiguousDiff::EveryPage), "{why:?}");
+    assert!(matches!(why, WriteAmbiguity::EveryPage), "{why:?}");
     // A mark in each page is enough.
     let why = refused(dir.path(), 65536, &dirty((0..RAM).step_by(65536)));
-    assert!(matches!(why, AmbiguousDiff::EveryPage), "{why:?}");
+    assert!(matches!(why, WriteAmbiguity::EveryPage), "{why:?}");
     accepted(dir.path(), 4096, Layout::Packed, seal(), &all);
     accepted(dir.path(), 4096, Layout::Sealed, seal(), &all);
 }
@@ -138,7 +138,7 @@ fn second_raw_diff_that_leaves_no_hole_is_refused() {
         matches!(
             error,
             SnapshotError::AmbiguousDiff {
-                source: AmbiguousDiff::EveryPage,
+                source: WriteAmbiguity::EveryPage,
                 ..
             }
         ),

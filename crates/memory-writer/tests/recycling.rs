@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{AmbiguousDiff, MemoryIoStep, MemoryWriter, SnapshotError, WriterOptions};
+use memory_writer::{MemoryIoStep, MemoryWriter, SnapshotError, WriteAmbiguity, WriterOptions};
 use proptest::prelude::*;
 use rstest::rstest;
 use sparse_file::ExtentKind;
@@ -213,7 +213,7 @@ fn child() {
             format!("not wiped at {offset}: {:?}", source.raw_os_error())
         }
         Err(SnapshotError::AmbiguousDiff {
-            source: AmbiguousDiff::NotAsWritten { offset },
+            source: WriteAmbiguity::NotAsWritten { offset },
             ..
         }) => format!("ambiguous at {offset}"),
         Err(other) => format!("{other:?}"),

@@ -156,7 +156,7 @@ fn shared_image_discards_the_writes_of_the_epoch() {
     let epoch = dirty.begin_epoch().unwrap();
     let mut writer = open(&place);
     writer.write_full(&ram()).unwrap();
-    assert!(writer.share_full(&image).unwrap());
+    assert!(writer.reflink_full(&image).unwrap());
     let error = writer.commit_and_release(epoch).unwrap_err();
     let refused = matches!(error, SnapshotError::EpochNotWritten { .. });
     assert!(refused, "{error}");

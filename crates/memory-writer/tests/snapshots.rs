@@ -246,7 +246,7 @@ fn default_mode_grants_access_to_the_owner_only() {
             .durability(Durability::None)
             .open(&place.dest, SIZE, PAGE)
             .unwrap();
-        let staged = std::fs::metadata(writer.temp_path())
+        let staged = std::fs::metadata(writer.staged_path())
             .unwrap()
             .permissions()
             .mode();
@@ -276,7 +276,7 @@ fn no_clobber_and_a_staging_directory_are_passed_on() {
         .staging_dir(&staging)
         .open(&place.dest, SIZE, PAGE)
         .unwrap();
-    assert_eq!(writer.temp_path().parent().unwrap(), staging);
+    assert_eq!(writer.staged_path().parent().unwrap(), staging);
 }
 
 #[test]
@@ -340,7 +340,7 @@ mod sharing {
 
         let image = File::open(&place.dest).unwrap();
         let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
-        assert_eq!(writer.share_full(&image).unwrap(), shared);
+        assert_eq!(writer.reflink_full(&image).unwrap(), shared);
         if !shared {
             writer.write_full(&base).unwrap();
         }
@@ -350,7 +350,7 @@ mod sharing {
         let sealed = MemoryWriter::options().layout(Layout::Sealed);
         let mut writer = sealed.open(&place.dest, SIZE, PAGE).unwrap();
         assert!(
-            !writer.share_full(&image).unwrap(),
+            !writer.reflink_full(&image).unwrap(),
             "it has a footer to fill in"
         );
     }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memory_image::{AmbiguousDiff, Chain, ChainError, Image, NotFullError, VerifyError};
+use memory_image::{Chain, ChainError, Image, NotFullError, ReadAmbiguity, VerifyError};
 use sparse_file::FileIdentity;
 
 use crate::args::{Format, Formats, ImageFile, RawImages};
@@ -60,7 +60,7 @@ pub fn put_together(
     let page = |image: &Image| image.footer().map_or(RAW_PAGE, |footer| footer.page_size);
     let smallest = images.iter().map(page).min().ok_or(ChainError::NoImages)?;
     let page_size = raw.page_size.unwrap_or(smallest);
-    let warn = |path: &Path, ambiguity: Option<AmbiguousDiff>| {
+    let warn = |path: &Path, ambiguity: Option<ReadAmbiguity>| {
         if let Some(why) = ambiguity {
             let why = words::text(&why.into());
             session.warn(&format!(

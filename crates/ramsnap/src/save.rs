@@ -102,7 +102,7 @@ pub fn warn_of_lost(session: &Session, path: &Path, lost: &[NotPreserved]) {
 /// Refuses an image that the file system of the output cannot hold, before the images are read.
 pub fn check_room(writer: &MemoryWriter, chain: &Chain) -> Result<(), Failure> {
     let raw_diff = writer.image_id().is_none() && !chain.is_full();
-    let dir = dir_of(writer.temp_path());
+    let dir = dir_of(writer.staged_path());
     room::check_new(writer.dest_path(), dir, chain, raw_diff)
 }
 
@@ -118,7 +118,7 @@ pub fn check_room_but_zeros(
     }
     let stored: Vec<_> = chain.stored_runs().collect();
     let needed = without_zeros(session, chain, &stored)?;
-    let dir = dir_of(writer.temp_path());
+    let dir = dir_of(writer.staged_path());
     Ok(room::check_runs(writer.dest_path(), dir, needed)?)
 }
 

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, ChainError, Image, MappedChain, ReadImageError, RestoreError, compare};
-use memory_writer::{AmbiguousDiff, Layout, MemoryWriter, Seal, SnapshotError};
+use memory_writer::{Layout, MemoryWriter, Seal, SnapshotError, WriteAmbiguity};
 use misbehaving_fs::{Behavior, Lseek, MisbehavingFs, Reads};
 use page_reader::{HostMemory, PageReader};
 use rstest::rstest;
@@ -167,7 +167,7 @@ fn a_raw_diff_on_fuse_is_refused_before_ram_is_read() {
         matches!(
             &error,
             SnapshotError::AmbiguousDiff {
-                source: AmbiguousDiff::Holes(PagesUnknown::Holes(
+                source: WriteAmbiguity::Holes(PagesUnknown::Holes(
                     HolesUnknown::FileSystem { file_system }
                 )),
                 ..
@@ -209,7 +209,7 @@ fn a_raw_diff_on_fuse_is_not_read_by_its_holes() {
             matches!(
                 error,
                 ChainError::AmbiguousDiff {
-                    why: memory_image::AmbiguousDiff::Holes(PagesUnknown::Holes(
+                    why: memory_image::ReadAmbiguity::Holes(PagesUnknown::Holes(
                         HolesUnknown::FileSystem { .. }
                     )),
                     ..

@@ -88,7 +88,9 @@ impl Target {
         if self.0 == Some(Mutant::FollowStageSymlink) {
             return Ok(fixed_stage(dest));
         }
-        Ok(MemoryWriter::open(dest, 4096, 4096)?.temp_path().to_owned())
+        Ok(MemoryWriter::open(dest, 4096, 4096)?
+            .staged_path()
+            .to_owned())
     }
 
     fn open(self, dest: &Path, size: u64, page_size: u64) -> anyhow::Result<MemoryWriter> {

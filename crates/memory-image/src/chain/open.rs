@@ -9,7 +9,7 @@ use sparse_file::PageHoles;
 use super::extents::ExtentMap;
 use super::segment::SegmentSource;
 use super::{Chain, Members};
-use crate::error::{AmbiguousDiff, ChainError, NotFullError};
+use crate::error::{ChainError, NotFullError, ReadAmbiguity};
 use crate::image::Image;
 
 impl Chain {
@@ -107,7 +107,7 @@ impl Chain {
     pub fn from_diff_trusting_holes(
         oldest: Image,
         page_size: u64,
-    ) -> Result<(Self, Option<AmbiguousDiff>), ChainError> {
+    ) -> Result<(Self, Option<ReadAmbiguity>), ChainError> {
         let mut chain = Self::empty(page_size, false)?;
         chain.check_pages(&oldest)?;
         let (pages, ambiguity) = chain.pages_trusting_holes(&oldest)?;
@@ -171,7 +171,7 @@ impl Chain {
     pub fn push_trusting_holes(
         &mut self,
         diff: impl AsRef<Path>,
-    ) -> Result<Option<AmbiguousDiff>, ChainError> {
+    ) -> Result<Option<ReadAmbiguity>, ChainError> {
         let image = Image::open_raw(diff)?;
         self.check_follows(&image)?;
         let (pages, ambiguity) = self.pages_trusting_holes(&image)?;
@@ -183,7 +183,7 @@ impl Chain {
     fn pages_trusting_holes(
         &mut self,
         image: &Image,
-    ) -> Result<(Pages, Option<AmbiguousDiff>), ChainError> {
+    ) -> Result<(Pages, Option<ReadAmbiguity>), ChainError> {
         match self.pages_of_diff(image) {
             Ok(pages) => Ok((pages, None)),
             Err(ChainError::AmbiguousDiff { why, .. }) => {

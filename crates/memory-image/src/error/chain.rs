@@ -103,7 +103,7 @@ pub enum ChainError {
         path: PathBuf,
         /// Why the holes do not show the pages.
         #[source]
-        why: AmbiguousDiff,
+        why: ReadAmbiguity,
     },
     /// The run of pages is not inside the image.
     #[error("{start:#x}..{end:#x} is not a range inside an image of {size:#x} bytes")]
@@ -163,10 +163,10 @@ pub enum LinkError {
     NoParent,
 }
 
-/// Why the pages of a raw diff cannot be distinguished from the gaps between them.
+/// Why the pages of a raw diff that is being read cannot be distinguished from the gaps between them.
 #[derive(Debug, Error)]
 #[non_exhaustive]
-pub enum AmbiguousDiff {
+pub enum ReadAmbiguity {
     /// Holes on its file system do not show which pages were written.
     #[error(transparent)]
     Holes(#[from] PagesUnknown),

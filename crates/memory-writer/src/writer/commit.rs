@@ -72,7 +72,7 @@ impl MemoryWriter {
     /// Only writes of this writer count: a [full write](Self::write_full) that began after the
     /// marks were taken, and [diffs](Self::write_diff) of [`Epoch::bitmap`] or of a bitmap that
     /// [`Epoch::extend`] returned. A diff of the bitmap that the guest marks does not count.
-    /// [`share_full`](Self::share_full) does not count and undoes the writes before it. A
+    /// [`reflink_full`](Self::reflink_full) does not count and undoes the writes before it. A
     /// [clean](DirtyBitmap::is_clean) part needs no write.
     ///
     /// The check compares the size and the known start of the RAM. It cannot determine whether a
@@ -114,7 +114,7 @@ impl MemoryWriter {
         if let Some(stale_pages) = &self.stale_pages {
             stale_pages
                 .wipe(file, &self.write)
-                .map_err(|error| SnapshotError::from_wipe(dest(), error))?;
+                .map_err(|error| SnapshotError::wipe_failed(dest(), error))?;
         }
         match self.pages {
             PageRecord::Holes(diff) => {

@@ -68,7 +68,7 @@ impl MemoryWriter {
     ///
     /// # Errors
     /// [`SnapshotError::MemoryIo`]: the writer can no longer be committed.
-    pub fn share_full(&mut self, image: &File) -> Result<bool, SnapshotError> {
+    pub fn reflink_full(&mut self, image: &File) -> Result<bool, SnapshotError> {
         if self.pages.footer().is_some() {
             return Ok(false);
         }
@@ -82,7 +82,7 @@ impl MemoryWriter {
             }
             Err(error) => {
                 let dest = self.staged.dest_path().to_owned();
-                return Err(SnapshotError::from_share(dest, error));
+                return Err(SnapshotError::reflink_failed(dest, error));
             }
         }
         self.stale_pages = None;

@@ -111,7 +111,7 @@ impl WriterOptions {
         let stale_pages = match layout {
             Layout::Raw | Layout::Sealed => {
                 resize(staged.file(), ram_size)
-                    .map_err(|error| SnapshotError::from_grow(dest(), ram_size, error))?;
+                    .map_err(|error| SnapshotError::set_size_failed(dest(), ram_size, error))?;
                 let all = || StalePages::all(0..ram_size, page_size);
                 staged.recycled().then(all)
             }
@@ -119,7 +119,7 @@ impl WriterOptions {
                 if staged.recycled() {
                     // Packed pages leave one gap: between the header and the first page.
                     wipe_header(staged.file(), packed_start(page_size), &self.write)
-                        .map_err(|error| SnapshotError::from_wipe(dest(), error))?;
+                        .map_err(|error| SnapshotError::wipe_failed(dest(), error))?;
                 }
                 None
             }

@@ -164,7 +164,7 @@ impl MemoryWriter {
                 }
                 Err(error) => {
                     let dest = self.staged.dest_path().to_owned();
-                    return Err(SnapshotError::from_punch(dest, run.start, error));
+                    return Err(SnapshotError::punch_failed(dest, run.start, error));
                 }
             }
         }
@@ -219,7 +219,7 @@ impl MemoryWriter {
                 // The limit of this process is known before the first page is written.
                 let (file, end) = (self.staged.file(), plan.file_end());
                 check_len(file, end).map_err(|error| {
-                    SnapshotError::from_grow(self.staged.dest_path().to_owned(), end, error)
+                    SnapshotError::set_size_failed(self.staged.dest_path().to_owned(), end, error)
                 })?;
                 Ok(Plan::Placed(plan))
             }

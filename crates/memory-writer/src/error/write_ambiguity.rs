@@ -3,11 +3,11 @@
 use sparse_file::PagesUnknown;
 use thiserror::Error;
 
-/// The reason why a raw diff could not be read back: its pages cannot be distinguished from its
+/// The reason why the pages of a raw diff that is being written cannot be distinguished from its
 /// holes.
 #[derive(Debug, Error)]
 #[non_exhaustive]
-pub enum AmbiguousDiff {
+pub enum WriteAmbiguity {
     /// Holes do not identify written pages on the destination's file system.
     #[error(transparent)]
     Holes(#[from] PagesUnknown),
