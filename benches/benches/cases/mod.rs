@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use benches::scattered;
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{MemoryWriter, WriterOptions};
+use memory_writer::{MemoryWriter, MemoryWriterOptions};
 use vm_memory::{Bytes, GuestAddress};
 
 use ram::Ram;
@@ -115,7 +115,7 @@ impl Dirty {
 const FILE_PAGE: u64 = 16 << 10;
 
 /// Returns the case of a full dump. `options` apply to this project's writer.
-pub fn full<'a>(ram: &'a Ram, name: &str, options: fn() -> WriterOptions) -> Case<'a> {
+pub fn full<'a>(ram: &'a Ram, name: &str, options: fn() -> MemoryWriterOptions) -> Case<'a> {
     let size = ram.size;
     Case {
         name: name.into(),

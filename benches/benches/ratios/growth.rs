@@ -76,7 +76,12 @@ impl Comparison<'_> {
         }
     }
 
-    fn dump(&self, ram: &dyn PageReader, size: u64, options: memory_writer::WriterOptions) -> f64 {
+    fn dump(
+        &self,
+        ram: &dyn PageReader,
+        size: u64,
+        options: memory_writer::MemoryWriterOptions,
+    ) -> f64 {
         let dest = self.place.join("guest.mem");
         let start = Instant::now();
         let mut writer = options.open(&dest, size, 16 << 10).unwrap();

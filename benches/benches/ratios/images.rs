@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use lazy_restore::LazyRam;
 use memory_image::{Chain, Image, MappedChain};
-use memory_writer::{ImageId, Layout, MemoryWriter, Seal, WriterOptions};
+use memory_writer::{ImageId, Layout, MemoryWriter, MemoryWriterOptions, Seal};
 use page_reader::PageReader;
 
 use crate::cases::SQUIB;
@@ -27,11 +27,11 @@ const READER: &str = "bare reader";
 
 const PAGE: u64 = 4096;
 
-fn packed() -> WriterOptions {
+fn packed() -> MemoryWriterOptions {
     MemoryWriter::options().layout(Layout::Packed)
 }
 
-fn sealed() -> WriterOptions {
+fn sealed() -> MemoryWriterOptions {
     MemoryWriter::options().layout(Layout::Sealed)
 }
 
@@ -46,7 +46,7 @@ impl Comparison<'_> {
         let case = packed_diff(&ram, &dirty, name, Before::Previous);
         self.run(&case, &[(SQUIB, 6.0), (LIMIT, 0.85)]);
         for (what, options) in [
-            ("sealed", sealed as fn() -> WriterOptions),
+            ("sealed", sealed as fn() -> MemoryWriterOptions),
             ("packed", packed),
         ] {
             let name = format!("full 1 GiB, random bytes, {what}");
@@ -156,7 +156,7 @@ impl Comparison<'_> {
     /// Compares merging ten diffs onto their base.
     fn merge(&mut self, ram: &Ram) {
         let paths = self.chain(ram, 100, Pattern::Random);
-        let merged = |options: WriterOptions, dest: &Path, paths: &[PathBuf]| {
+        let merged = |options: MemoryWriterOptions, dest: &Path, paths: &[PathBuf]| {
             let chain = Chain::open_sealed(paths).unwrap();
             chain.merge(options, dest).unwrap();
         };
@@ -225,7 +225,7 @@ fn packed_diff<'a>(ram: &'a Ram, dirty: &'a Dirty, name: &str, before: Before) -
 
 fn write(
     path: &Path,
-    options: WriterOptions,
+    options: MemoryWriterOptions,
     ram: &Ram,
     dirty: Option<&Dirty>,
 ) -> memory_writer::ImageId {

@@ -286,7 +286,7 @@ fn named_goals(goals: &[(&str, f64)]) -> Vec<(String, f64)> {
 fn skipping<'a>(
     ram: &'a Ram,
     name: &str,
-    options: fn() -> memory_writer::WriterOptions,
+    options: fn() -> memory_writer::MemoryWriterOptions,
 ) -> Case<'a> {
     let mut case = full(ram, name, options);
     case.contenders.retain(|contender| contender.name != LIMIT);

@@ -118,7 +118,7 @@
 //!
 //! ## What fails early
 //!
-//! [`Options::open`] fails if the commit is known to fail:
+//! [`AtomicWriterOptions::open`] fails if the commit is known to fail:
 //! - The destination is a directory, a mount point, immutable, append-only, or swap space in use.
 //! - A sticky directory protects the destination from this user.
 //! - Files in the directory cannot be renamed.
@@ -128,8 +128,8 @@
 //!
 //! ## Recycling
 //!
-//! With [`Options::recycle`], `open` reuses the file that the previous commit replaced, if it
-//! exists and no other process has it open. The commit keeps the file that it replaces:
+//! With [`AtomicWriterOptions::recycle`], `open` reuses the file that the previous commit replaced,
+//! if it exists and no other process has it open. The commit keeps the file that it replaces:
 //! ```text
 //! openat(3, ".atomic-file-2670fefa.spare", O_RDWR|O_NOFOLLOW|O_CLOEXEC) = 4
 //! flock(4, LOCK_EX|LOCK_NB)               excludes other writers; then the name is checked
@@ -209,8 +209,8 @@
 //! ## Replacing a file that was read
 //!
 //! By default, the last writer to commit wins. A writer whose bytes were derived from the
-//! destination passes the [`FileVersion`] that it read to [`Options::replace_only`]. If another
-//! writer committed since then, `open` or the commit fails and replaces nothing:
+//! destination passes the [`FileVersion`] that it read to [`AtomicWriterOptions::replace_only`]. If
+//! another writer committed since then, `open` or the commit fails and replaces nothing:
 //! ```text
 //! fsync(4)
 //! openat(3, "."), getdents64              no pending group commit includes "vm.mem"
@@ -245,9 +245,9 @@
 //! | rename | old or new, complete | the staged file if old |
 //! | sync of the directory: `commit` returns | **new** | nothing |
 //!
-//! With [`Options::recycle`], the rename is an exchange. The old file then has the name of the
-//! staged file, and after the sync of the directory the recycled name. [`sweep`] and the next
-//! writer handle both.
+//! With [`AtomicWriterOptions::recycle`], the rename is an exchange. The old file then has the name
+//! of the staged file, and after the sync of the directory the recycled name. [`sweep`] and the
+//! next writer handle both.
 //!
 //! With [`Barrier`](Durability::Barrier), the commit ends one row earlier. With
 //! [`None`](Durability::None), neither sync takes place. After a power loss (but not after a kill)
@@ -264,14 +264,15 @@
 //!
 //! - A commit replaces the *name*. Other hard links to the old file keep it, and a process that has
 //!   it open continues to read it. The new file has the requested mode and the owner of a newly
-//!   created file, unless [`Options::preserve`] is set.
+//!   created file, unless [`AtomicWriterOptions::preserve`] is set.
 //! - A `fork`ed child that does not `exec` keeps the locks if its parent is killed, and runs
 //!   destructors if it unwinds. Let it call `_exit`.
 //! - Locks are advisory. Another user who may write to the directory can remove or exchange a
 //!   staged file. The commit detects that its staged file was replaced, except in the instant of
 //!   the rename.
 //! - Any process that may read a destination can hold a `flock` on it. This makes commits with
-//!   [`Options::replace_only`] fail, and the file is not recycled. It affects nothing else.
+//!   [`AtomicWriterOptions::replace_only`] fail, and the file is not recycled. It affects nothing
+//!   else.
 //! - The path of a destination may be longer than `PATH_MAX`: this crate opens its directory in
 //!   steps. System calls do not accept the longer paths that it returns, such as
 //!   [`AtomicWriter::temp_path`]. A file name longer than the file system's limit (mostly 255
@@ -348,7 +349,7 @@ pub use error::{
 };
 pub use group::{AddError, AtomicGroup, Ineligible};
 pub use ids::is_same_user;
-pub use options::Options;
+pub use options::AtomicWriterOptions;
 pub use permissions::others_may_write;
 pub use preserve::Preserve;
 pub use recover::recover;

@@ -27,8 +27,8 @@ use crate::version::FileVersion;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
-#[must_use]
-pub struct Options {
+#[must_use = "options do nothing until `open`"]
+pub struct AtomicWriterOptions {
     pub(crate) mode: u32,
     pub(crate) durability: Durability,
     pub(crate) no_clobber: bool,
@@ -39,7 +39,7 @@ pub struct Options {
     pub(crate) replace_only: Option<FileVersion>,
 }
 
-impl Default for Options {
+impl Default for AtomicWriterOptions {
     fn default() -> Self {
         Self {
             mode: 0o600,
@@ -54,7 +54,7 @@ impl Default for Options {
     }
 }
 
-impl Options {
+impl AtomicWriterOptions {
     /// Sets the permission bits of the new file. The default is `0o600`. Neither the umask nor the
     /// replaced file changes them (but see [`preserve`](Self::preserve)). Bits above `0o7777` are
     /// ignored.

@@ -25,7 +25,7 @@ use narrow::narrowed;
 /// The attributes of the replaced file that the new file receives.
 ///
 /// The default is none: the new file has the attributes of a newly created file, with the requested
-/// [mode](crate::Options::mode).
+/// [mode](crate::AtomicWriterOptions::mode).
 ///
 /// The commit reads them from the destination and sets them on the new file after the last write
 /// and before the sync. `open` tries this, so that missing permissions are detected before data is
@@ -34,8 +34,8 @@ use narrow::narrowed;
 ///
 /// **Only a file that existed when the writer was opened** is a source of attributes. If the
 /// destination was created later, nothing is preserved, and the new file has the requested
-/// [mode](crate::Options::mode). If the destination was replaced by another file since, the commit
-/// fails, unless [`if_permitted`](Self::if_permitted) is set: then nothing is preserved.
+/// [mode](crate::AtomicWriterOptions::mode). If the destination was replaced by another file since,
+/// the commit fails, unless [`if_permitted`](Self::if_permitted) is set: then nothing is preserved.
 ///
 /// **A file that another user may have planted** is not a source of attributes, because that user
 /// could read the new file. This counts as not permitted. In a directory where other users may
@@ -47,7 +47,8 @@ use narrow::narrowed;
 /// another user. See [`is_same_user`](crate::is_same_user).
 ///
 /// **Missing permissions**: an unprivileged process can preserve the owner only of its own files,
-/// and the group only if it is a member. [`Options::open`](crate::Options::open) then fails with
+/// and the group only if it is a member.
+/// [`AtomicWriterOptions::open`](crate::AtomicWriterOptions::open) then fails with
 /// [`OpenError::NotPreserved`](crate::OpenError::NotPreserved). With
 /// [`if_permitted`](Self::if_permitted) the attribute is omitted, and
 /// [`AtomicWriter::not_preserved`](crate::AtomicWriter::not_preserved) lists it.
@@ -123,7 +124,7 @@ impl Preserve {
     }
 
     /// Sets whether to preserve the permission bits, instead of those of
-    /// [`Options::mode`](crate::Options::mode).
+    /// [`AtomicWriterOptions::mode`](crate::AtomicWriterOptions::mode).
     pub fn mode(mut self, preserve: bool) -> Self {
         self.mode = preserve;
         self

@@ -39,8 +39,8 @@ pub struct SweepReport {
     pub removed: Vec<PathBuf>,
     /// Staged files in use by this or another process. They were not changed.
     pub in_use: Vec<PathBuf>,
-    /// Recycled files (see [`Options::recycle`](crate::Options::recycle)) that were removed. The
-    /// next writer creates a new file.
+    /// Recycled files (see [`AtomicWriterOptions::recycle`](crate::AtomicWriterOptions::recycle))
+    /// that were removed. The next writer creates a new file.
     pub recycled: Vec<PathBuf>,
     /// Files with the name of a staged file that were not removed for another reason.
     pub skipped: Vec<Skipped>,

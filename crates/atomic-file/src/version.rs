@@ -15,12 +15,13 @@ use crate::sys::{self, Lock, Unlock, try_lock};
 
 /// A version of a file: its identity and its state when it was read.
 ///
-/// A writer with [`Options::replace_only`](crate::Options::replace_only) replaces only this
-/// version. A file that another writer has committed since stays.
+/// A writer with [`AtomicWriterOptions::replace_only`](crate::AtomicWriterOptions::replace_only)
+/// replaces only this version. A file that another writer has committed since stays.
 ///
 /// A version is identified by device, inode, size and time of modification. The file is kept open,
-/// so that its inode number is not reused and no writer [recycles](crate::Options::recycle) it.
-/// Changes of its mode, owner, attributes and links do not make it another version.
+/// so that its inode number is not reused and no writer
+/// [recycles](crate::AtomicWriterOptions::recycle) it. Changes of its mode, owner, attributes and
+/// links do not make it another version.
 ///
 /// # Limitations
 ///

@@ -12,7 +12,7 @@ use crate::attribute::NotPreserved;
 use crate::destination::Destination;
 use crate::durability::Durability;
 use crate::error::{Leftover, OpenError};
-use crate::options::Options;
+use crate::options::AtomicWriterOptions;
 use crate::preserve::Preserve;
 use crate::staged_file::StagedFile;
 use crate::version::FileVersion;
@@ -53,7 +53,7 @@ pub struct AtomicWriter {
 }
 
 impl AtomicWriter {
-    /// Stages a new file for `dest` with the default [`Options`].
+    /// Stages a new file for `dest` with the default [`AtomicWriterOptions`].
     ///
     /// # Errors
     /// Returns an [`OpenError`]. No file is left behind except those that the error names.
@@ -62,8 +62,8 @@ impl AtomicWriter {
     }
 
     /// Returns a builder for non-default options.
-    pub fn options() -> Options {
-        Options::default()
+    pub fn options() -> AtomicWriterOptions {
+        AtomicWriterOptions::default()
     }
 
     /// Returns the destination as it was given to `open`.
@@ -84,13 +84,15 @@ impl AtomicWriter {
     }
 
     /// Returns the attributes of the replaced file that the new file will lack, if
-    /// [`preserve`](Options::preserve) requests them [if permitted](Preserve::if_permitted).
+    /// [`preserve`](AtomicWriterOptions::preserve) requests them [if
+    /// permitted](Preserve::if_permitted).
     #[must_use]
     pub fn not_preserved(&self) -> &[NotPreserved] {
         &self.not_preserved
     }
 
-    /// Returns whether the staged file is a replaced file that [`Options::recycle`] reused.
+    /// Returns whether the staged file is a replaced file that [`AtomicWriterOptions::recycle`]
+    /// reused.
     ///
     /// A recycled file still has its old length and bytes. The caller must set the length and
     /// overwrite or zero all other bytes: old bytes that remain are committed. Otherwise the staged

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use atomic_file::{AtomicWriter, Options, recover, sweep};
+use atomic_file::{AtomicWriter, AtomicWriterOptions, recover, sweep};
 use nix::unistd::ForkResult;
 use rstest::rstest;
 use support::{Held, assert_names, commit, group, group_state_of};
@@ -173,7 +173,12 @@ fn a_commit_waits_for_a_recovery_that_checked_earlier() {
         assert_eq!(single.join().unwrap().as_deref(), Some("ok"));
     });
     // Both were in progress, and the group renamed last. The result is final.
-    commit(&Options::default(), &dir.path().join(FILES[0]), b"newest").unwrap();
+    commit(
+        &AtomicWriterOptions::default(),
+        &dir.path().join(FILES[0]),
+        b"newest",
+    )
+    .unwrap();
     recover(dir.path()).unwrap();
     let texts = FILES.map(|name| fs::read_to_string(dir.path().join(name)).unwrap());
     assert_eq!(texts, ["newest", "group's", "group's"]);
@@ -203,7 +208,12 @@ fn a_stopped_group_blocks_only_groups_with_common_files() {
     let others = group(dir.path(), &["other", "another"], "new").unwrap();
     others.commit().unwrap();
     for name in ["other", FILES[0]] {
-        commit(&Options::default(), &dir.path().join(name), b"newer").unwrap();
+        commit(
+            &AtomicWriterOptions::default(),
+            &dir.path().join(name),
+            b"newer",
+        )
+        .unwrap();
     }
     let sharing = group(dir.path(), &[FILES[2], "other"], "last").unwrap();
     thread::scope(|scope| {
@@ -239,8 +249,20 @@ fn a_recovery_keeps_files_committed_during_it() {
     let mut completing = Held::start("recover", dir.path(), "renameat", "delay_enter", 1);
     completing.wait_for_a_call();
     // A commit of another destination does not wait.
-    commit(&Options::default(), &dir.path().join("other"), b"").unwrap();
-    let newest = |name| commit(&Options::default(), &dir.path().join(name), b"newest").unwrap();
+    commit(
+        &AtomicWriterOptions::default(),
+        &dir.path().join("other"),
+        b"",
+    )
+    .unwrap();
+    let newest = |name| {
+        commit(
+            &AtomicWriterOptions::default(),
+            &dir.path().join(name),
+            b"newest",
+        )
+        .unwrap()
+    };
     let inode = fs::metadata(support::record(dir.path())).unwrap().ino();
     thread::scope(|scope| {
         let next = scope.spawn(|| newest(FILES[1]));

@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use atomic_file::{AtomicWriter, Options, preview_sweep, sweep};
+use atomic_file::{AtomicWriter, AtomicWriterOptions, preview_sweep, sweep};
 use rstest::rstest;
 use support::{assert_names, commit, dir_with_old, names};
 use test_machine::{needs, rounds};
@@ -233,7 +233,7 @@ fn without_locks_orphaned_files_are_kept_and_reported() {
 #[case::no_clobber("new", |_: &Path| AtomicWriter::options().no_clobber(true))]
 fn a_preflight_takes_no_name_from_another_writer(
     #[case] name: &str,
-    #[case] options: fn(&Path) -> Options,
+    #[case] options: fn(&Path) -> AtomicWriterOptions,
 ) {
     let (dir, _) = dir_with_old();
     fs::create_dir(dir.path().join("staging")).unwrap();

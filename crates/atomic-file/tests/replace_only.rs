@@ -10,7 +10,8 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use atomic_file::{
-    AtomicGroup, AtomicWriter, CommitError, CommitStep, FileVersion, Ineligible, OpenError, Options,
+    AtomicGroup, AtomicWriter, AtomicWriterOptions, CommitError, CommitStep, FileVersion,
+    Ineligible, OpenError,
 };
 use rstest::rstest;
 use support::{Held, assert_names, commit, dir_with_old};
@@ -35,7 +36,7 @@ fn version(path: &Path) -> FileVersion {
     FileVersion::new(file, &metadata)
 }
 
-fn only(path: &Path) -> Options {
+fn only(path: &Path) -> AtomicWriterOptions {
     AtomicWriter::options().replace_only(version(path))
 }
 
@@ -53,7 +54,7 @@ enum Other {
 impl Other {
     fn act(self, dest: &Path) {
         match self {
-            Self::Commits => commit(&Options::default(), dest, b"other").unwrap(),
+            Self::Commits => commit(&AtomicWriterOptions::default(), dest, b"other").unwrap(),
             Self::Renames => {
                 let other = dest.with_file_name("other");
                 fs::write(&other, "other").unwrap();
@@ -137,7 +138,7 @@ fn an_unchanged_version_is_replaced() {
 #[test]
 fn recycling_never_reuses_the_inode_of_a_version() {
     let (_dir, dest) = dir_with_old();
-    let recycle = Options::default().recycle(1 << 20);
+    let recycle = AtomicWriterOptions::default().recycle(1 << 20);
     // A file that a recycling writer may keep.
     commit(&recycle, &dest, b"111").unwrap();
     let mine = only(&dest).open(&dest).unwrap();
@@ -161,7 +162,7 @@ fn recycling_never_reuses_the_inode_of_a_version() {
 #[test]
 fn a_version_is_replaced_by_a_recycling_writer() {
     let (dir, dest) = dir_with_old();
-    let recycle = Options::default().recycle(1 << 20);
+    let recycle = AtomicWriterOptions::default().recycle(1 << 20);
     commit(&recycle, &dest, b"one").unwrap();
     for bytes in [b"two", b"new"] {
         commit(&only(&dest).recycle(1 << 20), &dest, bytes).unwrap();

@@ -210,8 +210,8 @@ impl Image {
     }
 
     /// Returns the version of its file that was opened, for a writer that may [replace
-    /// only](memory_writer::WriterOptions::replace_only) this version. The value keeps the file
-    /// open.
+    /// only](memory_writer::MemoryWriterOptions::replace_only) this version. The value keeps the
+    /// file open.
     ///
     /// # Errors
     /// [`ReadImageError`] if the file was closed meanwhile and cannot be opened again.

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use image_format::RAW_UNIT;
-use memory_writer::{MemoryWriter, Seal, WriterOptions};
+use memory_writer::{MemoryWriter, MemoryWriterOptions, Seal};
 
 use crate::chain::Chain;
 use crate::error::{MergeError, ReadImageError};
@@ -52,7 +52,11 @@ impl Chain {
     /// chain.merge(options, &merged)?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    pub fn merge(&self, options: WriterOptions, dest: impl AsRef<Path>) -> Result<u64, MergeError> {
+    pub fn merge(
+        &self,
+        options: MemoryWriterOptions,
+        dest: impl AsRef<Path>,
+    ) -> Result<u64, MergeError> {
         let dest = dest.as_ref();
         let mut options = options.ram_start(0).skip_untouched(true);
         let resolved = fs::canonicalize(dest).ok();

@@ -9,7 +9,7 @@ use std::sync::Mutex;
 
 use image_format::{Footer, ImageId, ImageKind, Run, Version};
 use memory_image::{Chain, CompareError, Image, MapError, MappedChain, MergeError, compare};
-use memory_writer::{Durability, Layout, MemoryWriter, Seal, WriterOptions};
+use memory_writer::{Durability, Layout, MemoryWriter, MemoryWriterOptions, Seal};
 use page_reader::PageReader;
 
 const PAGE: u64 = 4096;
@@ -61,7 +61,7 @@ fn little<T>(what: &str, ram_size: u64, work: impl FnOnce() -> T) -> T {
     result
 }
 
-fn options(layout: Layout, seal: Seal) -> WriterOptions {
+fn options(layout: Layout, seal: Seal) -> MemoryWriterOptions {
     let options = MemoryWriter::options();
     options
         .layout(layout)

@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{Chain, CompareError, Image, MergeError, ReadImageError, compare};
-use memory_writer::{Durability, Layout, MemoryWriter, Seal, SnapshotError, WriterOptions};
+use memory_writer::{Durability, Layout, MemoryWriter, MemoryWriterOptions, Seal, SnapshotError};
 use page_reader::PageReader;
 use rstest::rstest;
 
 const PAGE: u64 = 4096;
 const SIZE: u64 = 1 << 20;
 
-fn options(layout: Layout, seal: Seal) -> WriterOptions {
+fn options(layout: Layout, seal: Seal) -> MemoryWriterOptions {
     MemoryWriter::options()
         .layout(layout)
         .seal(seal)

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use dirty_bitmap::DirtyBitmap;
 use image_format::{Checksums, Footer, ImageKind, Run, Version};
 use memory_image::{Chain, ChainError, Image, ImageId, MergeError};
-use memory_writer::{Durability, Layout, MemoryWriter, Seal, WriterOptions};
+use memory_writer::{Durability, Layout, MemoryWriter, MemoryWriterOptions, Seal};
 use page_reader::PageReader;
 
 const PAGE: u64 = 4096;
@@ -56,7 +56,7 @@ impl Guest {
     }
 }
 
-fn options(layout: Layout, seal: Seal) -> WriterOptions {
+fn options(layout: Layout, seal: Seal) -> MemoryWriterOptions {
     MemoryWriter::options()
         .layout(layout)
         .seal(seal)

@@ -12,7 +12,7 @@ use memory_image::{
     Chain, ChainError, HostRam, Image, ImageId, MapError, MappedChain, MappedImage, RamTarget,
     compare,
 };
-use memory_writer::{Durability, Layout, MemoryWriter, Seal, WriterOptions};
+use memory_writer::{Durability, Layout, MemoryWriter, MemoryWriterOptions, Seal};
 use page_reader::PageReader;
 use proptest::prelude::*;
 
@@ -243,7 +243,7 @@ impl Guest {
     }
 }
 
-fn options(layout: Layout, seal: Seal) -> WriterOptions {
+fn options(layout: Layout, seal: Seal) -> MemoryWriterOptions {
     MemoryWriter::options()
         .layout(layout)
         .seal(seal)

@@ -53,7 +53,8 @@ pub enum SnapshotError {
         file: u64,
     },
     /// The bitmap starts at another guest-physical address than
-    /// [`WriterOptions::ram_start`](crate::WriterOptions::ram_start) or the previous bitmap.
+    /// [`MemoryWriterOptions::ram_start`](crate::MemoryWriterOptions::ram_start) or the previous
+    /// bitmap.
     #[error(
         "the bitmap starts at {bitmap:#x}, but this guest's RAM starts at {ram:#x}: pass the bitmap of \
          this guest's RAM"

@@ -55,23 +55,24 @@
 //! refuses to commit if a page of the epoch was not written after its mark was taken. For files
 //! that are committed as a group, [`check_epoch`](MemoryWriter::check_epoch) makes the same check.
 //!
-//! **A snapshot with checksums, an id and its parent's id**: [`WriterOptions::layout`] and
+//! **A snapshot with checksums, an id and its parent's id**: [`MemoryWriterOptions::layout`] and
 //! [`Seal`].
 //!
 //! **Memory and vCPU state committed together**: store the state in the image with
 //! [`MemoryWriter::set_metadata`], or in a file of its own:
 //! [`finish`](MemoryWriter::finish) returns the staged file for an [`atomic_file::AtomicGroup`].
 //!
-//! **A snapshot that is replaced repeatedly**: [`WriterOptions::recycle`] overwrites the blocks of
-//! the snapshot before the last one.
+//! **A snapshot that is replaced repeatedly**: [`MemoryWriterOptions::recycle`] overwrites the
+//! blocks of the snapshot before the last one.
 //!
-//! **A guest that used little of its RAM**: [`WriterOptions::skip_untouched`] and
-//! [`WriterOptions::skip_zeros`] make a full dump sparse and fast.
+//! **A guest that used little of its RAM**: [`MemoryWriterOptions::skip_untouched`] and
+//! [`MemoryWriterOptions::skip_zeros`] make a full dump sparse and fast.
 //!
-//! **Progress and cancellation**, durability, file mode, staging elsewhere: [`WriterOptions`].
+//! **Progress and cancellation**, durability, file mode, staging elsewhere:
+//! [`MemoryWriterOptions`].
 //!
-//! **A VMM with a seccomp filter**: [`WriterOptions::read_untouched`] avoids the system calls that
-//! find untouched RAM.
+//! **A VMM with a seccomp filter**: [`MemoryWriterOptions::read_untouched`] avoids the system calls
+//! that find untouched RAM.
 //!
 //! # How it works
 //! `open` creates the staged file and sets its size. A full dump is one run of bytes. A diff
@@ -81,7 +82,7 @@
 //!
 //! The memory used depends on the amount written, not on the size of the RAM. A raw file, a
 //! recycled file, and a dump that skips pages need a bit per page, in blocks of 4096 pages. A
-//! sealed or packed image needs memory for its footer: see [`WriterOptions::layout`].
+//! sealed or packed image needs memory for its footer: see [`MemoryWriterOptions::layout`].
 //!
 //! A recycled file contains the bytes of an older snapshot. Pages that were not overwritten are
 //! punched out before the commit. A bit per page records which were written.
@@ -128,7 +129,7 @@ pub use atomic_file::{
 };
 pub use error::{MemoryIoStep, RamError, SnapshotError, WriteAmbiguity};
 pub use image_format::{FooterError, ImageId, Layout};
-pub use options::WriterOptions;
+pub use options::MemoryWriterOptions;
 pub use seal::Seal;
 pub use sparse_file::{CancelToken, Engine, Progress};
 pub use writer::MemoryWriter;

@@ -53,9 +53,9 @@ impl Skip {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
-#[must_use]
-pub struct WriterOptions {
-    pub(crate) stage: atomic_file::Options,
+#[must_use = "options do nothing until `open` or `open_on`"]
+pub struct MemoryWriterOptions {
+    pub(crate) stage: atomic_file::AtomicWriterOptions,
     pub(crate) write: WriteOptions,
     pub(crate) skip: Skip,
     pub(crate) read_untouched: bool,
@@ -66,7 +66,7 @@ pub struct WriterOptions {
     pub(crate) reporter: Reporter,
 }
 
-impl WriterOptions {
+impl MemoryWriterOptions {
     pub(crate) fn new() -> Self {
         Self {
             stage: AtomicWriter::options(),
@@ -148,13 +148,15 @@ impl WriterOptions {
         self
     }
 
-    /// Sets whether to fail if the destination exists; see [`atomic_file::Options::no_clobber`].
+    /// Sets whether to fail if the destination exists; see
+    /// [`atomic_file::AtomicWriterOptions::no_clobber`].
     pub fn no_clobber(mut self, no_clobber: bool) -> Self {
         self.stage = self.stage.no_clobber(no_clobber);
         self
     }
 
-    /// Replaces only this version of the destination; see [`atomic_file::Options::replace_only`].
+    /// Replaces only this version of the destination; see
+    /// [`atomic_file::AtomicWriterOptions::replace_only`].
     ///
     /// Suits a snapshot that is made from the one it replaces: a later commit of another writer is
     /// not replaced.
@@ -164,7 +166,7 @@ impl WriterOptions {
     }
 
     /// Stages the file in `dir`, which must be on the destination's file system; see
-    /// [`atomic_file::Options::staging_dir`].
+    /// [`atomic_file::AtomicWriterOptions::staging_dir`].
     pub fn staging_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.stage = self.stage.staging_dir(dir);
         self
@@ -179,7 +181,7 @@ impl WriterOptions {
 
     /// Overwrites the snapshot that the last commit replaced, if at most `max_bytes` bytes are
     /// allocated to it and no process has it open. Otherwise a new file is used, which is not an
-    /// error. See [`atomic_file::Options::recycle`] for the conditions.
+    /// error. See [`atomic_file::AtomicWriterOptions::recycle`] for the conditions.
     ///
     /// Recycling is faster where a large snapshot is replaced repeatedly, and takes twice the
     /// space. The old bytes are never visible: `commit` or [`finish`](crate::MemoryWriter::finish)

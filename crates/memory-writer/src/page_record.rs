@@ -12,7 +12,7 @@ pub(crate) enum PageRecord {
     /// The holes of a raw diff.
     Holes(RawDiff),
     /// The caller of a raw diff whose holes may be unreliable:
-    /// [`WriterOptions::allow_ambiguous_diff`](crate::WriterOptions::allow_ambiguous_diff).
+    /// [`allow_ambiguous_diff`](crate::MemoryWriterOptions::allow_ambiguous_diff).
     Caller,
     /// All pages: a raw file that holds all of the RAM.
     All,

@@ -84,7 +84,7 @@ impl Seal {
 
     /// Sets the guest-physical address ranges of the RAM, ascending, in the order of the memory
     /// file. The default is one range that starts at
-    /// [`WriterOptions::ram_start`](crate::WriterOptions::ram_start).
+    /// [`MemoryWriterOptions::ram_start`](crate::MemoryWriterOptions::ram_start).
     pub fn regions(mut self, regions: impl IntoIterator<Item = Range<u64>>) -> Self {
         self.regions = Some(regions.into_iter().collect());
         self

@@ -15,7 +15,7 @@ use sparse_file::{WriteError, WriteOptions};
 
 use crate::error::SnapshotError;
 use crate::geometry::Geometry;
-use crate::options::{Skip, WriterOptions};
+use crate::options::{MemoryWriterOptions, Skip};
 use crate::page_record::PageRecord;
 use crate::progress::Reporter;
 use crate::sealing::FooterBuilder;
@@ -61,7 +61,7 @@ enum State {
 
 impl MemoryWriter {
     /// Stages a memory file of `ram_size` bytes in pages of `page_size` bytes with the default
-    /// [`WriterOptions`]. The file replaces or creates `dest` when it is committed.
+    /// [`MemoryWriterOptions`]. The file replaces or creates `dest` when it is committed.
     ///
     /// `page_size` is a power of two: 16 KiB on Apple silicon and 4 KiB on most other hosts.
     /// `ram_size` is a multiple of it.
@@ -82,8 +82,8 @@ impl MemoryWriter {
     }
 
     /// Returns a builder for durability, mode, progress, cancellation and other options.
-    pub fn options() -> WriterOptions {
-        WriterOptions::new()
+    pub fn options() -> MemoryWriterOptions {
+        MemoryWriterOptions::new()
     }
 
     /// Returns the size of the memory file in bytes.
@@ -110,7 +110,8 @@ impl MemoryWriter {
         self.staged.temp_path()
     }
 
-    /// Returns whether the staged file is an older snapshot that [`WriterOptions::recycle`] reuses.
+    /// Returns whether the staged file is an older snapshot that [`MemoryWriterOptions::recycle`]
+    /// reuses.
     #[must_use]
     pub fn recycled(&self) -> bool {
         self.staged.recycled()

@@ -7,7 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::process::{Child, Command};
 
-use memory_writer::{MemoryIoStep, MemoryWriter, SnapshotError, WriterOptions};
+use memory_writer::{MemoryIoStep, MemoryWriter, MemoryWriterOptions, SnapshotError};
 use page_reader::{PageReader, PopulatedRanges};
 use process_memory::{ProcessMaps, ProcessMemory, ProcessMemoryError};
 use rstest::rstest;
@@ -63,7 +63,7 @@ fn exit_of_the_process_fails_the_snapshot(
     };
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("ram");
-    let options: WriterOptions = MemoryWriter::options()
+    let options: MemoryWriterOptions = MemoryWriter::options()
         .skip_zeros(skip)
         .skip_untouched(skip);
     let mut writer = options.open(&dest, 64 * stack.size(), page).unwrap();

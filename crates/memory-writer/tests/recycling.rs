@@ -10,7 +10,9 @@ use std::path::Path;
 use std::process::Command;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{MemoryIoStep, MemoryWriter, SnapshotError, WriteAmbiguity, WriterOptions};
+use memory_writer::{
+    MemoryIoStep, MemoryWriter, MemoryWriterOptions, SnapshotError, WriteAmbiguity,
+};
 use proptest::prelude::*;
 use rstest::rstest;
 use sparse_file::ExtentKind;
@@ -20,11 +22,11 @@ use test_machine::{FileSystem, LoopMount, Need, TinyTmpfs, needs, recycling_dir,
 const SIZE: u64 = 1 << 20;
 
 /// The tests include diffs of every page and pages smaller than a block.
-fn recycling() -> WriterOptions {
+fn recycling() -> MemoryWriterOptions {
     any_diff().recycle(1 << 30)
 }
 
-fn any_diff() -> WriterOptions {
+fn any_diff() -> MemoryWriterOptions {
     MemoryWriter::options().allow_ambiguous_diff(true)
 }
 
@@ -46,7 +48,7 @@ fn dirty(size: u64, page: u64, pages: &[u64]) -> DirtyBitmap {
     dirty
 }
 
-fn full(options: WriterOptions, dest: &Path, ram: &[u8]) -> bool {
+fn full(options: MemoryWriterOptions, dest: &Path, ram: &[u8]) -> bool {
     let mut writer = options.open(dest, ram.len() as u64, 4096).unwrap();
     let recycled = writer.recycled();
     writer.write_full(ram).unwrap();

@@ -10,7 +10,7 @@ use std::sync::mpsc;
 
 use dirty_bitmap::DirtyBitmap;
 use memory_writer::{
-    CancelToken, Durability, MemoryIoStep, MemoryWriter, SnapshotError, WriterOptions,
+    CancelToken, Durability, MemoryIoStep, MemoryWriter, MemoryWriterOptions, SnapshotError,
 };
 use page_reader::{PageReader, PopulatedRanges};
 use proptest::prelude::*;
@@ -23,7 +23,7 @@ const KIB: u64 = 1 << 10;
 const SIZE: u64 = 4 << 20;
 const PAGE: u64 = 4096;
 
-fn skipping() -> WriterOptions {
+fn skipping() -> MemoryWriterOptions {
     MemoryWriter::options()
         .skip_zeros(true)
         .skip_untouched(true)
@@ -62,7 +62,7 @@ fn without_memory(ram: &[u8]) -> impl PageReader + use<> {
     }
 }
 
-fn dump(options: WriterOptions, dest: &Path, reader: &(impl PageReader + ?Sized), page: u64) {
+fn dump(options: MemoryWriterOptions, dest: &Path, reader: &(impl PageReader + ?Sized), page: u64) {
     let mut writer = options.open(dest, SIZE, page).unwrap();
     writer.write_full(reader).unwrap();
     writer.commit().unwrap();
@@ -96,7 +96,7 @@ fn nothing_is_skipped_by_default() {
 #[case::zeros(MemoryWriter::options().skip_zeros(true))]
 #[case::untouched(MemoryWriter::options().skip_untouched(true))]
 #[case::both(skipping())]
-fn guest_of_zeros_is_a_hole(#[case] options: WriterOptions) {
+fn guest_of_zeros_is_a_hole(#[case] options: MemoryWriterOptions) {
     let (place, ram) = (Place::new(), Memory::new(SIZE).unwrap());
     dump(options, &place.dest, &ram, PAGE);
     assert!(place.read() == sparse(&[]));

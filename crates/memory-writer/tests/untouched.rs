@@ -13,7 +13,8 @@ use std::ptr::NonNull;
 
 use dirty_bitmap::DirtyBitmap;
 use memory_writer::{
-    Durability, Engine, Layout, MemoryIoStep, MemoryWriter, Seal, SnapshotError, WriterOptions,
+    Durability, Engine, Layout, MemoryIoStep, MemoryWriter, MemoryWriterOptions, Seal,
+    SnapshotError,
 };
 use nix::libc::c_void;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -175,7 +176,7 @@ fn sized(file: File) -> Mapped {
 }
 
 /// Calls `save` with every engine and combination of skip options.
-fn ways(mut save: impl FnMut(WriterOptions, &str)) {
+fn ways(mut save: impl FnMut(MemoryWriterOptions, &str)) {
     for engine in Engine::ALL.iter().copied() {
         for layout in Layout::ALL {
             for (zeros, untouched) in [(false, false), (true, false), (false, true), (true, true)] {

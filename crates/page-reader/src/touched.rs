@@ -85,14 +85,15 @@ impl<'r, R: PageReader + ?Sized> Touched<'r, R> {
         }
     }
 
-    /// Disables the mapping of memory before it is read, which costs a system call.
+    /// Sets whether memory is mapped before it is read, which costs a system call. The default is
+    /// `true`.
     #[must_use]
-    pub fn without_faulting_in(mut self) -> Self {
-        self.faults_in = false;
+    pub fn faults_in(mut self, faults_in: bool) -> Self {
+        self.faults_in = faults_in;
         self
     }
 
-    /// Maps memory that this reader returned, unless this is [disabled](Self::without_faulting_in).
+    /// Maps memory that this reader returned, unless this is [disabled](Self::faults_in).
     /// See [`fault_in`](crate::fault_in()).
     ///
     /// # Errors

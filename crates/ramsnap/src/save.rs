@@ -7,7 +7,7 @@ use anyhow::Context;
 use atomic_file::AtomicWriter;
 use memory_image::{Chain, Image, MergeError};
 use memory_writer::{
-    MemoryWriter, NotPreserved, OpenError, Preserve, SnapshotError, WriterOptions,
+    MemoryWriter, MemoryWriterOptions, NotPreserved, OpenError, Preserve, SnapshotError,
 };
 
 use crate::args::Output;
@@ -44,7 +44,7 @@ pub fn check_is_no_input(path: &Path, inputs: &[PathBuf]) -> Result<(), Failure>
 pub fn stage(
     session: &Session,
     output: &Output,
-    options: WriterOptions,
+    options: MemoryWriterOptions,
     ram_size: u64,
     page_size: u64,
 ) -> anyhow::Result<MemoryWriter> {
@@ -61,14 +61,14 @@ pub fn stage_early(session: &Session, output: &Output) -> anyhow::Result<AtomicW
 }
 
 /// Adds the options that decide which file is replaced, and which of its attributes are kept.
-fn for_output(options: WriterOptions, output: &Output) -> WriterOptions {
+fn for_output(options: MemoryWriterOptions, output: &Output) -> MemoryWriterOptions {
     options.no_clobber(!output.force).preserve(preserve())
 }
 
 fn stage_with(
     session: &Session,
     output: &Output,
-    options: &WriterOptions,
+    options: &MemoryWriterOptions,
 ) -> anyhow::Result<AtomicWriter> {
     if room::is_on_hugetlbfs(dir_of(&output.path)) {
         let path = output.path.clone();

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
-use memory_writer::{MemoryWriter, WriterOptions};
+use memory_writer::{MemoryWriter, MemoryWriterOptions};
 
 use crate::failure::Failure;
 use crate::interrupt::{Critical, Interrupt};
@@ -59,7 +59,7 @@ impl Session {
 
     /// Returns options of a writer with a progress bar, which a signal cancels. From now on,
     /// signals do not end the process at once.
-    pub fn options(&self, what: &str) -> WriterOptions {
+    pub fn options(&self, what: &str) -> MemoryWriterOptions {
         let bar = self.bar(what);
         MemoryWriter::options()
             .cancel(self.interrupt.hold())

@@ -37,8 +37,8 @@ pub enum CommitStep {
     Attributes,
     /// Syncing the bytes of the staged file.
     Sync,
-    /// Comparing the destination with the version to [replace](crate::Options::replace_only), under
-    /// its lock.
+    /// Comparing the destination with the version to
+    /// [replace](crate::AtomicWriterOptions::replace_only), under its lock.
     Compare,
     /// Renaming the staged file.
     Rename,
@@ -79,8 +79,9 @@ pub enum CommitError {
         /// The staged file, if it could not be removed.
         leftover: Option<Leftover>,
     },
-    /// The destination is no longer the version to [replace](crate::Options::replace_only). It is
-    /// unchanged, and the staged file was removed.
+    /// The destination is no longer the version to
+    /// [replace](crate::AtomicWriterOptions::replace_only). It is unchanged, and the staged file
+    /// was removed.
     #[error(
         "{dest:?} was not replaced: another writer replaced, removed or wrote to it since it was \
          read; read it again and open a new writer{}", and_left(leftover.as_ref())

@@ -71,13 +71,13 @@ pub enum OpenError {
         /// The user id of the link's owner.
         owner: u32,
     },
-    /// The destination exists, and [`no_clobber`](crate::Options::no_clobber) is set.
+    /// The destination exists, and [`no_clobber`](crate::AtomicWriterOptions::no_clobber) is set.
     #[error("{path:?} exists, and `no_clobber` is set: choose another name, or remove it")]
     AlreadyExists {
         /// The destination.
         path: PathBuf,
     },
-    /// The destination is not the version to [replace](crate::Options::replace_only).
+    /// The destination is not the version to [replace](crate::AtomicWriterOptions::replace_only).
     #[error(
         "{path:?} was replaced, removed or written to by another writer since it was read: \
          read it again and open a new writer"
@@ -95,7 +95,7 @@ pub enum OpenError {
         obstacle: Obstacle,
     },
     /// The new file cannot receive an attribute of the replaced file that
-    /// [`preserve`](crate::Options::preserve) requests.
+    /// [`preserve`](crate::AtomicWriterOptions::preserve) requests.
     #[error(
         "{path:?} would lose its {}: open it without preserving that, or with \
          `Preserve::if_permitted`",

@@ -31,7 +31,8 @@ impl AtomicWriter {
     /// 3. The name of the staged file is checked. Interrupted groups that include the destination
     ///    are recovered.
     /// 4. The old file is locked, if it will be recycled or must be a certain
-    ///    [version](crate::Options::replace_only). The version is compared, as before step 1.
+    ///    [version](crate::AtomicWriterOptions::replace_only). The version is compared, as before
+    ///    step 1.
     /// 5. The staged file is renamed onto the destination. If the old file will be recycled, the
     ///    two names are exchanged.
     /// 6. The locks are released. Groups that were published during steps 3 to 5 are recovered.

@@ -12,7 +12,7 @@ use crate::destination::{Destination, check_directory, check_replaceable};
 use crate::directory::Directory;
 use crate::error::OpenError;
 use crate::names::PREFIX;
-use crate::options::Options;
+use crate::options::AtomicWriterOptions;
 use crate::preflight::{PreflightError, preflight};
 use crate::preserve;
 use crate::recover::recover_pending_for;
@@ -24,7 +24,7 @@ use crate::stat::{Stat, stat_of};
 use crate::sweep::remove_leftovers;
 use crate::sys;
 
-impl Options {
+impl AtomicWriterOptions {
     /// Stages a new file for `dest`.
     ///
     /// First completes the group commits of killed processes in the directory, and removes the
@@ -39,7 +39,7 @@ impl Options {
 }
 
 impl AtomicWriter {
-    fn open_with(path: &Path, options: &Options) -> Result<Self, OpenError> {
+    fn open_with(path: &Path, options: &AtomicWriterOptions) -> Result<Self, OpenError> {
         let dest = Destination::resolve(path, options.symlinks)?;
         if options.no_clobber && dest.entry.is_some() {
             return Err(OpenError::AlreadyExists {
@@ -141,7 +141,7 @@ fn explain(
     path: &Path,
     dest: &Directory,
     staging: &Directory,
-    options: &Options,
+    options: &AtomicWriterOptions,
 ) -> OpenError {
     let source = match error {
         PreflightError::Io(source) => source,
@@ -173,9 +173,9 @@ fn explain(
 fn try_attributes(
     staged: &StagedFile,
     dest: &Destination,
-    options: &Options,
+    options: &AtomicWriterOptions,
 ) -> Result<Vec<NotPreserved>, OpenError> {
-    let Options { preserve, mode, .. } = *options;
+    let AtomicWriterOptions { preserve, mode, .. } = *options;
     let path = &dest.path;
     let set_mode = |source| OpenError::io("set the mode of the file staged for", path, source);
     let owner = stat_of(staged.file()).map_err(set_mode)?.uid.raw();

@@ -17,7 +17,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use atomic_file::{AtomicGroup, AtomicWriter, CommitError, GroupCommitError, Options};
+use atomic_file::{AtomicGroup, AtomicWriter, AtomicWriterOptions, CommitError, GroupCommitError};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::NamedTempFile;
@@ -59,7 +59,11 @@ pub(crate) fn assert_names(dir: &Path, expected: &[&str]) {
     assert_eq!(names(dir), expected, "in {}", dir.display());
 }
 
-pub(crate) fn commit(options: &Options, dest: &Path, bytes: &[u8]) -> Result<(), CommitError> {
+pub(crate) fn commit(
+    options: &AtomicWriterOptions,
+    dest: &Path,
+    bytes: &[u8],
+) -> Result<(), CommitError> {
     let writer = options.open(dest).expect("open");
     writer.write_all_at(bytes, 0).expect("write");
     writer.commit()
@@ -272,7 +276,7 @@ pub(crate) fn write_whole(writer: &AtomicWriter, bytes: &[u8]) -> std::io::Resul
 }
 
 /// Opens, writes `new`, commits.
-pub(crate) fn replace(options: &Options, dest: &Path) -> String {
+pub(crate) fn replace(options: &AtomicWriterOptions, dest: &Path) -> String {
     match options.open(dest) {
         Err(error) => format!("not opened: {error:?}"),
         Ok(writer) => match write_whole(&writer, b"new") {

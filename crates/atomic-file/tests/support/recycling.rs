@@ -5,14 +5,14 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::{assert_names, names};
-use atomic_file::{AtomicWriter, Options};
+use atomic_file::{AtomicWriter, AtomicWriterOptions};
 use test_machine::recycling_dir;
 
 pub(crate) const MIB: u64 = 1 << 20;
 
 pub(crate) const SIZE: usize = 64 << 10;
 
-pub(crate) fn recycling() -> Options {
+pub(crate) fn recycling() -> AtomicWriterOptions {
     AtomicWriter::options().recycle(MIB)
 }
 
@@ -35,7 +35,7 @@ pub(crate) fn recycled_files(dir: &Path) -> Vec<PathBuf> {
 }
 
 /// Writes a file of `byte` and returns whether it was recycled.
-pub(crate) fn save(options: &Options, dest: &Path, byte: u8) -> bool {
+pub(crate) fn save(options: &AtomicWriterOptions, dest: &Path, byte: u8) -> bool {
     let writer = options.open(dest).unwrap();
     let recycled = writer.recycled();
     assert_eq!(recycled, writer.file().metadata().unwrap().len() > 0);

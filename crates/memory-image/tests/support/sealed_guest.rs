@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use dirty_bitmap::DirtyBitmap;
 use image_format::{Checksums, Footer, ImageKind, Run, Version, packed_start};
 use memory_image::{Chain, Image, ImageId, VerifyError, VerifyReport};
-use memory_writer::{Durability, Layout, MemoryWriter, Seal, WriterOptions};
+use memory_writer::{Durability, Layout, MemoryWriter, MemoryWriterOptions, Seal};
 use page_reader::PageReader;
 
 pub const PAGE: u64 = 4096;
@@ -24,7 +24,7 @@ pub struct Guest {
     pub newest: Option<ImageId>,
 }
 
-pub fn options(layout: Layout, seal: Seal) -> WriterOptions {
+pub fn options(layout: Layout, seal: Seal) -> MemoryWriterOptions {
     MemoryWriter::options()
         .layout(layout)
         .seal(seal)

@@ -14,7 +14,7 @@ pub enum MemoryIoStep {
     /// Writing the staged file.
     Write,
     /// Wiping the bytes of a recycled file that were not overwritten; see
-    /// [`WriterOptions::recycle`](crate::WriterOptions::recycle).
+    /// [`MemoryWriterOptions::recycle`](crate::MemoryWriterOptions::recycle).
     Wipe,
     /// Reading chunks back that were written in several passes, for their checksums.
     ReadBack,

@@ -12,7 +12,7 @@ use crate::page_record::PageRecord;
 impl MemoryWriter {
     /// Syncs the file, renames it to its destination, and syncs the directory. Once this has
     /// returned, the snapshot survives a power loss (see
-    /// [`WriterOptions::durability`](crate::WriterOptions::durability)).
+    /// [`MemoryWriterOptions::durability`](crate::MemoryWriterOptions::durability)).
     ///
     /// # Errors
     /// - [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`],
@@ -34,7 +34,7 @@ impl MemoryWriter {
     /// its own file. The epoch cannot be reclaimed while the commit runs.
     ///
     /// The marks are released when the commit returns, at any
-    /// [durability](crate::WriterOptions::durability). With
+    /// [durability](crate::MemoryWriterOptions::durability). With
     /// [`Durability::Full`](crate::Durability::Full) the file then survives a power loss. With less
     /// durability a power loss may remove it: later snapshots that are durable then lack its pages,
     /// and a chain that contains an empty or torn raw file restores wrong memory without an error.
@@ -64,10 +64,10 @@ impl MemoryWriter {
     /// is committed as part of a group: before [`finish`](Self::finish), which
     /// [`Epoch::release_after`] may run together with the commit of the group.
     ///
-    /// If neither [`WriterOptions::ram_start`](crate::WriterOptions::ram_start) nor a diff has set
-    /// the start of the RAM, the check takes it from the epoch's bitmap, so that a full image and
-    /// the diffs on top of it name the same addresses. `finish` writes the addresses, so the check
-    /// must come first.
+    /// If neither [`MemoryWriterOptions::ram_start`](crate::MemoryWriterOptions::ram_start) nor a
+    /// diff has set the start of the RAM, the check takes it from the epoch's bitmap, so that a
+    /// full image and the diffs on top of it name the same addresses. `finish` writes the
+    /// addresses, so the check must come first.
     ///
     /// Only writes of this writer count: a [full write](Self::write_full) that began after the
     /// marks were taken, and [diffs](Self::write_diff) of [`Epoch::bitmap`] or of a bitmap that

@@ -17,8 +17,9 @@ use crate::write_pass::WritePass;
 
 impl MemoryWriter {
     /// Writes all of the RAM: every byte of `[0, ram_size)`. Pages of zeros are written too, unless
-    /// [`WriterOptions::skip_zeros`](crate::WriterOptions::skip_zeros) or
-    /// [`WriterOptions::skip_untouched`](crate::WriterOptions::skip_untouched) skips them.
+    /// [`MemoryWriterOptions::skip_zeros`](crate::MemoryWriterOptions::skip_zeros) or
+    /// [`MemoryWriterOptions::skip_untouched`](crate::MemoryWriterOptions::skip_untouched) skips
+    /// them.
     ///
     /// RAM that the reader [knows](page_reader::PageReader::populated) to be untouched is not read,
     /// because a read would make the host allocate it. Zeros are written in its place.
@@ -44,7 +45,7 @@ impl MemoryWriter {
         }
         let ram_size = self.geometry.ram_size;
         let reader = &match self.read_untouched && !skip.untouched {
-            true => Touched::unknown(reader, ram_size).without_faulting_in(),
+            true => Touched::unknown(reader, ram_size).faults_in(false),
             false => Touched::new(reader, ram_size),
         };
         match skip.is_enabled() {

@@ -11,12 +11,12 @@ use sparse_file::{SpaceError, WriteOptions, ZeroError, grow};
 use super::{MemoryWriter, State};
 use crate::error::SnapshotError;
 use crate::geometry::Geometry;
-use crate::options::WriterOptions;
+use crate::options::MemoryWriterOptions;
 use crate::page_record::PageRecord;
 use crate::sealing::FooterBuilder;
 use crate::stale_pages::StalePages;
 
-impl WriterOptions {
+impl MemoryWriterOptions {
     /// Stages a memory file of `ram_size` bytes in pages of `page_size` bytes. The file replaces or
     /// creates `dest` when it is committed.
     ///

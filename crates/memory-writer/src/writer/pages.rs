@@ -34,8 +34,8 @@ impl MemoryWriter {
     ///
     /// Only the holes of the file record which pages a raw diff holds. Where holes are not
     /// reliable, the diff is refused before anything is written: see
-    /// [`WriterOptions::allow_ambiguous_diff`](crate::WriterOptions::allow_ambiguous_diff). Before
-    /// the commit, the holes of the file are compared with what was written. After
+    /// [`allow_ambiguous_diff`](crate::MemoryWriterOptions::allow_ambiguous_diff).
+    /// Before the commit, the holes of the file are compared with what was written. After
     /// [`write_full`](Self::write_full) the file is a full image that holds every page, and is not
     /// checked.
     ///
@@ -194,7 +194,7 @@ impl MemoryWriter {
         // Marked pages were written, so they are populated. Many marks may mean that all of the RAM
         // is marked, touched or not: then the query takes less time than the writes it saves.
         let reader = &if self.read_untouched {
-            Touched::unknown(reader, ram_size).without_faulting_in()
+            Touched::unknown(reader, ram_size).faults_in(false)
         } else if plan.len() >= ram_size / SKIP_FRACTION {
             Touched::new(reader, ram_size)
         } else {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use dirty_bitmap::DirtyBitmap;
 use image_format::{ChunkSum, Footer, Storage};
-use memory_writer::{Layout, MemoryWriter, Seal, WriterOptions};
+use memory_writer::{Layout, MemoryWriter, MemoryWriterOptions, Seal};
 
 /// The page size of the images.
 pub(crate) const PAGE: u64 = 4096;
@@ -33,7 +33,7 @@ pub(crate) fn applied(path: &Path, mut ram: Vec<u8>) -> (Footer, Vec<u8>) {
 }
 
 /// Returns options for an image with this layout and seal.
-pub(crate) fn options(layout: Layout, seal: Seal) -> WriterOptions {
+pub(crate) fn options(layout: Layout, seal: Seal) -> MemoryWriterOptions {
     MemoryWriter::options().layout(layout).seal(seal)
 }
 

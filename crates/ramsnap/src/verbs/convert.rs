@@ -7,7 +7,7 @@ use atomic_file::AtomicWriter;
 use clap::Args;
 use image_format::{Footer, Header, Version};
 use memory_image::{Chain, Image};
-use memory_writer::{SnapshotError, WriterOptions};
+use memory_writer::{MemoryWriterOptions, SnapshotError};
 use sparse_file::PageHoles;
 
 use crate::args::{Extras, Format, Formats, ImageFile, Layout, Output, RawImages, ReadExtras};
@@ -300,7 +300,7 @@ impl Convert {
         chain: &Chain,
         layout: Layout,
         extras: ReadExtras,
-    ) -> anyhow::Result<WriterOptions> {
+    ) -> anyhow::Result<MemoryWriterOptions> {
         let mut seal = chain.seal();
         if let Some(file) = &self.parent {
             let parent = file.open(Format::Auto)?;

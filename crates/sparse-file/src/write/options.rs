@@ -42,6 +42,7 @@ impl Engine {
 
 /// Options of [`write_runs`](crate::write_runs()). The defaults suit every file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use = "options do nothing until they are passed to a write"]
 pub struct WriteOptions {
     pub(super) engine: Engine,
     pub(super) chunk_size: usize,
@@ -54,7 +55,6 @@ impl WriteOptions {
     pub const MAX_CHUNK_SIZE: usize = 1 << 30;
 
     /// Creates options with [`Engine::Auto`] and chunks of 1 MiB.
-    #[must_use]
     pub const fn new() -> Self {
         Self {
             engine: Engine::Auto,
@@ -63,7 +63,6 @@ impl WriteOptions {
     }
 
     /// Sets the engine.
-    #[must_use]
     pub const fn engine(mut self, engine: Engine) -> Self {
         self.engine = engine;
         self
@@ -73,7 +72,6 @@ impl WriteOptions {
     /// calls of the progress function. Rounded up to a power of two between
     /// [`MIN_CHUNK_SIZE`](Self::MIN_CHUNK_SIZE) and [`MAX_CHUNK_SIZE`](Self::MAX_CHUNK_SIZE). A
     /// chunk never crosses a multiple of this size in the file.
-    #[must_use]
     pub fn chunk_size(mut self, bytes: usize) -> Self {
         self.chunk_size = bytes
             .clamp(Self::MIN_CHUNK_SIZE, Self::MAX_CHUNK_SIZE)

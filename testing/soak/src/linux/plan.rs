@@ -8,7 +8,7 @@ use std::time::Duration;
 use guests::guest::Ram;
 use memory_image::{Image, OpenImageError};
 use memory_writer::{
-    CancelToken, Durability, Engine, ImageId, Layout, MemoryWriter, Seal, WriterOptions,
+    CancelToken, Durability, Engine, ImageId, Layout, MemoryWriter, MemoryWriterOptions, Seal,
 };
 use page_reader::{HostMemory, PageReader, PopulatedRanges};
 use scenarios::random::Random;
@@ -204,7 +204,7 @@ impl Plan {
     }
 
     /// Returns the options of a file with `seal`, as far as its layout stores one.
-    pub(super) fn sealed(&self, seal: Seal) -> WriterOptions {
+    pub(super) fn sealed(&self, seal: Seal) -> MemoryWriterOptions {
         let options = self.tuned().layout(self.layout);
         match self.layout {
             Layout::Raw => options,
@@ -213,7 +213,11 @@ impl Plan {
     }
 
     /// With the RAM of a guest of these `regions`, whose newest image is `parent`.
-    pub(super) fn options(&self, regions: &[Range<u64>], parent: Option<ImageId>) -> WriterOptions {
+    pub(super) fn options(
+        &self,
+        regions: &[Range<u64>],
+        parent: Option<ImageId>,
+    ) -> MemoryWriterOptions {
         let seal = || {
             let seal = Seal::new().regions(regions.iter().cloned());
             match (self.kind, parent) {
@@ -237,7 +241,7 @@ impl Plan {
     }
 
     /// All but the layout.
-    pub(super) fn tuned(&self) -> WriterOptions {
+    pub(super) fn tuned(&self) -> MemoryWriterOptions {
         let options = MemoryWriter::options()
             // The pages of each diff are listed, also of one that holds all of them.
             .allow_ambiguous_diff(true)

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::ensure;
 use dirty_bitmap::DirtyBitmap;
 use memory_image::Chain;
-use memory_writer::{Engine, MemoryWriter, WriterOptions};
+use memory_writer::{Engine, MemoryWriter, MemoryWriterOptions};
 use nix::errno::Errno;
 use scenarios::check::{Next, PostCrashState};
 use scenarios::child::PAGE;
@@ -87,13 +87,17 @@ const ENGINE: Scenario = Scenario {
 };
 
 /// Each request is a sixteenth of the RAM.
-fn engine(engine: Engine) -> WriterOptions {
+fn engine(engine: Engine) -> MemoryWriterOptions {
     let options = MemoryWriter::options().engine(engine);
     options.chunk_size(RAM as usize / 16)
 }
 
 /// A full dump, which takes all marks.
-fn save(dir: &Path, observer: &dyn CommitObserver, options: WriterOptions) -> anyhow::Result<()> {
+fn save(
+    dir: &Path,
+    observer: &dyn CommitObserver,
+    options: MemoryWriterOptions,
+) -> anyhow::Result<()> {
     let live = all_marked()?;
     observer.saving(&live);
     let epoch = live.begin_epoch()?;
