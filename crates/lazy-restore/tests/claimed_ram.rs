@@ -2,64 +2,14 @@
 
 #![cfg(target_os = "linux")]
 
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::fs;
 use std::sync::Mutex;
 
-use image_format::{Footer, ImageId, ImageKind, Layout, Run, Version};
 use lazy_restore::{LazyError, LazyRam, UserfaultfdError, WorkingSet};
 use memory_image::Chain;
 use page_reader::PageReader;
+use test_images::{image_of_zeros, with_little_memory};
 use test_machine::needs;
-
-const PAGE: u64 = 4096;
-const MOST: u64 = 64 << 20;
-
-/// Writes a full image of zeros, in a file of 4 KiB and a footer.
-fn image(dir: &Path, ram_size: u64) -> PathBuf {
-    let footer = Footer {
-        version: Version::CURRENT,
-        id: ImageId::from_bytes([1; 16]),
-        kind: ImageKind::Full,
-        layout: Layout::Packed,
-        ram_size,
-        page_size: PAGE,
-        regions: vec![0..ram_size],
-        runs: vec![Run::zeros(0..ram_size)],
-        checksums: Vec::new(),
-        metadata: Vec::new(),
-    };
-    let path = dir.join(format!("{ram_size:#x}.mem"));
-    footer.write(&File::create(&path).unwrap()).unwrap();
-    assert!(fs::metadata(&path).unwrap().len() < 8192);
-    path
-}
-
-/// Returns the peak memory of the process since `reset`, in bytes.
-fn peak() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
-    let kib = line.and_then(|line| line.split_whitespace().nth(1));
-    1024 * kib.unwrap().parse::<u64>().unwrap()
-}
-
-fn reset() {
-    fs::write("/proc/self/clear_refs", "5").unwrap();
-}
-
-/// Runs `work`, and asserts that it takes little memory.
-fn little<T>(what: &str, ram_size: u64, work: impl FnOnce() -> T) -> T {
-    reset();
-    let before = peak();
-    let result = work();
-    // The kernel's counters are approximate: a peak may be smaller than an earlier one.
-    let taken = peak().saturating_sub(before);
-    assert!(
-        taken < MOST,
-        "{what} of {ram_size:#x} bytes of RAM took {taken}"
-    );
-    result
-}
 
 /// Held by each test, because nothing else of the process may take memory at the same time.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -70,8 +20,8 @@ fn claimed_ram_takes_no_memory() {
     let _alone = ALONE.lock().unwrap();
     let dir = tempfile::tempdir().unwrap();
     for ram_size in [40, 44, 46, 48, 52].map(|bits| 1 << bits) {
-        let chain = Chain::open_sealed(&[image(dir.path(), ram_size)]).unwrap();
-        let started = little("restoring", ram_size, || {
+        let chain = Chain::open_sealed(&[image_of_zeros(dir.path(), ram_size)]).unwrap();
+        let started = with_little_memory("restoring", ram_size, || {
             LazyRam::options().start(chain).map(drop)
         });
         match started {
@@ -107,7 +57,7 @@ fn working_set_of_claimed_ram_maps_no_zeros() {
     fs::write(&set, bytes).unwrap();
     let working_set = WorkingSet::load(&set).unwrap();
     assert_eq!(working_set.bytes(), RAM);
-    let chain = Chain::open_sealed(&[image(dir.path(), RAM)]).unwrap();
+    let chain = Chain::open_sealed(&[image_of_zeros(dir.path(), RAM)]).unwrap();
     let before = page_tables();
     let options = LazyRam::options().working_set(working_set);
     let ram = match options.start(chain) {

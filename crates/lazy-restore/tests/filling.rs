@@ -14,8 +14,9 @@ use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
 use support::lazy_images::on_demand;
+use support::open_chain;
 use support::regions::{Regions, assert_unreadable, flags, page_at};
-use support::{Images, whole};
+use test_images::{Images, whole};
 use test_machine::{needs, rounds};
 
 const PAGE: u64 = 4096;
@@ -51,7 +52,7 @@ fn random(seed: u64) -> impl Iterator<Item = u64> {
 fn threads_touching_random_pages_read_the_images_bytes(#[case] options: LazyRamOptions) {
     needs!(Userfaultfd);
     let images = full_and_two_diffs();
-    let ram = options.start(images.chain()).unwrap();
+    let ram = options.start(open_chain(&images)).unwrap();
     std::thread::scope(|scope| {
         for seed in 1..=4 {
             let (ram, images) = (&ram, &images);
@@ -69,7 +70,7 @@ fn threads_touching_random_pages_read_the_images_bytes(#[case] options: LazyRamO
     assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     assert_eq!(
         whole(&ram, ram.ram_size() as usize),
-        whole(&images.chain(), ram.ram_size() as usize)
+        whole(&open_chain(&images), ram.ram_size() as usize)
     );
     let progress = ram.progress();
     assert_eq!(progress.loaded, progress.stored);
@@ -80,7 +81,7 @@ fn prefetch_does_not_overwrite_guest_writes() {
     needs!(Userfaultfd);
     let mut images = full_and_two_diffs();
     let before = std::fs::read(images.path(0)).unwrap();
-    let ram = LazyRam::options().start(images.chain()).unwrap();
+    let ram = LazyRam::options().start(open_chain(&images)).unwrap();
     for offset in (0..ram.ram_size() as usize)
         .rev()
         .step_by(3 * PAGE as usize)
@@ -98,7 +99,7 @@ fn prefetch_does_not_overwrite_guest_writes() {
 fn completed_memory_is_ordinary_memory() {
     needs!(Userfaultfd);
     let images = full_and_two_diffs();
-    let ram = LazyRam::options().start(images.chain()).unwrap();
+    let ram = LazyRam::options().start(open_chain(&images)).unwrap();
     let address = ram.as_ptr().addr();
     ram.wait().unwrap();
     let faults = ram.progress().faults;
@@ -115,7 +116,9 @@ fn completed_memory_is_ordinary_memory() {
 #[test]
 fn forked_child_does_not_inherit_incomplete_memory() {
     needs!(Userfaultfd);
-    let ram = on_demand().start(full_and_two_diffs().chain()).unwrap();
+    let ram = on_demand()
+        .start(open_chain(&full_and_two_diffs()))
+        .unwrap();
     assert!(flags(ram.as_ptr().addr()).contains(&"dc".to_owned()));
 }
 
@@ -125,7 +128,9 @@ fn forked_child_does_not_inherit_incomplete_memory() {
 #[case::when_all_is_in(true)]
 fn surviving_forked_child_does_not_block_filling(#[case] all_in: bool) {
     needs!(Userfaultfd);
-    let ram = on_demand().start(full_and_two_diffs().chain()).unwrap();
+    let ram = on_demand()
+        .start(open_chain(&full_and_two_diffs()))
+        .unwrap();
     // SAFETY: the child makes system calls only.
     let child = unsafe { nix::unistd::fork() }.unwrap();
     let nix::unistd::ForkResult::Parent { child } = child else {
@@ -165,7 +170,7 @@ proptest! {
             images = images.with(runs.into_iter().map(|(start, len)| start.min(pages)..pages.min(start + len)));
         }
         let options = LazyRam::options().prefetch(prefetch).record(record);
-        let ram = options.start(images.chain()).unwrap();
+        let ram = options.start(open_chain(&images)).unwrap();
         for index in touched {
             let offset = index.index(ram.ram_size() as usize);
             let mut byte = [0];
@@ -183,7 +188,7 @@ proptest! {
 fn unreadable_page_is_an_error_and_never_zeros() {
     needs!(Userfaultfd);
     let images = Images::new(MIB, PAGE).with([0..256]);
-    let ram = on_demand().start(images.chain()).unwrap();
+    let ram = on_demand().start(open_chain(&images)).unwrap();
     // In the middle of the range that one fault fills.
     images.cut(0, 35 * PAGE);
     assert!(page(&ram, 34 * PAGE).unwrap() == images.ram[34 * PAGE as usize..][..4096]);
@@ -208,7 +213,7 @@ fn unreadable_page_is_an_error_and_never_zeros() {
 fn prefetch_read_error_is_reported_and_pages_are_not_zeros() {
     needs!(Userfaultfd);
     let images = full_and_two_diffs();
-    let chain = images.chain();
+    let chain = open_chain(&images);
     images.cut(2, 2000 * PAGE);
     let ram = LazyRam::options().start(chain).unwrap();
     let error = ram.wait().unwrap_err();
@@ -230,7 +235,7 @@ fn adopted_regions_are_filled(#[case] options: LazyRamOptions) {
     needs!(Userfaultfd);
     let images = full_and_two_diffs();
     let regions = Regions::new(&[5 * MIB + 4096, 11 * MIB - 4096]);
-    let ram = regions.adopt(options, images.chain()).unwrap();
+    let ram = regions.adopt(options, open_chain(&images)).unwrap();
     assert_eq!(ram.as_ptr(), regions.0[0].0);
     assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     ram.wait().unwrap();
@@ -244,7 +249,7 @@ fn incomplete_adopted_memory_is_inaccessible_after_drop() {
     needs!(Userfaultfd);
     let images = full_and_two_diffs();
     let regions = Regions::new(&[5 * MIB, 11 * MIB]);
-    let ram = regions.adopt(on_demand(), images.chain()).unwrap();
+    let ram = regions.adopt(on_demand(), open_chain(&images)).unwrap();
     page(&ram, 0).unwrap();
     drop(ram);
     for (start, _) in &regions.0 {
@@ -257,15 +262,15 @@ fn memory_that_cannot_be_filled_is_refused_unchanged() {
     needs!(Userfaultfd);
     let images = full_and_two_diffs();
     let regions = Regions::new(&[5 * MIB, 10 * MIB]);
-    let error = regions.adopt(on_demand(), images.chain()).unwrap_err();
+    let error = regions.adopt(on_demand(), open_chain(&images)).unwrap_err();
     assert!(
         matches!(error, LazyError::TargetSize { target, .. } if target == 15 * MIB),
         "{error:?}"
     );
 
     let regions = Regions::new(&[5 * MIB, 11 * MIB]);
-    let _first = regions.adopt(on_demand(), images.chain()).unwrap();
-    let error = regions.adopt(on_demand(), images.chain()).unwrap_err();
+    let _first = regions.adopt(on_demand(), open_chain(&images)).unwrap();
+    let error = regions.adopt(on_demand(), open_chain(&images)).unwrap_err();
     assert!(
         matches!(
             error,
@@ -280,7 +285,7 @@ fn memory_that_cannot_be_filled_is_refused_unchanged() {
 fn lazy_ram_may_be_dropped_at_any_time() {
     needs!(Userfaultfd);
     let images = full_and_two_diffs();
-    let chain = Arc::new(images.chain());
+    let chain = Arc::new(open_chain(&images));
     for round in (0..100).step_by(rounds(7, 1)) {
         let ram = LazyRam::options().start(Arc::clone(&chain)).unwrap();
         if round % 2 == 0 {
@@ -297,7 +302,7 @@ fn no_access_hangs_while_the_last_page_is_filled() {
     needs!(Userfaultfd);
     let (done, finished) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
-        let chain = Arc::new(Images::new(MIB, PAGE).with([0..1]).chain());
+        let chain = Arc::new(open_chain(&Images::new(MIB, PAGE).with([0..1])));
         for _ in 0..rounds(200, 3000) {
             let ram = LazyRam::options().start(Arc::clone(&chain)).unwrap();
             for offset in (0..ram.ram_size()).step_by(4096) {

@@ -14,7 +14,8 @@ use lazy_restore::{LazyRam, LazyRamOptions};
 use memory_image::MappedChain;
 use page_reader::RamLayout;
 use rstest::rstest;
-use support::{Images, whole};
+use support::open_chain;
+use test_images::{Images, whole};
 use test_machine::needs;
 
 const MIB: u64 = 1 << 20;
@@ -89,7 +90,7 @@ fn expected(images: &Images) -> u64 {
 fn vcpu_reads_the_images_bytes_in_missing_pages(#[case] options: LazyRamOptions) {
     needs!(Userfaultfd, Kvm);
     let mut images = images();
-    let ram = options.start(images.chain()).unwrap();
+    let ram = options.start(open_chain(&images)).unwrap();
     let sum = sum(ram.as_ptr());
     assert_eq!(sum, expected(&images));
     ram.wait().unwrap();
@@ -104,7 +105,7 @@ fn vcpu_reads_zeros_in_discarded_pages() {
     needs!(Userfaultfd, Kvm);
     let mut images = images();
     let ram = LazyRam::options().prefetch(false);
-    let ram = ram.start(images.chain()).unwrap();
+    let ram = ram.start(open_chain(&images)).unwrap();
     page_reader::PageReader::read_at(&ram, 5000 * PAGE, &mut [0]).unwrap();
     for (page, pages) in [(2000, 100), (4990, 20), (8000, 1)] {
         let (start, len) = ((page * PAGE) as usize, (pages * PAGE) as usize);
@@ -123,7 +124,7 @@ fn vcpu_reads_the_images_bytes_in_a_mapped_chain() {
     let before = std::fs::read(images.path(0)).unwrap();
     let ram = MappedChain::options()
         .max_mappings(100)
-        .map(&images.chain())
+        .map(&open_chain(&images))
         .unwrap();
     assert_eq!(sum(ram.as_ptr()), expected(&images));
     assert!(std::fs::read(images.path(0)).unwrap() == before);

@@ -7,8 +7,9 @@ use lazy_restore::{LazyError, LazyRam};
 use memory_image::ReadImageError;
 use nix::sys::resource::{Resource, setrlimit};
 use support::lazy_images::PAGE;
-use support::{Images, is_alone, whole};
-use test_machine::Need;
+use support::open_chain;
+use test_images::{Images, whole};
+use test_machine::{Need, is_alone};
 
 const LAYERS: u64 = 40;
 
@@ -32,7 +33,7 @@ fn more_images_than_descriptors_are_filled() {
     let images = images();
     for prefetch in [false, true] {
         let options = LazyRam::options().prefetch(prefetch).fault_around(1);
-        let ram = options.start(images.chain()).unwrap();
+        let ram = options.start(open_chain(&images)).unwrap();
         assert!(whole(&ram, images.ram.len()) == images.ram);
         ram.wait().unwrap();
     }
@@ -45,7 +46,7 @@ fn replaced_closed_image_is_an_error() {
         return;
     }
     let images = images();
-    let chain = images.chain();
+    let chain = open_chain(&images);
     std::fs::remove_file(images.path(3)).unwrap();
     let ram = LazyRam::options().prefetch(false).start(chain).unwrap();
     let error = ram.wait().unwrap_err();

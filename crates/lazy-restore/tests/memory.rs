@@ -13,8 +13,9 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use page_reader::PageReader;
 use rstest::rstest;
 use support::lazy_images::{MIB, PAGE, bytes, images, on_demand};
+use support::open_chain;
 use support::regions::{Regions, advise, assert_unreadable, page_at};
-use support::{Images, whole};
+use test_images::{Images, whole};
 use test_machine::{needs, rounds};
 
 const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
@@ -38,8 +39,8 @@ fn discarded_page_is_zeros(
     let options = LazyRam::options().prefetch(ahead);
     let regions = Regions::new(&[2 * MIB, 2 * MIB]);
     let ram = match owner {
-        Owner::Library => options.start(images.chain()).unwrap(),
-        Owner::Vmm => regions.adopt(options, images.chain()).unwrap(),
+        Owner::Library => options.start(open_chain(&images)).unwrap(),
+        Owner::Vmm => regions.adopt(options, open_chain(&images)).unwrap(),
     };
     let address = |page: u64| {
         let memory = ram.host_memory(page * PAGE, 1).unwrap();
@@ -92,7 +93,7 @@ fn discarding_during_prefetch_leaves_zeros() {
     needs!(Userfaultfd);
     for round in 0..rounds(5, 50) {
         let mut images = images();
-        let ram = LazyRam::options().start(images.chain()).unwrap();
+        let ram = LazyRam::options().start(open_chain(&images)).unwrap();
         for page in (0..1024).rev().step_by(7 + round) {
             let address = ram.as_ptr().wrapping_add((page * PAGE) as usize);
             advise(address, PAGE, libc::MADV_DONTNEED).unwrap();
@@ -115,7 +116,7 @@ fn filling_completes_while_threads_discard_and_touch(#[case] ahead: bool) {
     let pages = 32 * MIB / PAGE;
     let mut images = Images::new(32 * MIB, PAGE).with([0..pages]);
     let ram = LazyRam::options().prefetch(ahead);
-    let ram = ram.start(images.chain()).unwrap();
+    let ram = ram.start(open_chain(&images)).unwrap();
     let page = |thread: u64| (thread * 4 * PAGE) as usize;
     let ended = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -149,7 +150,7 @@ fn filling_completes_while_threads_discard_and_touch(#[case] ahead: bool) {
 #[case::dropped(false)]
 fn blocked_discard_continues_when_filling_ends(#[case] all_in: bool) {
     needs!(Userfaultfd);
-    let chain = std::sync::Arc::new(images().chain());
+    let chain = std::sync::Arc::new(open_chain(&images()));
     for _ in 0..rounds(50, 1000) {
         let regions = Regions::new(&[4 * MIB]);
         // SAFETY: mapped until the end of the round.
@@ -190,7 +191,7 @@ fn mapping_that_replaces_unmapped_memory_is_untouched(#[case] all_in: bool) {
     needs!(Userfaultfd);
     let images = images();
     let regions = Regions::new(&[4 * MIB]);
-    let ram = regions.adopt(on_demand(), images.chain()).unwrap();
+    let ram = regions.adopt(on_demand(), open_chain(&images)).unwrap();
     let hole = NonNull::new(regions.address(8 * PAGE)).unwrap();
     // SAFETY: nothing accesses these pages. The test owns the second mapping.
     unsafe {
@@ -229,7 +230,7 @@ fn moved_memory_never_shows_zeros() {
     let regions = Regions::new(&[2 * MIB, 2 * MIB]);
     let elsewhere = Regions::new(&[4 * PAGE]);
     let options = on_demand().fault_around(1);
-    let ram = regions.adopt(options, images.chain()).unwrap();
+    let ram = regions.adopt(options, open_chain(&images)).unwrap();
     assert_eq!(regions.page(9 * PAGE).unwrap(), bytes(&images, 9));
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
     let (from, to) = (regions.address(8 * PAGE), elsewhere.address(0));
@@ -259,7 +260,7 @@ fn memory_moved_without_unmapping_never_shows_zeros(#[case] before: bool) {
     let regions = Regions::new(&[4 * MIB]);
     let elsewhere = Regions::new(&[4 * PAGE]);
     let options = on_demand().fault_around(1);
-    let ram = regions.adopt(options, images.chain()).unwrap();
+    let ram = regions.adopt(options, open_chain(&images)).unwrap();
     assert_eq!(regions.page(9 * PAGE).unwrap(), bytes(&images, 9));
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
     let (from, to) = (regions.address(8 * PAGE), elsewhere.address(0));
@@ -296,7 +297,7 @@ fn memory_added_by_mapping_growth_is_zeros() {
     // SAFETY: nothing accesses these pages.
     unsafe { munmap(end.cast(), MIB as usize) }.unwrap();
     regions.0[0].1 = 4 * MIB as usize;
-    let ram = regions.adopt(on_demand(), images.chain()).unwrap();
+    let ram = regions.adopt(on_demand(), open_chain(&images)).unwrap();
     let (old, new) = (4 * MIB as usize, 5 * MIB as usize);
     // SAFETY: as above; it does not move.
     let grown = unsafe { libc::mremap(regions.address(0).cast(), old, new, 0) };
@@ -315,7 +316,7 @@ fn working_set_that_ends_inside_a_page_is_loaded() {
     let images = Images::new(9 * 512, 512).with([0..9]);
     let ram = LazyRam::options()
         .record(true)
-        .start(images.chain())
+        .start(open_chain(&images))
         .unwrap();
     for offset in [4600, 0] {
         ram.read_at(offset, &mut [0]).unwrap();
@@ -326,7 +327,7 @@ fn working_set_that_ends_inside_a_page_is_loaded() {
     assert!(set.runs().eq([4096..4608, 0..4096]), "{set:?}");
     let ram = LazyRam::options()
         .working_set(set)
-        .start(images.chain())
+        .start(open_chain(&images))
         .unwrap();
     ram.wait().unwrap();
     assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
@@ -339,7 +340,7 @@ fn page_is_recorded_once_after_errors_and_discards() {
     let images = Images::new(2 * PAGE, PAGE).with([0..2]);
     let ram = LazyRam::options()
         .record(true)
-        .start(images.chain())
+        .start(open_chain(&images))
         .unwrap();
     images.cut(0, 0);
     for _ in 0..3 {

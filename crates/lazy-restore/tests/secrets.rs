@@ -1,109 +1,15 @@
 //! Guest bytes that are read to fill memory stay only there.
 #![cfg(target_os = "linux")]
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use dirty_bitmap::DirtyBitmap;
 use lazy_restore::LazyRam;
-use memory_image::{Chain, ImageId};
-use memory_writer::{Durability, Layout, MemoryWriter, Seal};
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
-use page_reader::{PageReader, ProcessRegion, SecretBuffer};
+use memory_image::Chain;
+use memory_writer::{Engine, Layout};
+use page_reader::PageReader;
+use test_images::{Secrets, found_secrets, save_secrets};
 use test_machine::needs;
-
-const PAGE: u64 = 4096;
-const SIZE: u64 = 4 << 20;
-/// Distance of the secrets in the guest's RAM, in bytes.
-const SECRET: u64 = 16;
-
-/// The secret is in this process's memory only where a read has put it.
-fn secret(at: u64) -> u8 {
-    (at % SECRET) as u8 ^ 0xa5
-}
-
-/// A guest whose RAM is full of secrets. It can only be read, like the RAM of another process.
-struct Guest;
-
-impl PageReader for Guest {
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        for (at, byte) in (offset..).zip(buf) {
-            *byte = secret(at);
-        }
-        Ok(())
-    }
-}
-
-/// Returns the addresses of the secret in this process's memory. The stack of this thread is not
-/// searched: the frames of returned functions belong to the compiler and to BLAKE3.
-fn found() -> Vec<u64> {
-    let here = 0_u8;
-    let on_stack = (&raw const here) as u64;
-    let memory = File::open("/proc/self/mem").unwrap();
-    let mut buffer = SecretBuffer::new();
-    let own = buffer.sized(1 << 20).as_ptr_range();
-    let own = own.start as u64..own.end as u64;
-    let mut found = Vec::new();
-    for region in ProcessRegion::of_this_process().unwrap() {
-        let range = region.addresses.clone();
-        if !region.permissions.write || range.contains(&on_stack) {
-            continue;
-        }
-        for start in range.clone().step_by(1 << 20) {
-            let bytes = buffer.sized((range.end - start).min(1 << 20) as usize);
-            // Some mappings cannot be read.
-            if memory.read_exact_at(bytes, start).is_err() {
-                continue;
-            }
-            let is_secret = |from: usize| {
-                let window = bytes.get(from..from + SECRET as usize);
-                window.is_some_and(|window| (0..).zip(window).all(|(at, byte)| *byte == secret(at)))
-            };
-            // Sixteen bytes at any address include eight at a multiple of eight.
-            let words = bytes.chunks_exact(8).enumerate();
-            let candidates = words.filter_map(|(word, bytes)| {
-                let phase = bytes[0] ^ secret(0);
-                (phase <= 8 && bytes[7] == secret(u64::from(phase) + 7))
-                    .then(|| (8 * word).checked_sub(phase.into()))
-                    .flatten()
-            });
-            let places = candidates
-                .filter(|at| is_secret(*at))
-                .map(|at| start + at as u64);
-            found.extend(places.filter(|at| !own.contains(at)).take(1));
-        }
-    }
-    found
-}
-
-/// Saves a full image and a diff of a few pages.
-fn saved(dir: &Path, layout: Layout) -> [PathBuf; 2] {
-    let [full, diff] = ["full", "diff"].map(|name| dir.join(name));
-    let options = |seal| {
-        let options = MemoryWriter::options().skip_zeros(true);
-        options
-            .layout(layout)
-            .seal(seal)
-            .durability(Durability::None)
-    };
-    let id = ImageId::random().unwrap();
-    let mut writer = options(Seal::new().id(id)).open(&full, SIZE, PAGE).unwrap();
-    writer.write_full(&Guest).unwrap();
-    writer.commit().unwrap();
-    let dirty = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
-    for at in (0..SIZE).step_by(5 * PAGE as usize) {
-        dirty.set_dirty(at).unwrap();
-    }
-    let mut writer = options(Seal::new().parent(id))
-        .open(&diff, SIZE, PAGE)
-        .unwrap();
-    writer.write_diff(&Guest, &dirty).unwrap();
-    writer.commit().unwrap();
-    [full, diff]
-}
+use test_memory::stay_on_this_processor;
 
 fn filled([full, diff]: [PathBuf; 2]) {
     let chain = Chain::open_sealed(&[&full, &diff]).unwrap();
@@ -115,21 +21,16 @@ fn filled([full, diff]: [PathBuf; 2]) {
 fn filling_leaves_no_guest_bytes_in_buffers() {
     needs!(Userfaultfd);
     // One processor, so that this thread does all the checksumming.
-    let this = Pid::from_raw(0);
-    let allowed = sched_getaffinity(this).unwrap();
-    let first = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu).unwrap());
-    let mut one = CpuSet::new();
-    one.set(first.unwrap()).unwrap();
-    sched_setaffinity(this, &one).unwrap();
+    stay_on_this_processor();
     let dir = tempfile::tempdir().unwrap();
     for (name, layout) in [("sealed", Layout::Sealed), ("packed", Layout::Packed)] {
-        filled(saved(dir.path(), layout));
-        let now = found();
+        filled(save_secrets(dir.path(), Engine::Auto, layout));
+        let now = found_secrets();
         assert!(now.is_empty(), "{name}: {now:x?}");
     }
     // Checks that the search would have found it.
     let mut kept = vec![0; 64 << 10];
-    Guest.read_at(0, &mut kept).unwrap();
-    assert_ne!(found(), [0; 0]);
+    Secrets.read_at(0, &mut kept).unwrap();
+    assert_ne!(found_secrets(), [0; 0]);
     drop(kept);
 }

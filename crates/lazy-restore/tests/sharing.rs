@@ -19,8 +19,9 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 use rstest::rstest;
 use support::lazy_images::{MIB, PAGE, bytes, images, on_demand, userfaultfd_error};
+use support::open_chain;
 use support::regions::{Regions, advise, flags};
-use support::whole;
+use test_images::whole;
 use test_machine::needs;
 
 const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
@@ -47,7 +48,9 @@ fn memory_of_a_file_is_refused(#[case] file: OwnedFd, #[case] kind: MapFlags) {
     let file = File::from(file);
     file.write_all_at(b"back end", 5 * PAGE).unwrap();
     let regions = Regions::of_file(&file, 4 * MIB, kind);
-    let error = regions.adopt(on_demand(), images().chain()).unwrap_err();
+    let error = regions
+        .adopt(on_demand(), open_chain(&images()))
+        .unwrap_err();
     assert!(
         matches!(userfaultfd_error(error), UserfaultfdError::Shared { len, .. } if len == 4 * MIB)
     );
@@ -66,7 +69,7 @@ fn shared_anonymous_memory_is_refused() {
     let shared = Regions::with(&[2 * MIB], MapFlags::MAP_SHARED);
     let both = [regions.0[0], shared.0[0]];
     // SAFETY: both stay mapped.
-    let error = unsafe { on_demand().adopt(images().chain(), both) }.unwrap_err();
+    let error = unsafe { on_demand().adopt(open_chain(&images()), both) }.unwrap_err();
     let start = shared.address(0).addr() as u64;
     assert!(
         matches!(userfaultfd_error(error), UserfaultfdError::Shared { start: at, .. } if at == start)
@@ -80,7 +83,9 @@ fn huge_pages_of_hugetlbfs_are_refused() {
     // Without a reservation, so that no huge page need be available.
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_HUGETLB | MapFlags::MAP_NORESERVE;
     let regions = Regions::with(&[4 * MIB], flags);
-    let error = regions.adopt(on_demand(), images().chain()).unwrap_err();
+    let error = regions
+        .adopt(on_demand(), open_chain(&images()))
+        .unwrap_err();
     assert!(matches!(
         userfaultfd_error(error),
         UserfaultfdError::HugePages { .. }
@@ -104,10 +109,10 @@ fn shared_memory_back_end_never_reads_zeros() {
         seen == images.ram
     });
     // With lazy filling the child would read zeros, so the memory is restored at once.
-    regions.adopt(on_demand(), images.chain()).unwrap_err();
+    regions.adopt(on_demand(), open_chain(&images)).unwrap_err();
     // SAFETY: mapped, and the child waits.
     let mut ram = unsafe { HostRam::new(regions.0.iter().copied()) };
-    images.chain().restore(&mut ram).unwrap();
+    open_chain(&images).restore(&mut ram).unwrap();
     notify.write_all(b"!").unwrap();
     child.succeeds();
 }
@@ -157,7 +162,7 @@ fn forked_child_never_reads_zeros(#[case] options: LazyRamOptions) {
     let own = NonNull::new(start).unwrap().cast();
     // SAFETY: mapped; the advice affects only children.
     unsafe { madvise(own, PAGE as usize, MmapAdvise::MADV_DONTFORK) }.unwrap();
-    let ram = regions.adopt(options, images.chain()).unwrap();
+    let ram = regions.adopt(options, open_chain(&images)).unwrap();
     let (_read, pipe) = std::io::pipe().unwrap();
     let pipe = pipe.as_raw_fd();
     let addresses = [0, 3 * PAGE, 2 * MIB + 100 * PAGE].map(|offset| regions.address(offset));
@@ -218,7 +223,9 @@ fn previous_content_of_adopted_memory_is_discarded(#[case] hold: fn(*mut u8, usi
     let regions = Regions::new(&[4 * MIB]);
     let (start, len) = regions.0[0];
     hold(start, len);
-    let ram = regions.adopt(LazyRam::options(), images.chain()).unwrap();
+    let ram = regions
+        .adopt(LazyRam::options(), open_chain(&images))
+        .unwrap();
     ram.wait().unwrap();
     assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
 }

@@ -14,8 +14,9 @@ use nix::errno::Errno;
 use nix::libc;
 use rstest::rstest;
 use support::lazy_images::on_demand;
+use support::open_chain;
 use support::regions::{Regions, advise};
-use support::{Images, whole};
+use test_images::{Images, whole};
 use test_machine::needs;
 
 const PAGE: u64 = 4096;
@@ -76,7 +77,7 @@ fn make_every_second_page_read_only(start: *mut u8) {
 
 /// Returns the working set of a guest that touched all of its memory.
 fn all_touched(images: &Images) -> WorkingSet {
-    let ram = on_demand().record(true).start(images.chain()).unwrap();
+    let ram = on_demand().record(true).start(open_chain(images)).unwrap();
     whole(&ram, ram.ram_size() as usize);
     ram.recorded()
 }
@@ -116,7 +117,7 @@ fn memory_of_several_mappings_is_filled(
         By::WorkingSet => LazyRam::options().working_set(all_touched(&images)),
         By::Faults => on_demand().fault_around(MIB),
     };
-    let ram = regions.adopt(options, images.chain()).unwrap();
+    let ram = regions.adopt(options, open_chain(&images)).unwrap();
     if !before {
         split(regions.address(0));
     }
@@ -156,7 +157,7 @@ impl WriteProtection for ByMprotect {
 fn memory_whose_writes_are_tracked_by_mprotect_is_filled() {
     needs!(Userfaultfd);
     let images = images();
-    let ram = on_demand().start(images.chain()).unwrap();
+    let ram = on_demand().start(open_chain(&images)).unwrap();
     let bitmap = Arc::new(TrackedBitmap::tracked(0, 4 * MIB, PAGE).unwrap());
     let tracker = WriteTracker::new(bitmap, Policy::Pages).unwrap();
     let protection = ByMprotect(ram.as_ptr());

@@ -10,8 +10,9 @@ use std::sync::Arc;
 use lazy_restore::{LazyError, LazyRam, UserfaultfdError, WorkingSet, WorkingSetError};
 use nix::libc;
 use support::lazy_images::on_demand;
+use support::open_chain;
 use support::regions::page_at;
-use support::{Images, whole};
+use test_images::{Images, whole};
 use test_machine::{Need, needs};
 
 const PAGE: u64 = 4096;
@@ -34,7 +35,7 @@ fn page(ram: &LazyRam, offset: u64) -> io::Result<Vec<u8>> {
 fn working_set_pages_do_not_fault_again() {
     needs!(Userfaultfd);
     let images = full_and_two_diffs();
-    let chain = Arc::new(images.chain());
+    let chain = Arc::new(open_chain(&images));
     let touch = |ram: &LazyRam| {
         // Stored pages and zeros. Pages 7 and 8 are touched in sequence.
         for number in [3000, 7, 8, 1200, 905, 7, 4000, 20] {
@@ -86,7 +87,7 @@ fn working_set_may_have_partial_pages() {
     std::fs::write(&file, [b"RAMSNAPW\x01\0\0\0", &sum[..], &body].concat()).unwrap();
     let ram = LazyRam::options()
         .working_set(WorkingSet::load(&file).unwrap())
-        .start(images.chain())
+        .start(open_chain(&images))
         .unwrap();
     ram.wait().unwrap();
     assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
@@ -97,10 +98,13 @@ fn working_set_of_another_ram_size_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let other = Images::new(2 * MIB, PAGE).with([0..1]);
     needs!(Userfaultfd);
-    let recorded = LazyRam::options().start(other.chain()).unwrap().recorded();
+    let recorded = LazyRam::options()
+        .start(open_chain(&other))
+        .unwrap()
+        .recorded();
     let error = LazyRam::options()
         .working_set(recorded.clone())
-        .start(full_and_two_diffs().chain())
+        .start(open_chain(&full_and_two_diffs()))
         .unwrap_err();
     assert!(
         matches!(error, LazyError::WorkingSetSize { working_set, .. } if working_set == 2 * MIB),
@@ -130,7 +134,7 @@ fn missing_userfaultfd_permission_error_names_the_remedies() {
     if !Need::Root.met(test) || unprivileged() {
         return;
     }
-    let chain = full_and_two_diffs().chain();
+    let chain = open_chain(&full_and_two_diffs());
     let as_another_user = || {
         // SAFETY: the call takes no address and changes only this thread, because no libc wrapper
         // applies it to the others.
@@ -157,7 +161,7 @@ fn device_permission_suffices_without_privilege() {
         let changed = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
         assert_eq!(changed, 0);
     };
-    let ram = in_thread(no_capabilities, || on_demand().start(images.chain())).unwrap();
+    let ram = in_thread(no_capabilities, || on_demand().start(open_chain(&images))).unwrap();
     assert!(page(&ram, 0).unwrap() == images.ram[..4096]);
 }
 

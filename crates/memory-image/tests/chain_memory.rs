@@ -14,7 +14,7 @@ use image_format::{Checksums, Footer, ImageId, ImageKind, Run, Storage, Version,
 use memory_image::{Chain, Image};
 use memory_writer::MemoryWriter;
 use page_reader::PageReader;
-use support::write_packed;
+use test_images::write_packed;
 
 /// The system's allocator with counters.
 struct Counting;

@@ -11,8 +11,8 @@ use memory_image::{Chain, MappedChain, MappedImage, compare};
 use memory_writer::{Layout, MemoryWriter};
 use nix::sys::resource::{Resource, setrlimit};
 use support::many_images::{Form, Guest, OPEN, PAGE, have_few_descriptors, open_descriptors};
-use support::{is_alone, whole};
-use test_machine::rounds;
+use test_images::whole;
+use test_machine::{is_alone, rounds};
 
 #[test]
 fn more_layers_than_descriptors_are_read_in_every_way() {

@@ -15,7 +15,9 @@ use memory_writer::{Durability, Layout, MemoryWriter};
 use page_reader::PageReader;
 use proptest::prelude::*;
 use rstest::rstest;
-use support::{Images, whole};
+use support::open_chain;
+use test_images::{Images, whole};
+use test_machine::is_alone;
 
 const PAGE: u64 = 16384;
 
@@ -31,7 +33,7 @@ fn scattered() -> Images {
 #[test]
 fn mapped_chain_reads_as_the_ram_at_its_last_snapshot() {
     let images = scattered();
-    let ram = MappedChain::open(&images.chain()).unwrap();
+    let ram = MappedChain::open(&open_chain(&images)).unwrap();
     assert_eq!(ram.ram_size() as usize, images.ram.len());
     assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     assert_eq!((ram.mapped(), ram.copied()), (64 * PAGE, 0));
@@ -54,7 +56,7 @@ fn longest_runs_are_mapped_and_others_are_copied(#[case] max_mappings: usize, #[
         .with([3..5, 35..36, 40..42]);
     let ram = MappedChain::options()
         .max_mappings(max_mappings)
-        .map(&images.chain())
+        .map(&open_chain(&images))
         .unwrap();
     assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     assert_eq!(ram.copied(), copied * PAGE);
@@ -69,7 +71,7 @@ fn base_full_of_holes_takes_one_mapping() {
         .with([17..18]);
     let ram = MappedChain::options()
         .max_mappings(3)
-        .map(&images.chain())
+        .map(&open_chain(&images))
         .unwrap();
     assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     assert_eq!((ram.mapped(), ram.copied()), (38 * PAGE, PAGE));
@@ -115,7 +117,7 @@ fn guest_writes_stay_private_and_images_may_be_replaced() {
     let mut images = scattered();
     let ram = MappedChain::options()
         .max_mappings(9)
-        .map(&images.chain())
+        .map(&open_chain(&images))
         .unwrap();
     let before = std::fs::read(images.path(0)).unwrap();
     for offset in (0..ram.ram_size() as usize).step_by(PAGE as usize) {
@@ -138,7 +140,7 @@ fn guest_writes_stay_private_and_images_may_be_replaced() {
 #[case::to_be_copied(1)]
 fn error_names_the_image_truncated_after_open(#[case] max_mappings: usize) {
     let images = scattered();
-    let chain = images.chain();
+    let chain = open_chain(&images);
     images.cut(2, 47 * PAGE);
     let error = MappedChain::options()
         .max_mappings(max_mappings)
@@ -157,14 +159,14 @@ fn error_names_the_image_truncated_after_open(#[case] max_mappings: usize) {
 #[test]
 fn exhausted_mappings_error_names_the_remedies() {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, mprotect};
-    if !support::is_alone("exhausted_mappings_error_names_the_remedies") {
+    if !is_alone("exhausted_mappings_error_names_the_remedies") {
         return;
     }
     const HOST_PAGE: usize = 4096;
     let images = Images::new(200 * PAGE, PAGE)
         .with([0..200])
         .with((0..100).map(|i| 2 * i..2 * i + 1));
-    let chain = images.chain();
+    let chain = open_chain(&images);
     let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
     let limit: usize = limit.trim().parse().unwrap();
     let len = std::num::NonZeroUsize::new(2 * limit * HOST_PAGE).unwrap();
@@ -308,7 +310,7 @@ proptest! {
         for runs in layers {
             images = images.with(runs.into_iter().map(|(start, len)| start..PAGES.min(start + len)));
         }
-        let chain = images.chain();
+        let chain = open_chain(&images);
         let ram = MappedChain::options().max_mappings(max_mappings).map(&chain).unwrap();
         prop_assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
         let stored: u64 = chain.stored_runs().map(|run| run.end - run.start).sum();
@@ -344,11 +346,11 @@ proptest! {
         let images = layers.into_iter().skip(1).fold(images, Images::with);
         let extents = || [1, 2, 3].map(|layer| data(images.path(layer)));
         let before = extents();
-        let ram = MappedChain::options().max_mappings(max_mappings).map(&images.chain()).unwrap();
+        let ram = MappedChain::options().max_mappings(max_mappings).map(&open_chain(&images)).unwrap();
         prop_assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
         touch(&ram, PAGE as usize);
         drop(ram);
         prop_assert_eq!(extents(), before);
-        prop_assert!(whole(&images.chain(), images.ram.len()) == images.ram);
+        prop_assert!(whole(&open_chain(&images), images.ram.len()) == images.ram);
     }
 }

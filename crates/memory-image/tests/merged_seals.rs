@@ -1,15 +1,14 @@
 //! The seals of merged images, including chains whose newest image is raw or of version 1.
 
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::{Checksums, Footer, ImageKind, Run, Version};
+use image_format::ImageKind;
 use memory_image::{Chain, ChainError, Image, ImageId, MergeError};
 use memory_writer::{Durability, Layout, MemoryWriter, MemoryWriterOptions, Seal};
 use page_reader::PageReader;
+use test_images::write_version_1;
 
 const PAGE: u64 = 4096;
 const SIZE: u64 = 1 << 20;
@@ -142,38 +141,11 @@ fn a_diff_may_lead_back_to_an_older_state() {
     );
 }
 
-/// Writes a packed image of version 1, in pages of 256 bytes.
-fn old_image(path: &Path, kind: ImageKind, ram: &[u8]) {
-    let len = ram.len() as u64;
-    let mut checksums = Checksums::new(len);
-    checksums.update(0, ram);
-    let footer = Footer {
-        version: Version::V1,
-        id: ImageId::from_bytes([9; 16]),
-        kind,
-        layout: Layout::Packed,
-        ram_size: len,
-        page_size: 256,
-        regions: vec![0..len],
-        runs: vec![Run::present(0..len, 0)],
-        checksums: checksums.finish(),
-        metadata: Vec::new(),
-    };
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .unwrap();
-    file.write_all_at(ram, 0).unwrap();
-    footer.write(&file).unwrap();
-}
-
 #[test]
 fn images_of_version_1_in_small_pages_are_merged_and_flattened() {
     let guest = Guest::new();
     let old = guest.path("old");
-    old_image(&old, ImageKind::Full, &guest.ram);
+    write_version_1(&old, ImageKind::Full, &guest.ram);
     let open = || Image::open_as(&old, Layout::Packed).unwrap();
     let chain = Chain::from_image(open(), 256).unwrap();
     assert_eq!((chain.page_size(), chain.writable_page_size()), (256, 512));
@@ -188,7 +160,7 @@ fn images_of_version_1_in_small_pages_are_merged_and_flattened() {
     assert!(std::fs::read(guest.path("flat")).unwrap() == guest.ram);
     // A diff in these pages cannot be written in larger ones.
     let diff = guest.path("diff");
-    old_image(&diff, ImageKind::Diff { parent: None }, &guest.ram);
+    write_version_1(&diff, ImageKind::Diff { parent: None }, &guest.ram);
     let image = Image::open_as(&diff, Layout::Packed).unwrap();
     let chain = Chain::from_image(image, 256).unwrap();
     let error = chain

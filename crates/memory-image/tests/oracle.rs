@@ -2,246 +2,17 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use dirty_bitmap::DirtyBitmap;
-use image_format::{Checksums, Footer, ImageKind, Run, Version, packed_start};
 use memory_image::{
-    Chain, ChainError, HostRam, Image, ImageId, MapError, MappedChain, MappedImage, RamTarget,
-    compare,
+    Chain, ChainError, HostRam, Image, MapError, MappedChain, MappedImage, RamTarget, compare,
 };
 use memory_writer::{Durability, Layout, MemoryWriter, MemoryWriterOptions, Seal};
 use page_reader::PageReader;
 use proptest::prelude::*;
-
-/// The way in which a layer's pages are written to its file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
-    Raw,
-    Sealed,
-    Packed,
-    /// A hand-made footer that records zeros, which no writer of diffs does. In a packed file the
-    /// pages are in reverse order.
-    ByHand(Layout),
-}
-
-/// The guest's writes before a pass: fills these pages with the value, which may be 0.
-type Writes = Vec<(u64, u64, u8)>;
-
-#[derive(Clone, Debug)]
-struct Layer {
-    form: Form,
-    /// Binary logarithm of the layer's page size divided by the chain's.
-    coarser: u32,
-    /// One write each, through one writer. Writes of a base before `full` are superseded by it.
-    passes: Vec<Writes>,
-    full: prop::sample::Index,
-}
-
-fn layer(base: bool) -> impl Strategy<Value = Layer> {
-    let forms = [
-        Form::Packed,
-        Form::Packed,
-        Form::Sealed,
-        Form::Raw,
-        Form::ByHand(Layout::Packed),
-        Form::ByHand(Layout::Sealed),
-    ];
-    let forms = &forms[..if base { 4 } else { 6 }];
-    // Mostly single pages, so that adjacent pages of the RAM are scattered in a packed file.
-    let write = (
-        0..64_u64,
-        prop::sample::select(vec![1, 1, 1, 1, 2, 12_u64]),
-        prop::sample::select(vec![0, 1, 2, 3_u8]),
-    );
-    (
-        prop::sample::select(forms.to_vec()),
-        0..3_u32,
-        prop::collection::vec(prop::collection::vec(write, 0..3), 1..20),
-        any::<prop::sample::Index>(),
-    )
-        .prop_map(|(form, coarser, passes, full)| Layer {
-            form,
-            coarser,
-            passes,
-            full,
-        })
-}
-
-/// A guest and its images.
-struct Guest {
-    dir: tempfile::TempDir,
-    page: u64,
-    ram: Vec<u8>,
-    dirty: DirtyBitmap,
-    /// The images, with the pages that each holds at least.
-    images: Vec<(PathBuf, Vec<Range<u64>>)>,
-    newest: Option<ImageId>,
-    /// A counter that makes every written page unique.
-    written: u64,
-}
-
-impl Guest {
-    fn new(size: u64, page: u64) -> Self {
-        Self {
-            dir: tempfile::tempdir().unwrap(),
-            page,
-            ram: vec![0; size as usize],
-            dirty: DirtyBitmap::new(0, size, page).unwrap(),
-            images: Vec::new(),
-            newest: None,
-            written: 0,
-        }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn write(&mut self, writes: &Writes) {
-        let pages = self.ram.len() as u64 / self.page;
-        for (start, len, value) in writes {
-            let (start, len) = (start % pages, *len);
-            for page in start..pages.min(start + len) {
-                self.written += 1;
-                let unique = match value {
-                    0 => 0,
-                    _ => self.written.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
-                };
-                let at = (page * self.page) as usize;
-                let bytes = &mut self.ram[at..at + self.page as usize];
-                let words = bytes.chunks_mut(8);
-                words.for_each(|word| word.copy_from_slice(&unique.to_le_bytes()));
-                self.dirty.set_dirty(page * self.page).unwrap();
-            }
-        }
-    }
-
-    fn take(&mut self, layer: &Layer) {
-        let path = self.path(&format!("{}.mem", self.images.len()));
-        let page = self.page << layer.coarser;
-        let runs = match layer.form {
-            Form::Raw => self.take_in_passes(layer, &path, page, (Layout::Raw, self.seal())),
-            Form::Sealed => self.take_in_passes(layer, &path, page, (Layout::Sealed, self.seal())),
-            Form::Packed => self.take_in_passes(layer, &path, page, (Layout::Packed, self.seal())),
-            Form::ByHand(layout) => {
-                layer.passes.iter().for_each(|writes| self.write(writes));
-                self.take_by_hand(&path, layout)
-            }
-        };
-        self.images.push((path, runs));
-    }
-
-    fn seal(&self) -> Seal {
-        match self.newest {
-            Some(id) => Seal::new().parent(id),
-            None => Seal::new().on_raw_image(),
-        }
-    }
-
-    fn take_in_passes(
-        &mut self,
-        layer: &Layer,
-        path: &Path,
-        page: u64,
-        (layout, seal): (Layout, Seal),
-    ) -> Vec<Range<u64>> {
-        let full = self
-            .images
-            .is_empty()
-            .then(|| layer.full.index(layer.passes.len()));
-        let mut writer = options(layout, seal)
-            .skip_zeros(true)
-            .allow_ambiguous_diff(true)
-            .open(path, self.ram.len() as u64, page)
-            .unwrap();
-        let mut runs = Vec::new();
-        for (number, writes) in layer.passes.iter().enumerate() {
-            self.write(writes);
-            let dirty = self.dirty.drain().unwrap();
-            if full == Some(number) {
-                writer.write_full(&self.ram).unwrap();
-            } else {
-                writer.write_diff(&self.ram, &dirty).unwrap();
-            }
-            runs.extend(dirty.runs());
-        }
-        self.newest = writer.image_id();
-        writer.commit().unwrap();
-        runs
-    }
-
-    fn take_by_hand(&mut self, path: &Path, layout: Layout) -> Vec<Range<u64>> {
-        let (size, page) = (self.ram.len() as u64, self.page);
-        let file = File::create(path).unwrap();
-        file.set_len(size).unwrap();
-        let runs: Vec<_> = self.dirty.drain().unwrap().runs().collect();
-        let pages = |run: &Range<u64>| run.clone().step_by(page as usize);
-        let bytes = |at: u64| &self.ram[at as usize..(at + page) as usize];
-        let is_zero = |at: u64| bytes(at).iter().all(|byte| *byte == 0);
-        let mut checksums = Checksums::new(size);
-        let mut present = runs
-            .iter()
-            .flat_map(pages)
-            .filter(|at| !is_zero(*at))
-            .count() as u64;
-        let start = packed_start(page);
-        let end = start + present * page;
-        let mut described = Vec::new();
-        for at in runs.iter().flat_map(pages) {
-            if is_zero(at) {
-                described.push(Run::zeros(at..at + page));
-                continue;
-            }
-            present -= 1;
-            let offset = match layout {
-                Layout::Raw | Layout::Sealed => at,
-                Layout::Packed => start + present * page,
-            };
-            file.write_all_at(bytes(at), offset).unwrap();
-            checksums.update(at, bytes(at));
-            described.push(Run::present(at..at + page, offset));
-        }
-        if layout == Layout::Packed {
-            file.set_len(end).unwrap();
-        }
-        let footer = Footer {
-            version: Version::CURRENT,
-            id: ImageId::random().unwrap(),
-            kind: ImageKind::Diff {
-                parent: self.newest,
-            },
-            layout,
-            ram_size: size,
-            page_size: page,
-            regions: vec![0..size],
-            runs: described,
-            checksums: checksums.finish(),
-            metadata: Vec::new(),
-        };
-        footer.write(&file).unwrap();
-        self.newest = Some(footer.id);
-        runs
-    }
-
-    fn chain(&self) -> Chain {
-        let open = |path: &Path| Image::open(path).or_else(|_| Image::open_raw(path));
-        let full = open(&self.images[0].0).unwrap();
-        let mut chain = Chain::from_image(full, self.page).unwrap();
-        for (path, runs) in &self.images[1..] {
-            match chain.push_image(open(path).unwrap()) {
-                // Every page was dirty.
-                Err(ChainError::AmbiguousDiff { .. }) => {
-                    chain.push_pages(path, runs.iter().cloned()).unwrap();
-                }
-                pushed => pushed.unwrap(),
-            }
-        }
-        chain
-    }
-}
+use test_images::{Form, RandomGuest, layer, whole};
 
 fn options(layout: Layout, seal: Seal) -> MemoryWriterOptions {
     MemoryWriter::options()
@@ -250,10 +21,21 @@ fn options(layout: Layout, seal: Seal) -> MemoryWriterOptions {
         .durability(Durability::None)
 }
 
-fn whole(reader: &impl PageReader, size: usize) -> Vec<u8> {
-    let mut bytes = vec![0xee; size];
-    reader.read_at(0, &mut bytes).unwrap();
-    bytes
+/// Opens the chain of the guest's images.
+fn random_chain(guest: &RandomGuest) -> Chain {
+    let open = |path: &Path| Image::open(path).or_else(|_| Image::open_raw(path));
+    let full = open(&guest.images[0].0).unwrap();
+    let mut chain = Chain::from_image(full, guest.page()).unwrap();
+    for (path, runs) in &guest.images[1..] {
+        match chain.push_image(open(path).unwrap()) {
+            // Every page was dirty.
+            Err(ChainError::AmbiguousDiff { .. }) => {
+                chain.push_pages(path, runs.iter().cloned()).unwrap();
+            }
+            pushed => pushed.unwrap(),
+        }
+    }
+    chain
 }
 
 /// Returns the pages that differ, for the message of a failing test.
@@ -295,7 +77,7 @@ fn restored_to_memory(chain: &Chain, split: usize) -> [Vec<u8>; 3] {
     [all, stored, regions]
 }
 
-fn restored_to_file(guest: &Guest, chain: &Chain) -> Vec<u8> {
+fn restored_to_file(guest: &RandomGuest, chain: &Chain) -> Vec<u8> {
     let path = guest.path("restored");
     let file = File::create(&path).unwrap();
     file.set_len(chain.ram_size()).unwrap();
@@ -305,7 +87,7 @@ fn restored_to_file(guest: &Guest, chain: &Chain) -> Vec<u8> {
     fs::read(path).unwrap()
 }
 
-fn merged(guest: &Guest, chain: &Chain, layout: Layout) -> Vec<u8> {
+fn merged(guest: &RandomGuest, chain: &Chain, layout: Layout) -> Vec<u8> {
     let path = guest.path("merged");
     let _ = fs::remove_file(&path);
     chain.merge(options(layout, chain.seal()), &path).unwrap();
@@ -336,11 +118,11 @@ proptest! {
     ) {
         // Whole pages of every layer, but not always of the host.
         let size = pages * (page << 2);
-        let mut guest = Guest::new(size, page);
+        let mut guest = RandomGuest::new(size, page);
         guest.take(&base);
         let first = guest.ram.clone();
         diffs.iter().for_each(|layer| guest.take(layer));
-        let (chain, ram) = (guest.chain(), &guest.ram);
+        let (chain, ram) = (random_chain(&guest), &guest.ram);
         let assert_ram = |how: &str, found: &[u8]| {
             let wrong = wrong(found, ram, page);
             prop_assert!(wrong.is_empty() && found.len() == ram.len(), "{how}: pages {wrong:?}");

@@ -12,7 +12,8 @@ use memory_image::{Chain, Image, MapError, MappedChain, MergeError, ReadImageErr
 use nix::sys::stat::{UtimensatFlags, utimensat};
 use nix::sys::time::TimeSpec;
 use support::many_images::{Form, Guest, PAGE, have_few_descriptors};
-use support::{is_alone, whole};
+use test_images::whole;
+use test_machine::is_alone;
 
 fn touch_as(path: &Path, like: &fs::Metadata) {
     use std::os::unix::fs::MetadataExt;

@@ -10,6 +10,7 @@ use std::ops::Range;
 use dirty_bitmap::DirtyBitmap;
 use memory_writer::{Durability, MemoryWriter};
 use page_reader::{PageReader, PopulatedRanges};
+use test_memory::peak_memory;
 
 /// Half of the maximum size of a file on ext4. A bit per page would take 256 MiB.
 const RAM: u64 = 8 << 40;
@@ -32,21 +33,13 @@ impl PageReader for Untouched {
     }
 }
 
-/// Returns the peak memory use of this process in bytes.
-fn peak() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.unwrap().trim().strip_suffix(" kB").unwrap();
-    kib.parse::<u64>().unwrap() << 10
-}
-
 #[test]
 fn raw_snapshot_takes_memory_for_written_pages_only() {
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("mem");
     let dirty = DirtyBitmap::new(0, RAM, PAGE).unwrap();
     dirty.set_dirty(TOUCHED.start).unwrap();
-    let before = peak();
+    let before = peak_memory();
     let write = |full: bool, recycle: u64| {
         let options = MemoryWriter::options()
             .durability(Durability::None)
@@ -67,6 +60,6 @@ fn raw_snapshot_takes_memory_for_written_pages_only() {
     // The first recyclable file is left for the next one, where the file system can.
     let _ = (write(false, 1 << 30), write(false, 1 << 30));
     // The kernel counts pages approximately: the peak may be below the earlier one.
-    let taken = peak().saturating_sub(before);
+    let taken = peak_memory().saturating_sub(before);
     assert!(taken < 64 << 20, "{taken} bytes");
 }

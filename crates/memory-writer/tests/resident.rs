@@ -3,15 +3,8 @@
 
 use dirty_bitmap::DirtyBitmap;
 use memory_writer::{Durability, Layout, MemoryWriter, Seal};
+use test_memory::peak_memory;
 use write_faults::Memory;
-
-/// Returns the peak memory use of this process in bytes.
-fn peak() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.unwrap().trim().strip_suffix(" kB").unwrap();
-    kib.parse::<u64>().unwrap() << 10
-}
 
 /// The parts run one after the other, because the peak is that of the whole process.
 #[test]
@@ -25,7 +18,7 @@ fn untouched() {
     let dir = tempfile::tempdir().unwrap();
     let ram = Memory::new(SIZE).unwrap();
     ram.write(SIZE / 4 * 3, b"!");
-    let before = peak();
+    let before = peak_memory();
     for zeros in [false, true] {
         let dest = dir.path().join("mem");
         let options = MemoryWriter::options()
@@ -38,7 +31,7 @@ fn untouched() {
         assert!(sparse_file::allocated_bytes(&file).unwrap() <= 64 << 10);
     }
     // The kernel counts pages approximately: the peak may be below the earlier one.
-    let grown = peak().saturating_sub(before);
+    let grown = peak_memory().saturating_sub(before);
     assert!(grown <= 4 << 20, "{grown} bytes more");
 }
 
@@ -56,7 +49,7 @@ fn written() {
         dirty.set_range(page * 4096, 1).unwrap();
     }
     let taken = dirty.drain().unwrap();
-    let before = peak();
+    let before = peak_memory();
     for layout in Layout::ALL {
         for full in [true, false] {
             let options = MemoryWriter::options()
@@ -73,6 +66,6 @@ fn written() {
         }
     }
     // The kernel counts pages approximately: the peak may be below the earlier one.
-    let grown = peak().saturating_sub(before);
+    let grown = peak_memory().saturating_sub(before);
     assert!(grown <= 24 << 20, "{grown} bytes more");
 }

@@ -6,11 +6,11 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 #[cfg(target_os = "linux")]
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 
-use image_format::{Checksums, Footer, ImageId, ImageKind, Layout, Run, Version};
+use image_format::ImageKind;
 use rstest::rstest;
 use support::{PAGE, Work};
+use test_images::write_version_1;
 
 /// A full image, sealed and raw, and a raw diff of one page.
 fn with_raw_diff() -> Work {
@@ -160,33 +160,10 @@ fn a_diff_back_to_an_older_state_follows_the_newer_one() {
     error.fails(1, &["already in the chain"]);
 }
 
-/// A packed image of version 1 in pages of 256 bytes.
-fn old_image(path: &Path, kind: ImageKind, ram: &[u8]) {
-    let len = ram.len() as u64;
-    let mut checksums = Checksums::new(len);
-    checksums.update(0, ram);
-    let footer = Footer {
-        version: Version::V1,
-        id: ImageId::from_bytes([9; 16]),
-        kind,
-        layout: Layout::Packed,
-        ram_size: len,
-        page_size: 256,
-        regions: vec![0..len],
-        runs: vec![Run::present(0..len, 0)],
-        checksums: checksums.finish(),
-        metadata: vec![7; 3],
-    };
-    let file = File::create(path).unwrap();
-    file.write_all_at(ram, 0).unwrap();
-    let file = File::options().read(true).write(true).open(path).unwrap();
-    footer.write(&file).unwrap();
-}
-
 #[test]
 fn images_of_version_1_in_small_pages_stay_usable() {
     let work = Work::with_chain();
-    old_image(&work.path("old.mem"), ImageKind::Full, &work.read("first"));
+    write_version_1(&work.path("old.mem"), ImageKind::Full, &work.read("first"));
     for command in [
         "restore old.mem -o out",
         "convert old.mem -o out --layout raw",
@@ -200,7 +177,7 @@ fn images_of_version_1_in_small_pages_stay_usable() {
     work.good("diff out --ram first");
     work.good("diff old.mem --ram second -o d.mem");
     work.good("diff old.mem d.mem --ram second");
-    old_image(
+    write_version_1(
         &work.path("diff.mem"),
         ImageKind::Diff { parent: None },
         &work.read("first"),
@@ -220,7 +197,7 @@ fn images_of_version_1_in_small_pages_stay_usable() {
 #[test]
 fn an_image_of_version_1_is_sent_as_one_of_version_2() {
     let work = Work::with_chain();
-    old_image(&work.path("old.mem"), ImageKind::Full, &work.read("first"));
+    write_version_1(&work.path("old.mem"), ImageKind::Full, &work.read("first"));
     let send = work
         .command("convert packed:old.mem -o - --zstd")
         .output()

@@ -13,9 +13,11 @@ pub use file_systems::FileSystem;
 #[cfg(target_os = "linux")]
 pub use file_systems::{HugeFs, LoopMount, Overlay, ReadOnlyBind, TinyTmpfs, tool};
 
+mod alone;
 #[cfg(target_os = "linux")]
 mod user_namespace;
 
+pub use alone::is_alone;
 #[cfg(target_os = "linux")]
 pub use user_namespace::in_user_namespace;
 

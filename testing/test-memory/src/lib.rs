@@ -1,5 +1,5 @@
-//! Memory for tests: mappings of every kind, swap, registrations with a userfaultfd, and copies of
-//! the test program.
+//! Memory for tests: mappings of every kind, swap, registrations with a userfaultfd, copies of the
+//! test program, and its peak memory use.
 
 #![allow(unsafe_code)]
 #![allow(
@@ -9,6 +9,8 @@
 
 mod mapping;
 #[cfg(target_os = "linux")]
+mod peak;
+#[cfg(target_os = "linux")]
 mod program;
 #[cfg(target_os = "linux")]
 mod registered;
@@ -16,6 +18,8 @@ mod registered;
 mod swap;
 
 pub use mapping::{Mapping, PAGE, pattern};
+#[cfg(target_os = "linux")]
+pub use peak::{peak_memory, reset_peak_memory};
 #[cfg(target_os = "linux")]
 pub use program::{Program, world_executable};
 #[cfg(target_os = "linux")]

@@ -1,7 +1,7 @@
 //! Images for lazily filled memory.
 
-use super::Images;
 use lazy_restore::{LazyError, LazyRam, LazyRamOptions, UserfaultfdError};
+use test_images::Images;
 
 pub const PAGE: u64 = 4096;
 

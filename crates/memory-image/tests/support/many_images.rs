@@ -10,7 +10,7 @@ use memory_writer::{Durability, Layout, MemoryWriter, Seal};
 use nix::sys::resource::{Resource, setrlimit};
 use page_reader::PageReader;
 
-use super::write_packed;
+use test_images::write_packed;
 
 pub const PAGE: u64 = 4096;
 pub const PAGES: u64 = 256;
