@@ -5,6 +5,36 @@
 //! as a page source, dirty tracking by stage-2 write protection, and vCPU state as data:
 //! ```no_run
 //! # #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+//! # fn save(
+//! #     tracker: &hvf_backend::Stage2Tracker<hvf_backend::Stage2>,
+//! #     vcpu: &mut hvf_backend::Vcpu,
+//! # ) -> Result<(), Box<dyn std::error::Error>> {
+//! use hvf_backend::{ExitAction, VcpuState};
+//!
+//! loop {
+//!     let run_guard = tracker.enter();
+//!     let exit = vcpu.run()?;
+//!     if tracker.handle_exit(&run_guard, &exit)? == ExitAction::Forward {
+//!         break; // a device or a hypercall: no write fault
+//!     }
+//! }
+//! let epoch = tracker.checkpoint()?; // all pages the first time, later those written since
+//! let state = VcpuState::capture(vcpu)?;
+//! // ... write the state and the pages of `epoch.bitmap()`; an error restores the marks ...
+//! epoch.release()?; // everything is durable
+//! # let _ = state;
+//! # Ok(())
+//! # }
+//! # fn main() {}
+//! ```
+//! The items that need the framework exist on macOS on Apple silicon. On other systems, the crate
+//! has the tracker, which works with any write protection, the decoding of arm64 exits, and the
+//! state of vCPUs as data.
+//!
+//! # Example
+//! A guest with 1 GiB of RAM, from its creation to its restore:
+//! ```no_run
+//! # #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::sync::Arc;
 //! use dirty_bitmap::Policy;
@@ -44,10 +74,6 @@
 //! # fn main() {}
 //! ```
 //! `examples/snapshot.rs` is a complete VMM in about a hundred lines.
-//!
-//! The items that need the framework exist on macOS on Apple silicon. On other systems, the crate
-//! has the tracker, which works with any write protection, the decoding of arm64 exits, and the
-//! state of vCPUs as data.
 //!
 //! # By task
 //! - **Give RAM to a guest**, in one region or several: [`GuestRam`] owns the mappings, and

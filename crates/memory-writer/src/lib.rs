@@ -6,30 +6,29 @@
 //! the guest's own offsets, and replaces the destination when it commits. Any failure before the
 //! commit leaves the destination unchanged and no file behind.
 //!
-//! # By task
-//! **A full snapshot and a diff:**
 //! ```
 //! use dirty_bitmap::DirtyBitmap;
 //! use memory_writer::MemoryWriter;
 //!
 //! # let dir = tempfile::tempdir()?;
 //! # let (full, diff) = (dir.path().join("full.mem"), dir.path().join("diff.mem"));
-//! // Any `PageReader`: mapped guest memory, a file, another process.
-//! let mut ram = vec![0x5a_u8; 1 << 20];
+//! # let mut ram = vec![0x5a_u8; 1 << 20];
 //! let dirty = DirtyBitmap::new(0x4000_0000, 1 << 20, 4096)?; // marked by the backend
-//!
-//! let mut writer = MemoryWriter::open(&full, 1 << 20, 16384)?;
-//! writer.write_full(&ram)?;
+//! let mut writer = MemoryWriter::open(&full, 1 << 20, 4096)?;
+//! writer.write_full(&ram)?; // any `PageReader`: mapped memory, a file, another process
 //! writer.commit()?;
+//! # ram[5000] = 1;
+//! # dirty.set_dirty(0x4000_0000 + 5000)?;
 //!
-//! ram[5000] = 1;
-//! dirty.set_dirty(0x4000_0000 + 5000)?;
 //! let epoch = dirty.begin_epoch()?; // restores the marks if it is dropped
-//! let mut writer = MemoryWriter::open(&diff, 1 << 20, 16384)?;
-//! assert_eq!(writer.write_diff(&ram, epoch.bitmap())?, 1);
-//! writer.commit_and_release(epoch)?; // releases the marks once the diff is durable
+//! let mut writer = MemoryWriter::open(&diff, 1 << 20, 4096)?;
+//! let pages = writer.write_diff(&ram, epoch.bitmap())?;
+//! writer.commit_and_release(epoch)?; // discards the marks once the diff is durable
+//! # assert_eq!(pages, 1);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! # By task
 //! **A full snapshot of a running guest** (pre-copy): a later write of a page replaces an earlier
 //! one. Write all of the RAM while the guest runs. Then pause the guest, write the pages that it
 //! dirtied during the first write, and commit.

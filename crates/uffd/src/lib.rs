@@ -10,11 +10,44 @@
 //! `linux-raw-sys` generates from its headers. Requests return what they did and why they stopped
 //! ([`Filled`], [`Stop`]): if mappings change during a request, the kernel completes a part of it.
 //!
-//! # Example
-//! A page that is filled when it is touched:
+//! A page is missing until it is touched, and is then filled:
 //! ```
 //! # #![allow(unsafe_code)]
-//! # if !test_machine::Need::Userfaultfd.met("the example of uffd") { return Ok(()); }
+//! # if !test_machine::Need::Userfaultfd.met("the first example of uffd") { return Ok(()); }
+//! # use nix::poll::{PollFd, PollFlags, PollTimeout};
+//! # use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+//! # use std::os::fd::AsFd;
+//! # const PAGE: usize = 0x1_0000; // a multiple of every page size
+//! # let size = std::num::NonZeroUsize::new(PAGE).ok_or("no bytes")?;
+//! # let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+//! # // SAFETY: a new mapping, which nothing else uses.
+//! # let memory = unsafe { mmap_anonymous(None, size, access, MapFlags::MAP_PRIVATE) }?;
+//! # let start = memory.expose_provenance().get();
+//! # let range = start as u64..(start + PAGE) as u64;
+//! use uffd::{Event, FillFlags, Modes, Userfaultfd};
+//!
+//! let fault = Userfaultfd::options().open()?;
+//! // SAFETY: the range is mapped, and accessed by raw pointers only.
+//! unsafe { fault.register(range, Modes::MISSING) }?;
+//! # // SAFETY: mapped, and accessed by raw pointers only.
+//! # let reader = std::thread::spawn(move || unsafe {
+//! #     std::ptr::with_exposed_provenance::<u8>(start + 5).read_volatile()
+//! # });
+//! # let poll_fd = PollFd::new(fault.as_fd(), PollFlags::POLLIN);
+//! # nix::poll::poll(&mut [poll_fd], PollTimeout::NONE)?;
+//! // ... wait with poll(2) until another thread touches the page ...
+//! if let Some(Event::PageFault { address, .. }) = fault.read_event()? {
+//!     fault.copy_bytes(address, &[7; PAGE], FillFlags::empty()).complete()?;
+//! }
+//! # assert_eq!(reader.join().unwrap(), 7);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Example
+//! The same as a complete program, with the mapping and the thread that waits for the page:
+//! ```
+//! # #![allow(unsafe_code)]
+//! # if !test_machine::Need::Userfaultfd.met("the second example of uffd") { return Ok(()); }
 //! use std::num::NonZeroUsize;
 //! use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 //! use uffd::{Event, FillFlags, Modes, Userfaultfd};
