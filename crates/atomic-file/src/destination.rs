@@ -25,8 +25,8 @@ pub enum Symlinks {
     /// operator who moved the files to a larger disk. A dangling link is an error: usually a disk
     /// is not mounted. In a directory that [others may write to](crate::others_may_write), a link
     /// is followed only if the directory is sticky (`/tmp`) and the link belongs to this user or to
-    /// the directory's owner, as with Linux's `fs.protected_symlinks`. Users that a user namespace
-    /// does not map are [not the same](crate::is_same_user).
+    /// the directory's owner, as with Linux's `fs.protected_symlinks`. Two users that a user
+    /// namespace does not map count as [different users](crate::is_same_user).
     #[default]
     Follow,
     /// Replaces the link itself by a regular file, as `rename(2)` does, and leaves its target

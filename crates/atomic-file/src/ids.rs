@@ -74,13 +74,13 @@ impl fmt::Display for UserId {
     }
 }
 
-/// Returns whether two user ids, reported by `stat(2)` or `geteuid(2)`, are certainly the same
-/// user's.
+/// Returns whether two user ids, reported by `stat(2)` or `geteuid(2)`, certainly belong to the
+/// same user.
 ///
 /// In a user namespace of Linux, every user that the namespace does not map has the same id, the
-/// overflow id (`/proc/sys/kernel/overflowuid`, by default 65534). So the overflow id is the same
-/// as no other id, also if the namespace maps it, unless the namespace maps all users. This crate
-/// compares all owners this way.
+/// overflow id (`/proc/sys/kernel/overflowuid`, by default 65534). Therefore the function returns
+/// `false` for two overflow ids, even if the namespace maps that id, unless the namespace maps all
+/// users. This crate compares all owners this way.
 ///
 /// # Examples
 /// ```

@@ -169,7 +169,7 @@
 //!
 //! The group's process holds the lock of the record until the last step. A record that can be
 //! locked belongs to a process that died. The next writer in the directory continues at step 3.
-//! Meanwhile, a commit of one of the group's destinations waits.
+//! Until that step, a commit of one of the group's destinations waits.
 //!
 //! **A recovery never undoes a commit.** Before it renames anything, it checks every member:
 //! - The destination is the recorded staged file: the member is complete.
@@ -288,11 +288,12 @@
 //!   opened with `O_PATH`, once it is opened again through `/proc`. The kernel does not report bind
 //!   mounts in other mount namespaces. Mount the directory instead of a recycled file.
 //! - In a user namespace of Linux, all users and groups that the namespace does not map have one
-//!   id, the overflow id (65534). That id is [the same as no other](is_same_user), also if the
-//!   namespace maps it: links of it are not followed in shared directories, its files are no source
-//!   of attributes there, no file is given to it, and its files in sticky directories are not
-//!   replaced. A process whose own user is not mapped is treated the same way: its files are not
-//!   recycled, and it cannot commit groups. The overflow id is read once per process.
+//!   id, the overflow id (65534). This crate treats [two users with that id](is_same_user) as
+//!   different users, even if the namespace maps it. In shared directories, its links are not
+//!   followed, and its files are not a source of attributes. No file is given to that id, and its
+//!   files in sticky directories are not replaced. A process whose own user is not mapped is
+//!   treated the same way: its files are not recycled, and it cannot commit groups. The overflow id
+//!   is read once per process.
 //! - Where all ids are mapped, the files on an ID-mapped mount whose owners the mount does not map
 //!   also have the overflow id. They are taken for files of one user.
 //! - In a directory that ignores case, names of one file that differ in case (or in Unicode

@@ -93,7 +93,8 @@ impl AtomicWriterOptions {
         self
     }
 
-    /// Replaces only this version of the destination. For bytes that were derived from it.
+    /// Replaces only this version of the destination. Use it for bytes that were derived from that
+    /// version.
     ///
     /// If the destination was replaced, removed or written to, [`open`](Self::open) fails with
     /// [`OpenError::DestinationChanged`](crate::OpenError::DestinationChanged), and the commit with

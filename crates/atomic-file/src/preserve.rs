@@ -216,7 +216,8 @@ pub(crate) fn apply(
 /// Returns the file at the destination, opened for reading if its attributes are requested; `None`
 /// if there is no file.
 ///
-/// Other writers may replace the file meanwhile. All attributes are taken from the one opened file.
+/// Other writers may replace the file concurrently. All attributes are taken from the one opened
+/// file.
 fn look(
     dest: &Destination,
     preserve: Preserve,

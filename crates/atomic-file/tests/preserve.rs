@@ -340,7 +340,7 @@ fn replacing_the_destination_does_not_fail_if_permitted() {
 
     let mut held = support::Held::start("preserve", dir.path(), "openat", "delay_enter", number);
     held.wait_for_calls("\"dest\", O_RDONLY", opened);
-    commit(&AtomicWriter::options(), &dest, b"meanwhile").unwrap();
+    commit(&AtomicWriter::options(), &dest, b"other writer").unwrap();
     assert_eq!(held.release().as_deref(), Some("ok"));
     assert_eq!(fs::read(&dest).unwrap(), b"new");
     assert_eq!(fs::metadata(&dest).unwrap().mode() & 0o7777, 0o600);

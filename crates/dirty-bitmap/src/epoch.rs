@@ -45,8 +45,8 @@ const MAX_RECYCLED: usize = 2;
 /// let mut epoch = bitmap.begin_epoch()?; // a full save covers all marks so far
 /// save_full(); // the guest runs, and marks pages
 /// bitmap.set_dirty(0x3000)?;
-/// let meanwhile = epoch.extend()?; // the guest is paused
-/// save_diff(meanwhile);
+/// let dirtied = epoch.extend()?; // the guest is paused
+/// save_diff(dirtied);
 /// epoch.release_after(commit)?; // on an error, all marks return
 /// assert!(bitmap.is_clean());
 /// # Ok::<(), Box<dyn std::error::Error>>(())

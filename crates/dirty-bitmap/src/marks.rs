@@ -97,7 +97,7 @@ impl Marks {
             .take(|word, bits| self.for_each_run(shift, word, bits, &mut each));
     }
 
-    /// Clears all marks. No thread may mark meanwhile.
+    /// Clears all marks. No thread may mark concurrently.
     pub(crate) fn clear(&self) {
         let generation = self.lock();
         self.table(generation.shift()).clear();

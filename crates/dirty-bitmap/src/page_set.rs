@@ -61,7 +61,7 @@ impl PageSet {
         }
     }
 
-    /// Returns the addresses that the set is about.
+    /// Returns the range of addresses whose pages the set can contain.
     #[must_use]
     pub fn range(&self) -> Range<u64> {
         self.range.clone()

@@ -79,7 +79,7 @@ impl Table {
         }
     }
 
-    /// Clears a table that no thread marks meanwhile. Words without marks are only read.
+    /// Clears a table that no thread marks concurrently. Words without marks are only read.
     pub(crate) fn clear(&self) {
         for (s, summary) in self.summary.iter().enumerate() {
             if summary.load(Ordering::Acquire) != 0 {

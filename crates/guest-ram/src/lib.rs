@@ -38,9 +38,9 @@
 //!
 //! # How it works
 //! - No Rust reference covers guest memory. The host stores each aligned machine word with one
-//!   relaxed atomic store, and reads in the same way. vCPUs may run meanwhile.
-//! - A write stores the bytes, *then* marks their pages. A save that runs meanwhile copies the new
-//!   bytes or leaves the mark to the next save.
+//!   relaxed atomic store, and reads in the same way. vCPUs may run concurrently.
+//! - A write stores the bytes, *then* marks their pages. A concurrent save copies the new bytes or
+//!   leaves the mark to the next save.
 //! - Every address is checked against the layout before memory is accessed.
 //!
 //! # Limitations

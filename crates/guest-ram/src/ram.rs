@@ -105,8 +105,8 @@ impl<K: BitmapKind> GuestRam<K> {
 
     /// Writes `bytes` at the guest-physical address `guest_start`, and marks the pages dirty.
     ///
-    /// The pages are marked after the bytes are written. A save that runs meanwhile copies the new
-    /// bytes, or leaves the mark to the next save.
+    /// The pages are marked after the bytes are written. A concurrent save copies the new bytes, or
+    /// leaves the mark to the next save.
     ///
     /// # Errors
     /// Returns [`OutsideRam`] if any byte is not RAM. Nothing is written.

@@ -31,7 +31,8 @@ impl AlignedBuffer {
     /// on arm64).
     pub const ALIGNMENT: usize = 64 << 10;
 
-    /// Creates a buffer of `len` zero bytes. It takes up to [`ALIGNMENT`](Self::ALIGNMENT) more.
+    /// Creates a buffer of `len` zero bytes. The allocation is up to [`ALIGNMENT`](Self::ALIGNMENT)
+    /// bytes larger.
     #[must_use]
     pub fn new(len: usize) -> Self {
         let bytes = Zeroizing::new(vec![0; len + Self::ALIGNMENT]);

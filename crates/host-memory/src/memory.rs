@@ -128,7 +128,7 @@ impl<'a> HostMemory<'a> {
         self.slice(self.len.min(len)..self.len)
     }
 
-    /// Copies the bytes to `buf`. Other threads, vCPUs and processes may write them meanwhile.
+    /// Copies the bytes to `buf`. Other threads, vCPUs and processes may write them concurrently.
     ///
     /// Each aligned machine word is loaded once, as a whole. A word that is written with single
     /// stores is copied as it was before or after each of them, never torn. There is no order
@@ -199,7 +199,7 @@ impl<'a> HostMemory<'a> {
     }
 
     /// Returns `true` if every byte was zero when it was loaded. Other threads, vCPUs and processes
-    /// may write them meanwhile.
+    /// may write them concurrently.
     ///
     /// The method stops at most a few words after the first nonzero byte. It touches memory that
     /// was never touched before, for which the host allocates a page.

@@ -85,7 +85,7 @@ pub struct Stage2Tracker<P> {
     vcpus: Vcpus,
 }
 
-/// What the VMM does with an exit that it has passed to the tracker.
+/// The VMM's next step for an exit that it has passed to the tracker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "an exit that the tracker did not handle must be handled by the VMM"]
 pub enum ExitAction {

@@ -44,8 +44,9 @@ impl Footer {
     /// images of version 1 that [`read`](Self::read) cannot distinguish from raw RAM.
     ///
     /// # Errors
-    /// As for [`read`](Self::read), except for [`Ambiguous`](FooterError::Ambiguous). Returns
-    /// [`OtherLayout`](FooterError::OtherLayout) for an image of another format.
+    /// Returns the errors of [`read`](Self::read), except for
+    /// [`Ambiguous`](FooterError::Ambiguous). Returns [`OtherLayout`](FooterError::OtherLayout) for
+    /// an image of another format.
     pub fn read_as(file: &File, format: impl Into<Option<Layout>>) -> Result<Self, FooterError> {
         let failed = |source| FooterError::unreadable(0, source);
         let len = file.metadata().map_err(failed)?.len();
@@ -56,7 +57,7 @@ impl Footer {
     /// the given buffer with the bytes at the given offset.
     ///
     /// # Errors
-    /// As for [`read_as`](Self::read_as).
+    /// Returns the errors of [`read_as`](Self::read_as).
     pub fn read_from(
         len: u64,
         format: impl Into<Option<Layout>>,

@@ -62,7 +62,7 @@ impl Footer {
     /// order of the file, and otherwise nothing.
     ///
     /// # Errors
-    /// As for [`write`](Self::write).
+    /// Returns the errors of [`write`](Self::write).
     pub fn write_with(
         &self,
         file: &File,

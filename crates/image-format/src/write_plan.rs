@@ -25,8 +25,8 @@ impl WritePlan {
     /// Adds pages that follow all pages of the plan and that the file does not have yet. Returns
     /// their place.
     ///
-    /// Suits a write whose pages are found while others are written: it begins with a plan of no
-    /// runs.
+    /// Use it for a write whose pages are found while others are written: it begins with a plan of
+    /// no runs.
     pub fn append(&mut self, pages: Range<u64>) -> Extent {
         let len = pages.end.saturating_sub(pages.start);
         let file = match self.layout {

@@ -9,8 +9,8 @@ use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::Signal;
 use test_machine::needs;
 
-/// Threads, each with its own stack mapping. KVM locks all mappings, and can be interrupted
-/// meanwhile: more mappings take longer.
+/// Threads, each with its own stack mapping. KVM locks all mappings, and a signal can interrupt it
+/// while it does: more mappings take longer.
 const SLEEPERS: usize = 300;
 /// The number of virtual machines to create. Without retries each creation fails.
 const CREATED: usize = 30;

@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use crate::userfaultfd::UserfaultfdError;
 
-/// Why a guest's RAM cannot be filled on demand, or can no longer be filled.
+/// An error returned if a guest's RAM cannot be filled on demand, or can no longer be filled.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum LazyError {

@@ -197,8 +197,8 @@ impl Pages {
     /// range at that address.
     ///
     /// # Errors
-    /// [`UserfaultfdError::Fill`]. [`UserfaultfdError::Occupied`] if a page that is not settled is
-    /// present: something else filled it.
+    /// Returns [`UserfaultfdError::Occupied`] if a page that is not settled is present, because
+    /// something else filled it. Otherwise returns [`UserfaultfdError::Fill`].
     fn settle(
         &self,
         pages: Range<u64>,

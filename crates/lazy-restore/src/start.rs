@@ -25,7 +25,7 @@ impl LazyRamOptions {
     /// Maps memory for the chain's RAM, as one range, and starts to fill it.
     ///
     /// # Errors
-    /// [`LazyError`].
+    /// Returns a [`LazyError`].
     pub fn start(&self, chain: impl Into<Arc<Chain>>) -> Result<LazyRam, LazyError> {
         let chain = chain.into();
         let size = chain.ram_size();
@@ -53,7 +53,7 @@ impl LazyRamOptions {
     /// This check reads `/proc/self/smaps`. The time for it grows with the memory of the process.
     ///
     /// # Errors
-    /// [`LazyError`]. The memory is unchanged on error, with two exceptions. After
+    /// Returns a [`LazyError`]. The memory is unchanged on error, with two exceptions. After
     /// [`UserfaultfdError::Prepare`] a part of it may have been discarded. If the second thread
     /// cannot be started, it is inaccessible.
     ///

@@ -30,8 +30,8 @@ pub(crate) enum Message {
 pub(crate) struct Filled {
     /// Bytes that were filled, and whose waiting accesses were woken.
     pub(crate) bytes: u64,
-    /// Why the request stopped early. [`Errno::EAGAIN`]: a message other than a fault is unread, or
-    /// its cause is still in progress. [`Errno::EEXIST`]: the next page is not missing.
+    /// The reason why the request stopped early. [`Errno::EAGAIN`]: a message other than a fault is
+    /// unread, or its cause is still in progress. [`Errno::EEXIST`]: the next page is not missing.
     /// [`Errno::ENOENT`]: the next page is not registered.
     pub(crate) stop: Option<Errno>,
 }
@@ -258,7 +258,7 @@ pub enum UserfaultfdError {
         start: u64,
         /// Its length in bytes.
         len: u64,
-        /// What failed.
+        /// The step that failed, as text.
         what: &'static str,
         /// The error of the operating system.
         source: io::Error,
@@ -269,7 +269,7 @@ pub enum UserfaultfdError {
          made inaccessible: do not write to the memory until the restore has finished"
     )]
     Occupied {
-        /// Where, in bytes from the start of the RAM.
+        /// The offset of the first affected byte in the RAM.
         offset: u64,
     },
     /// Memory was unmapped or moved while it was being filled.
@@ -278,9 +278,9 @@ pub enum UserfaultfdError {
          memory mapped until the restore has finished"
     )]
     Unmapped {
-        /// Where, in bytes from the start of the RAM.
+        /// The offset of the first affected byte in the RAM.
         offset: u64,
-        /// How many bytes.
+        /// The number of affected bytes.
         len: u64,
     },
     /// A thread could not be started, or panicked.
@@ -295,7 +295,7 @@ pub enum UserfaultfdError {
          is mapped and that the host has free memory"
     )]
     Fill {
-        /// Where, in bytes from the start of the RAM.
+        /// The offset of the first affected byte in the RAM.
         offset: u64,
         /// The error of the operating system.
         source: io::Error,

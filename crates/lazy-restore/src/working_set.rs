@@ -85,7 +85,7 @@ impl WorkingSet {
     /// Writes the working set to a file, which it replaces atomically and durably, with mode 0600.
     ///
     /// # Errors
-    /// [`WorkingSetError`]. The destination is unchanged, except after
+    /// Returns a [`WorkingSetError`]. The destination is unchanged, except after
     /// [`Commit`](WorkingSetError::Commit), which reports the state of the destination.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), WorkingSetError> {
         let mut stage = AtomicWriter::open(path.as_ref())?;
@@ -100,8 +100,8 @@ impl WorkingSet {
     /// Reads a working set from a file.
     ///
     /// # Errors
-    /// [`WorkingSetError::Read`]; [`WorkingSetError::Malformed`] for a file that is not a saved
-    /// working set.
+    /// Returns [`WorkingSetError::Read`]; [`WorkingSetError::Malformed`] for a file that is not a
+    /// saved working set.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, WorkingSetError> {
         let path = path.as_ref();
         let bytes = read_at_most(path, HEADER + MAX_RUNS * RUN);
@@ -190,7 +190,7 @@ fn read_at_most(path: &Path, most: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Why a working set could not be saved or loaded.
+/// An error returned if a working set could not be saved or loaded.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum WorkingSetError {
@@ -207,7 +207,7 @@ pub enum WorkingSetError {
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The defect, as text.
         what: &'static str,
     },
     /// The new file could not be staged.

@@ -235,7 +235,7 @@ fn moved_memory_never_shows_zeros() {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
     let (from, to) = (regions.address(8 * PAGE), elsewhere.address(0));
     let len = 4 * PAGE as usize;
-    // SAFETY: nothing accesses either range meanwhile.
+    // SAFETY: nothing accesses either range during the call.
     let moved = unsafe { libc::mremap(from.cast(), len, len, flags, to) };
     assert_eq!(moved, to.cast());
     assert_unreadable(elsewhere.page(0));
@@ -265,7 +265,7 @@ fn memory_moved_without_unmapping_never_shows_zeros(#[case] before: bool) {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
     let (from, to) = (regions.address(8 * PAGE), elsewhere.address(0));
     let len = 4 * PAGE as usize;
-    // SAFETY: nothing accesses either range meanwhile.
+    // SAFETY: nothing accesses either range during the call.
     let moved = unsafe { libc::mremap(from.cast(), len, len, flags, to) };
     assert_eq!(moved, to.cast());
     let assert_denied = || {

@@ -195,7 +195,7 @@ impl Chain {
     /// an error that names the image.
     ///
     /// # Errors
-    /// [`ReadImageError`].
+    /// Returns a [`ReadImageError`].
     ///
     /// # Panics
     /// Panics if the range is not inside the RAM.

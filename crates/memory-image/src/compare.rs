@@ -15,7 +15,7 @@ use crate::parallel;
 /// its file.
 const MAX_PAGES: u64 = 1 << 33;
 
-/// Why two sources could not be compared.
+/// An error returned if two sources could not be compared.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum CompareError {
@@ -66,7 +66,7 @@ pub enum CompareError {
 /// reading threads is the number of processors, at most 8.
 ///
 /// # Errors
-/// [`CompareError`].
+/// Returns a [`CompareError`].
 ///
 /// # Examples
 /// ```

@@ -53,8 +53,8 @@ impl Image {
     /// Opens the sealed or packed image at `path`.
     ///
     /// # Errors
-    /// [`OpenImageError`]. [`OpenImageError::Footer`] includes an image of version 1 whose length
-    /// is a multiple of 512, because it may also be raw: pass its format to
+    /// Returns an [`OpenImageError`]. [`OpenImageError::Footer`] includes an image of version 1
+    /// whose length is a multiple of 512, because it may also be raw: pass its format to
     /// [`open_as`](Self::open_as).
     pub fn open(path: impl AsRef<Path>) -> Result<Self, OpenImageError> {
         Self::open_file(path.as_ref(), |file| Footer::read(file).map(Some))
@@ -64,7 +64,8 @@ impl Image {
     /// guest wrote to its RAM affects the result.
     ///
     /// # Errors
-    /// [`OpenImageError`], such as [`NotRaw`](OpenImageError::NotRaw) for an invalid length.
+    /// Returns an [`OpenImageError`], such as [`NotRaw`](OpenImageError::NotRaw) for an invalid
+    /// length.
     ///
     /// # Examples
     /// ```
@@ -92,7 +93,8 @@ impl Image {
     /// Opens the image at `path` in the given format.
     ///
     /// # Errors
-    /// [`OpenImageError`], such as [`Footer`](OpenImageError::Footer) for another format.
+    /// Returns an [`OpenImageError`], such as [`Footer`](OpenImageError::Footer) for another
+    /// format.
     pub fn open_as(path: impl AsRef<Path>, layout: Layout) -> Result<Self, OpenImageError> {
         match layout {
             Layout::Raw => return Self::open_raw(path),
@@ -151,7 +153,7 @@ impl Image {
     /// directory.
     ///
     /// # Errors
-    /// [`OpenImageError::Open`] if the path does not exist any more.
+    /// Returns [`OpenImageError::Open`] if the path does not exist any more.
     pub fn directory(&self) -> Result<PathBuf, OpenImageError> {
         let path = match fs::canonicalize(&self.path) {
             // The working directory may be nested deeper than an absolute path can express.
@@ -214,17 +216,18 @@ impl Image {
     /// file open.
     ///
     /// # Errors
-    /// [`ReadImageError`] if the file was closed meanwhile and cannot be opened again.
+    /// Returns a [`ReadImageError`] if the file was closed to save descriptors and cannot be opened
+    /// again.
     pub fn version(&self) -> Result<FileVersion, ReadImageError> {
         Ok(FileVersion::new(self.file()?, &self.opened))
     }
 
-    /// Fails if the file was resized or written to since it was opened: bytes read from it may then
-    /// belong to no single version. A file that was replaced by another one, or removed, counts as
-    /// unchanged.
+    /// Checks that the file was not resized or written to since it was opened. Otherwise, bytes
+    /// read from it may belong to no single version. A file that was replaced by another one, or
+    /// removed, counts as unchanged.
     ///
     /// # Errors
-    /// [`ReadImageError`], such as [`Changed`](ReadImageError::Changed).
+    /// Returns a [`ReadImageError`], such as [`Changed`](ReadImageError::Changed).
     pub fn check_unchanged(&self) -> Result<(), ReadImageError> {
         let path = || self.path.clone();
         match self.version()?.is_current() {
@@ -237,7 +240,7 @@ impl Image {
         }
     }
 
-    /// Returns the file, which is opened again if it was closed meanwhile.
+    /// Returns the file, which is opened again if it was closed to save descriptors.
     pub(crate) fn file(&self) -> Result<Arc<File>, ReadImageError> {
         let path = || self.path.clone();
         self.file.get().map_err(|error| match error {

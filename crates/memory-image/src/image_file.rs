@@ -88,10 +88,10 @@ impl Stamp {
     }
 }
 
-/// Why a file cannot be reopened.
+/// A reason why a file cannot be reopened.
 #[derive(Debug)]
 pub(crate) enum ReopenError {
-    /// Its path leads nowhere or to another file, or the file was written to meanwhile.
+    /// Its path leads nowhere or to another file, or the file was written to since it was opened.
     Replaced,
     /// The error of the operating system.
     Io(io::Error),

@@ -30,7 +30,7 @@ impl Chain {
     /// Checks that the chain has a full base.
     ///
     /// # Errors
-    /// [`NotFullError`] names the oldest diff.
+    /// Returns [`NotFullError`], which names the oldest diff.
     pub fn check_full(&self) -> Result<(), NotFullError> {
         if self.is_full() {
             return Ok(());

@@ -54,7 +54,7 @@ impl MappedImage {
     /// Maps the full sealed image at `path`, readable and writable.
     ///
     /// # Errors
-    /// [`MapError`], such as [`Packed`](MapError::Packed) for a packed image.
+    /// Returns a [`MapError`], such as [`Packed`](MapError::Packed) for a packed image.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, MapError> {
         Self::of(Image::open(path)?)
     }
@@ -62,7 +62,7 @@ impl MappedImage {
     /// Maps the raw image at `path`, readable and writable.
     ///
     /// # Errors
-    /// [`MapError`].
+    /// Returns a [`MapError`].
     pub fn open_raw(path: impl AsRef<Path>) -> Result<Self, MapError> {
         Self::of(Image::open_raw(path)?)
     }

@@ -17,7 +17,7 @@ impl Chain {
     /// the pages that the images store.
     ///
     /// # Errors
-    /// [`MergeError`]. Nothing but the files that the error names is left behind.
+    /// Returns a [`MergeError`]. Nothing but the files that the error names is left behind.
     pub fn flatten(&self, dest: impl AsRef<Path>) -> Result<u64, MergeError> {
         self.check_full()?;
         self.merge(MemoryWriter::options(), dest)
@@ -28,11 +28,11 @@ impl Chain {
     /// pages that the images store.
     ///
     /// `dest` may be one of the chain's own images. That image is replaced as it was when it was
-    /// opened, and no other: what another writer commits there meanwhile stays. See
+    /// opened, and no other: what another writer has committed there since stays. See
     /// [`FileVersion`](memory_writer::FileVersion).
     ///
     /// # Errors
-    /// [`MergeError`]. Nothing but the files that the error names is left behind.
+    /// Returns a [`MergeError`]. Nothing but the files that the error names is left behind.
     ///
     /// # Examples
     /// ```
@@ -74,16 +74,16 @@ impl Chain {
         Ok(bytes)
     }
 
-    /// Writes all that the chain holds by a writer that was just opened, for RAM of
-    /// [`ram_size`](Self::ram_size) bytes from address 0 on: what [`merge`](Self::merge) does
-    /// before it commits. Returns the bytes of the pages that the images store.
+    /// Writes all pages of the chain to a writer that was just opened, for RAM of
+    /// [`ram_size`](Self::ram_size) bytes from address 0 on. [`merge`](Self::merge) calls this and
+    /// commits. Returns the number of bytes in the pages that the images store.
     ///
     /// A chain of diffs is written in pages of its own [size](Self::page_size) or smaller ones: a
     /// larger page would also hold clean memory, whose bytes no diff has.
     ///
     /// # Errors
-    /// [`MergeError`]. After [`LargerPages`](MergeError::LargerPages) nothing was written. After
-    /// another error the writer cannot be committed.
+    /// Returns a [`MergeError`]. After [`LargerPages`](MergeError::LargerPages) nothing was
+    /// written. After another error the writer cannot be committed.
     pub fn write_to(&self, writer: &mut MemoryWriter) -> Result<u64, MergeError> {
         if !self.is_full() {
             if writer.page_size() > self.page_size() {
@@ -117,11 +117,11 @@ impl Chain {
         self.page_size().max(RAW_UNIT)
     }
 
-    /// Fails if an image was resized or written to since it was opened. To be called when all is
-    /// read, before what was made of it is put to use.
+    /// Checks that no image was resized or written to since it was opened. Call this after the last
+    /// read, before the result is used.
     ///
     /// # Errors
-    /// [`ReadImageError`], such as [`Changed`](ReadImageError::Changed).
+    /// Returns a [`ReadImageError`], such as [`Changed`](ReadImageError::Changed).
     pub fn check_unchanged(&self) -> Result<(), ReadImageError> {
         self.images().try_for_each(Image::check_unchanged)
     }

@@ -64,7 +64,7 @@ impl Chain {
     /// Writes all of the RAM to `target`, including zeros, regardless of its previous content.
     ///
     /// # Errors
-    /// [`RestoreError`]. After an error the target may hold a part of the RAM.
+    /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM.
     pub fn restore<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), RestoreError> {
         self.restore_runs(target, std::iter::once(0..self.ram_size()))
     }
@@ -74,7 +74,7 @@ impl Chain {
     /// no memory.
     ///
     /// # Errors
-    /// [`RestoreError`]. After an error the target may hold a part of the RAM.
+    /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM.
     pub fn restore_zeroed<T: RamTarget + ?Sized>(
         &self,
         target: &mut T,
@@ -86,7 +86,7 @@ impl Chain {
     /// previous content. The rest of the target is unchanged.
     ///
     /// # Errors
-    /// [`RestoreError`]. After an error the target may hold a part of the RAM.
+    /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM.
     pub fn restore_runs<T: RamTarget + ?Sized>(
         &self,
         target: &mut T,

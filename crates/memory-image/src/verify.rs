@@ -88,7 +88,7 @@ impl Image {
     /// the number of processors, at most 8.
     ///
     /// # Errors
-    /// [`VerifyError`]. Damage is not an error.
+    /// Returns a [`VerifyError`]. Damage is not an error.
     ///
     /// # Examples
     /// ```

@@ -385,7 +385,7 @@ fn flattening_with_reflinks_allocates_only_the_diffs() {
     chain.push_raw(path("diff")).unwrap();
     let before = free();
     chain.flatten(path("flat")).unwrap();
-    // XFS may meanwhile free blocks that it had preallocated for earlier files.
+    // XFS may concurrently free blocks that it had preallocated for earlier files.
     let took = before.saturating_sub(free());
     assert!(took < 4 << 20, "took {took} bytes");
     assert!(std::fs::read(path("flat")).unwrap() == ram);

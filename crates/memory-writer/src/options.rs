@@ -119,7 +119,7 @@ impl MemoryWriterOptions {
     /// [`write_diff`](crate::MemoryWriter::write_diff) refuses to write a raw diff.
     /// [`Layout::Sealed`] and [`Layout::Packed`] list their pages and can be used instead.
     ///
-    /// Suits callers that keep the list of the pages themselves and read the diff with
+    /// Use it in callers that keep the list of the pages themselves and read the diff with
     /// `memory_image::Chain::push_pages`. The bytes of the pages are correct in either case.
     pub fn allow_ambiguous_diff(mut self, allow: bool) -> Self {
         self.allow_ambiguous = allow;
@@ -158,8 +158,8 @@ impl MemoryWriterOptions {
     /// Replaces only this version of the destination; see
     /// [`atomic_file::AtomicWriterOptions::replace_only`].
     ///
-    /// Suits a snapshot that is made from the one it replaces: a later commit of another writer is
-    /// not replaced.
+    /// Use it for a snapshot that is made from the one it replaces: a later commit of another
+    /// writer is not replaced.
     pub fn replace_only(mut self, version: FileVersion) -> Self {
         self.stage = self.stage.replace_only(version);
         self

@@ -124,8 +124,8 @@ impl MemoryWriter {
         self.pages.footer().map(FooterBuilder::id)
     }
 
-    /// Stores `bytes` with the snapshot and replaces [`Seal::metadata`](crate::Seal::metadata).
-    /// Suits the state of the vCPUs, which is known once they are paused.
+    /// Stores `bytes` with the snapshot and replaces [`Seal::metadata`](crate::Seal::metadata). Use
+    /// it for the state of the vCPUs, which is known once they are paused.
     ///
     /// # Errors
     /// - [`SnapshotError::NotSealed`]: a raw file cannot hold metadata.

@@ -203,7 +203,7 @@ impl<R> Layered<R> {
     /// Returns the ranges that `query` finds in each source, as offsets in the result. `query`
     /// receives a source and a range of its offsets.
     ///
-    /// Suits a reader that wraps this one and knows more than its sources, as in
+    /// Use it in a reader that wraps this one and knows more than its sources, as in
     /// [`populated`](PageReader::populated). The part of `range` past the end is returned too.
     ///
     /// # Examples

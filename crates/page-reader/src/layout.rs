@@ -215,7 +215,7 @@ impl RamLayout {
     /// the RAM of QEMU's `virt` machine starts at 1 GiB, that of Firecracker at 2 GiB.
     ///
     /// # Errors
-    /// As for [`new`](Self::new).
+    /// Returns the errors of [`new`](Self::new).
     pub fn single(guest_start: u64, size: u64) -> Result<Self, LayoutError> {
         Self::new([(guest_start, size)])
     }
@@ -227,7 +227,7 @@ impl RamLayout {
     /// or if there is a second gap, as in Firecracker from 256 GiB.
     ///
     /// # Errors
-    /// As for [`new`](Self::new).
+    /// Returns the errors of [`new`](Self::new).
     pub fn x86_with_gap(ram_size: u64) -> Result<Self, LayoutError> {
         let below = ram_size.min(3 * GIB);
         let above = (4 * GIB, ram_size - below);

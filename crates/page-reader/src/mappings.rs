@@ -67,7 +67,7 @@ impl ProcessRegion {
     /// Returns the mappings of the calling process, by ascending address.
     ///
     /// # Errors
-    /// As for [`of`](Self::of).
+    /// Returns the errors of [`of`](Self::of).
     pub fn of_this_process() -> Result<Vec<Self>, MappingsError> {
         Self::list(SELF, process::id())
     }
@@ -76,7 +76,7 @@ impl ProcessRegion {
     /// `/proc/<pid>`, or that of a thread, `/proc/<pid>/task/<tid>`. Errors name process `pid`.
     ///
     /// # Errors
-    /// As for [`of`](Self::of).
+    /// Returns the errors of [`of`](Self::of).
     pub fn list(directory: &str, pid: u32) -> Result<Vec<Self>, MappingsError> {
         let path = format!("{directory}/maps");
         let regions = open(&path).and_then(maps);
@@ -93,7 +93,7 @@ impl FlaggedRegion {
     /// Returns the mappings of process `pid`, by ascending address.
     ///
     /// # Errors
-    /// As for [`ProcessRegion::of`].
+    /// Returns the errors of [`ProcessRegion::of`].
     pub fn of(pid: u32) -> Result<Vec<Self>, MappingsError> {
         Self::list(&format!("/proc/{pid}"), pid)
     }
@@ -101,7 +101,7 @@ impl FlaggedRegion {
     /// Returns the mappings of the calling process, by ascending address.
     ///
     /// # Errors
-    /// As for [`ProcessRegion::of`].
+    /// Returns the errors of [`ProcessRegion::of`].
     pub fn of_this_process() -> Result<Vec<Self>, MappingsError> {
         Self::list(SELF, process::id())
     }
@@ -109,7 +109,7 @@ impl FlaggedRegion {
     /// Returns the mappings that `directory` lists, as [`ProcessRegion::list`] does.
     ///
     /// # Errors
-    /// As for [`ProcessRegion::of`].
+    /// Returns the errors of [`ProcessRegion::of`].
     pub fn list(directory: &str, pid: u32) -> Result<Vec<Self>, MappingsError> {
         let path = format!("{directory}/smaps");
         let mappings = open(&path).and_then(smaps);

@@ -83,7 +83,7 @@ pub trait PageReader {
     /// The iterator determines each range lazily, at some time between this call and the call of
     /// `next` that returns or passes the range. Writes of a running guest after that time are not
     /// included, just as they are not included in earlier reads. Therefore start tracking writes
-    /// first, then call this method and save, then save the pages that were dirtied meanwhile.
+    /// first, then call this method and save, then save the pages that were dirtied since.
     ///
     /// The provided method queries the kernel about host memory, on Linux:
     ///

@@ -97,7 +97,7 @@ impl<'r, R: PageReader + ?Sized> Touched<'r, R> {
     /// See [`fault_in`](crate::fault_in()).
     ///
     /// # Errors
-    /// As for [`fault_in`](crate::fault_in()).
+    /// Returns the errors of [`fault_in`](crate::fault_in()).
     pub fn fault_in(&self, memory: HostMemory<'_>) -> io::Result<()> {
         match self.faults_in {
             true => fault_in(memory),

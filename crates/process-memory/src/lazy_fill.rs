@@ -25,7 +25,7 @@ pub use unexamined::{HiddenProcesses, Unexamined, UnexaminedProcess};
 /// registered with the userfaultfd wait for missing pages. Everywhere else missing pages are zeros:
 /// in a read of the file, and in any other mapping of it. Call this function before *and after* a
 /// copy of the memory, and discard the copy if either call fails. The first call avoids useless
-/// work. The second one finds a process that started to fill the memory meanwhile.
+/// work. The second one finds a process that started to fill the memory during the copy.
 ///
 /// The function searches the `smaps` of all processes for mappings of the same file. Only files on
 /// tmpfs, hugetlbfs and overlayfs can be filled by userfaultfd, so files on other file systems are
@@ -134,7 +134,7 @@ pub enum LazyFillError {
 /// [`check_lazy_fill`], which also says why to call it before and after a copy.
 ///
 /// # Errors
-/// As for [`check_lazy_fill`].
+/// Returns the errors of [`check_lazy_fill`].
 pub fn check_lazy_fill_of_memory(
     reader: &(impl PageReader + ?Sized),
 ) -> Result<Unexamined, LazyFillError> {
@@ -161,7 +161,7 @@ pub fn check_lazy_fill_of_memory(
 /// same user as the caller.
 ///
 /// # Errors
-/// As for [`check_lazy_fill`].
+/// Returns the errors of [`check_lazy_fill`].
 pub fn check_lazy_fill_of_region(region: &ProcessRegion) -> Result<Unexamined, LazyFillError> {
     if region.inode == 0 {
         return Ok(Unexamined::default());

@@ -58,7 +58,7 @@ impl ProcessMaps {
     /// Returns the mappings of the calling process.
     ///
     /// # Errors
-    /// As for [`of`](Self::of).
+    /// Returns the errors of [`of`](Self::of).
     pub fn of_this_process() -> Result<Self, MappingsError> {
         Ok(Self::new(process::id(), ProcessRegion::of_this_process()?))
     }

@@ -127,8 +127,8 @@ impl ProcessMemory {
     /// guest-physical order. They are not checked: reading an unmapped range fails.
     ///
     /// # Errors
-    /// Returns an error if the process cannot be opened or ends meanwhile. Returns an error if
-    /// there is no range, or if a range is empty or past the highest address of a process.
+    /// Returns an error if the process cannot be opened, or ends during the call. Returns an error
+    /// if there is no range, or if a range is empty or past the highest address of a process.
     pub fn open(
         pid: u32,
         ranges: impl IntoIterator<Item = (u64, u64)>,

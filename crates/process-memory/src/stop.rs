@@ -20,10 +20,10 @@ use threads::{TRIES, Threads, failed, status};
 /// Another process, all of whose threads are stopped while this value exists.
 ///
 /// On drop, the process resumes where it stopped. If this process is killed, the kernel resumes it.
-/// Signals that are sent to the process meanwhile are delivered then, and a process that was
-/// stopped before (`SIGSTOP`) stays stopped. Only `SIGKILL` ends the process meanwhile. Reads of
-/// its memory then fail with [`Gone`](crate::ProcessMemoryError::Gone). Its process id is not
-/// reused meanwhile, so stop the process first, then open its memory.
+/// Signals that were sent to the stopped process are delivered then, and a process that was stopped
+/// before (`SIGSTOP`) stays stopped. Only `SIGKILL` ends a stopped process. Reads of its memory
+/// then fail with [`Gone`](crate::ProcessMemoryError::Gone). Its process id is not reused before
+/// the drop, so stop the process first, then open its memory.
 ///
 /// Ptrace stops the threads. The memory stops changing as well, unless other writers exist: a
 /// process that shares the memory, requests in the kernel (io_uring, vhost), a device. If there are
@@ -32,8 +32,8 @@ use threads::{TRIES, Threads, failed, status};
 /// signal.
 ///
 /// Stopping requires permission to trace the process: the same user and no Yama restriction, or
-/// `CAP_SYS_PTRACE`. A process has one tracer at a time, so a debugger cannot attach meanwhile. Do
-/// not wait for a stopped child of this process, because the wait would report the stop.
+/// `CAP_SYS_PTRACE`. A process has one tracer at a time, so a debugger cannot attach. Do not wait
+/// for a stopped child of this process, because the wait would report the stop.
 ///
 /// # Examples
 /// ```
@@ -98,7 +98,8 @@ impl StoppedProcess {
     /// `cancelled` is called before each attempt, and regularly between attempts.
     ///
     /// # Errors
-    /// As for [`stop`](Self::stop), and [`ProcessStopError::Cancelled`]. The process keeps running.
+    /// Returns the errors of [`stop`](Self::stop), and [`ProcessStopError::Cancelled`]. The process
+    /// keeps running.
     pub fn stop_unless(
         pid: u32,
         within: Duration,

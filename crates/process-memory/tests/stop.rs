@@ -43,7 +43,7 @@ fn the_guard_stops_every_thread_until_it_is_dropped() {
 }
 
 #[test]
-fn threads_created_meanwhile_are_stopped() {
+fn threads_created_during_the_stop_are_stopped() {
     test_machine::needs!(Ptrace);
     let target = Target::that("changes its threads");
     for _ in 0..rounds(10, 50) {

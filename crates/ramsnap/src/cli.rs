@@ -122,8 +122,8 @@ place, a second signal only prints a warning, and a third one ends ramsnap with 
 Restoring into RAM that exists is the exception: once writing has begun, a failure or a signal leaves it empty. A second signal does not \
 end the emptying; a third one does, with exit status 3, and ramsnap says that a part of the RAM is left. Signals while the RAM, which is \
 whole then, is brought to its disk do not empty it; a third one ends ramsnap before the RAM is on its disk, with exit status 3. A process \
-whose RAM is read by --pid is stopped last, when all else is prepared, and goes on before the image is committed; meanwhile ramsnap is \
-not suspended by SIGTSTP (Ctrl-Z).
+whose RAM is read by --pid is stopped last, when all else is prepared, and resumed before the image is committed; while it is stopped, \
+ramsnap is not suspended by SIGTSTP (Ctrl-Z).
 
 A verb that prints is refused before any work if stdout is closed, and so is `-` if stdin is. A verb is also refused, with exit status 2, \
 if stdout or stderr is one of its inputs or outputs; if stderr is, without a message. Without stderr, messages are lost, and the exit \

@@ -220,7 +220,7 @@ pub enum Failure {
         source: std::io::Error,
     },
     #[error(
-        "{path:?} changed its size while it was sent: leave it alone meanwhile, and send it again"
+        "{path:?} changed its size while it was sent: keep programs from changing it, and send it again"
     )]
     SentResized { path: PathBuf },
     #[error(

@@ -110,7 +110,7 @@ pub fn recovering(text: &str) -> String {
     text.replace("call `recover`", "run `ramsnap sweep --recover`")
 }
 
-/// What to do on the command line about an error whose message speaks to a program.
+/// Returns the remedy on the command line for an error whose message names one for programs.
 pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
     error.chain().find_map(|cause| {
         if let Some(SnapshotError::AmbiguousDiff { .. }) = cause.downcast_ref() {

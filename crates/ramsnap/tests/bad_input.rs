@@ -174,7 +174,7 @@ fn a_truncated_image_is_refused() {
 #[rstest]
 #[case::grows(1 << 20)]
 #[case::shrinks(-(1 << 20))]
-fn ram_that_changes_its_size_meanwhile_is_an_error(#[case] by: i64) {
+fn ram_that_changes_its_size_during_the_read_is_an_error(#[case] by: i64) {
     needs!(Strace);
     let work = Work::with_ram();
     let command = work.command("dump ram -o out");

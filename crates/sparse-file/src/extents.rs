@@ -66,7 +66,7 @@ pub enum ExtentSource {
 /// affected.
 ///
 /// # Errors
-/// Those of `fstat(2)`, `fstatfs(2)` and `lseek(2)`.
+/// Returns the errors of `fstat(2)`, `fstatfs(2)` and `lseek(2)`.
 ///
 /// # Examples
 /// ```
@@ -97,7 +97,7 @@ pub fn extents(file: &File) -> io::Result<Extents<&File>> {
 /// The part of the range past the end of the file is listed as data, so that reading it fails.
 ///
 /// # Errors
-/// As [`extents`].
+/// Returns the errors of [`extents`].
 pub fn extents_in<F: Borrow<File>>(file: F, range: Range<u64>) -> io::Result<Extents<F>> {
     match check_holes_are_zeros(file.borrow()) {
         Ok(()) => {
@@ -116,11 +116,11 @@ pub fn extents_in<F: Borrow<File>>(file: F, range: Range<u64>) -> io::Result<Ext
 /// Lists the extents that the file system reports, even where its reports are not
 /// [used](check_holes_are_zeros).
 ///
-/// A listed hole may contain data. Suits reports about a file system, and callers that know from
-/// elsewhere that the holes are correct. Otherwise as [`extents`].
+/// A listed hole may contain data. Use it for reports about a file system, or where other
+/// information shows that the holes are correct. In all other respects, it works like [`extents`].
 ///
 /// # Errors
-/// As [`extents`].
+/// Returns the errors of [`extents`].
 pub fn reported_extents(file: &File) -> io::Result<Extents<&File>> {
     let len = file.metadata()?.len();
     reported_extents_in(file, 0..len, false)
@@ -208,7 +208,7 @@ impl<F: Borrow<File>> Extents<F> {
     /// Limits the listing to `calls` more calls of `lseek(2)`. When they are used up, the rest of
     /// the file is listed as data and [`source`](Self::source) is [`ExtentSource::CutShort`].
     ///
-    /// Suits file systems where the call is slow and reading data takes less time than finding
+    /// Use it on file systems where the call is slow and reading data takes less time than finding
     /// holes.
     #[must_use]
     pub fn limit_calls(mut self, calls: u64) -> Self {

@@ -120,7 +120,7 @@ pub enum HolesUnknown {
 /// - Every file system of macOS.
 ///
 /// # Errors
-/// [`HolesUnknown`].
+/// Returns a [`HolesUnknown`].
 ///
 /// # Examples
 /// ```
@@ -150,7 +150,7 @@ pub fn check_holes_are_zeros(file: &File) -> Result<(), HolesUnknown> {
 /// in the page cache, so no process can fill it by userfaultfd.
 ///
 /// # Errors
-/// Those of `fstatfs(2)`.
+/// Returns the errors of `fstatfs(2)`.
 pub fn is_on_disk(file: &File) -> io::Result<bool> {
     sys::is_on_disk(file)
 }
@@ -159,7 +159,7 @@ pub fn is_on_disk(file: &File) -> io::Result<bool> {
 /// name for it.
 ///
 /// # Errors
-/// Those of `fstatfs(2)`.
+/// Returns the errors of `fstatfs(2)`.
 pub fn file_system_name(file: &File) -> io::Result<String> {
     sys::file_system_name(file)
 }

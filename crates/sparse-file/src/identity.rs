@@ -52,7 +52,7 @@ impl FileIdentity {
     /// Returns the identity of the file that `path` currently refers to.
     ///
     /// # Errors
-    /// Those of `stat(2)` and `statfs(2)`.
+    /// Returns the errors of `stat(2)` and `statfs(2)`.
     pub fn at(path: &Path) -> io::Result<Self> {
         let (metadata, layered) = (fs::metadata(path)?, sys::is_layered_at(path)?);
         let handle = sys::stored_handle_at(path, layered);
@@ -62,7 +62,7 @@ impl FileIdentity {
     /// Returns the identity of an open file.
     ///
     /// # Errors
-    /// Those of `fstat(2)`, `fstatfs(2)` and `dup(2)`.
+    /// Returns the errors of `fstat(2)`, `fstatfs(2)` and `dup(2)`.
     pub fn of(file: impl AsFd) -> io::Result<Self> {
         let of = |fd: BorrowedFd<'_>| {
             let file = File::from(fd.try_clone_to_owned()?);

@@ -118,7 +118,7 @@ impl PageHoles {
     /// are being written may count as reserved.
     ///
     /// # Errors
-    /// [`PagesUnknown::Reserved`], [`PagesUnknown::Holes`].
+    /// Returns [`PagesUnknown::Reserved`] or [`PagesUnknown::Holes`].
     pub fn check_reserved(file: &File) -> Result<(), PagesUnknown> {
         match sys::first_unwritten(file).map_err(HolesUnknown::Io)? {
             Some(offset) => Err(PagesUnknown::Reserved { offset }),
@@ -144,7 +144,7 @@ impl PageHoles {
     /// - The mount options of an ext4 that stores the file under overlayfs.
     ///
     /// # Errors
-    /// [`PagesUnknown`].
+    /// Returns a [`PagesUnknown`].
     pub fn check(&mut self, file: &File, dir: &Path, page_size: u64) -> Result<(), PagesUnknown> {
         Self::check_new(file, page_size)?;
         fsync(file).map_err(|errno| PagesUnknown::Sync(errno.into()))?;

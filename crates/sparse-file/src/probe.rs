@@ -76,8 +76,8 @@ impl Capabilities {
     /// support unnamed files, so it is removed in every case, including errors.
     ///
     /// # Errors
-    /// [`ProbeError`], whose source is the error of the failed call. A missing capability is a
-    /// result, not an error.
+    /// Returns a [`ProbeError`], whose source is the error of the failed call. A missing capability
+    /// is a result, not an error.
     ///
     /// # Examples
     /// ```

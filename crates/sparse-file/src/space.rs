@@ -44,7 +44,7 @@ pub enum SpaceError {
 /// metadata blocks count on some file systems, and some drivers always report 0.
 ///
 /// # Errors
-/// Those of `fstat(2)`.
+/// Returns the errors of `fstat(2)`.
 pub fn allocated_bytes(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks() * 512)
 }
@@ -57,8 +57,8 @@ pub fn allocated_bytes(file: &File) -> io::Result<u64> {
 /// file concurrently.
 ///
 /// # Errors
-/// [`SpaceError::Io`]: `EFBIG` where `RLIMIT_FSIZE` or the file system does not permit that length
-/// (never `SIGXFSZ`), `ENOSPC` on a file system without holes.
+/// Returns [`SpaceError::Io`]: `EFBIG` where `RLIMIT_FSIZE` or the file system does not permit that
+/// length (never `SIGXFSZ`), `ENOSPC` on a file system without holes.
 ///
 /// # Examples
 /// ```
@@ -85,7 +85,7 @@ pub fn grow(file: &File, len: u64) -> Result<(), SpaceError> {
 /// checked.
 ///
 /// # Errors
-/// [`SpaceError::Io`] with `EFBIG` if the limit is lower.
+/// Returns [`SpaceError::Io`] with `EFBIG` if the limit is lower.
 ///
 /// # Examples
 /// ```

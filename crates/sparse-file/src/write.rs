@@ -48,8 +48,8 @@ use progress::Progress;
 /// the page cache or on the device; the caller syncs the file.
 ///
 /// # Errors
-/// [`WriteError`]; of several failures in flight, the one at the lowest offset. The file then
-/// contains the new bytes in some of the runs and may contain parts of chunks.
+/// Returns a [`WriteError`]; of several failures in flight, the one at the lowest offset. The file
+/// then contains the new bytes in some of the runs and may contain parts of chunks.
 ///
 /// # Examples
 /// ```

@@ -25,8 +25,8 @@ pub enum ZeroError {
 /// The part of the range past the end of the file is ignored.
 ///
 /// # Errors
-/// [`ZeroError`]: an invalid range, or a failure of the file system. The range may then consist of
-/// old bytes and zeros.
+/// Returns a [`ZeroError`]: an invalid range, or a failure of the file system. The range may then
+/// consist of old bytes and zeros.
 ///
 /// # Examples
 /// ```
@@ -51,7 +51,7 @@ pub fn zero_range(file: &File, range: Range<u64>, options: &WriteOptions) -> Res
 /// [`write_runs`], with the given options.
 ///
 /// # Errors
-/// As [`zero_range`].
+/// Returns the errors of [`zero_range`].
 pub fn zero_ranges(
     file: &File,
     ranges: impl IntoIterator<Item = Range<u64>>,

@@ -318,7 +318,8 @@ fn enxio_from_seek_data_after_an_invalid_answer_is_not_a_hole() {
 
 #[test]
 fn growing_file_is_listed_up_to_its_old_length() {
-    let Some((_place, file)) = striped(Fs::Tmpfs, "a_file_that_grows_meanwhile") else {
+    let Some((_place, file)) = striped(Fs::Tmpfs, "growing_file_is_listed_up_to_its_old_length")
+    else {
         return;
     };
     let mut listing = extents(&file).expect("listed");

@@ -16,7 +16,7 @@ use crate::userfaultfd::Userfaultfd;
 /// The number of messages that one call reads at most: 1 KiB.
 const BATCH: usize = 32;
 
-/// What happened to registered memory.
+/// An event in registered memory.
 ///
 /// The thread that causes an event other than a page fault continues when the event is read.
 /// Pages cannot be filled until it has continued ([`Stop::Changing`](crate::Stop::Changing)).
@@ -28,7 +28,7 @@ pub enum Event {
         /// The start of the page, or with
         /// [`Features::EXACT_ADDRESS`](crate::Features::EXACT_ADDRESS) the accessed address.
         address: u64,
-        /// What the fault was.
+        /// The kind of the fault.
         flags: FaultFlags,
         /// The id of the thread, with [`Features::THREAD_ID`](crate::Features::THREAD_ID).
         thread: Option<u32>,
@@ -65,8 +65,8 @@ impl Userfaultfd {
     /// regardless of their order.
     ///
     /// # Errors
-    /// Those of the operating system, and [`InvalidData`](io::ErrorKind::InvalidData) for an event
-    /// of a newer kernel.
+    /// Returns the errors of the operating system, and [`InvalidData`](io::ErrorKind::InvalidData)
+    /// for an event of a newer kernel.
     pub fn read_event(&self) -> io::Result<Option<Event>> {
         let mut message = [[0; MESSAGE]];
         match self.read_messages(&mut message)? {
@@ -78,7 +78,8 @@ impl Userfaultfd {
     /// Appends the events that are there to `events`, up to 32, and returns their number.
     ///
     /// # Errors
-    /// As [`read_event`](Self::read_event). The other events of the call are appended nevertheless.
+    /// Returns the errors of [`read_event`](Self::read_event). The other events of the call are
+    /// appended nevertheless.
     pub fn read_events(&self, events: &mut Vec<Event>) -> io::Result<usize> {
         let mut messages = [[0; MESSAGE]; BATCH];
         let count = self.read_messages(&mut messages)?;

@@ -98,7 +98,7 @@ bitflags! {
 }
 
 bitflags! {
-    /// What a page fault was.
+    /// The kind of a page fault.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct FaultFlags: u64 {
         /// The access was a write.
@@ -114,7 +114,7 @@ bitflags! {
 }
 
 bitflags! {
-    /// How pages are filled. The default wakes the accesses that wait, and permits writes.
+    /// Options of filling pages. The default wakes the waiting accesses and permits writes.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct FillFlags: u64 {
         /// Accesses that wait for the pages are not woken:
@@ -127,7 +127,7 @@ bitflags! {
 }
 
 bitflags! {
-    /// How pages are moved. The default wakes the accesses that wait, and fails for holes.
+    /// Options of moving pages. The default wakes the waiting accesses and fails for holes.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct MoveFlags: u64 {
         /// Accesses that wait for the pages are not woken:

@@ -57,7 +57,7 @@ impl UserfaultfdOptions {
     /// Returns the features that the kernel has.
     ///
     /// # Errors
-    /// Those of [`open`](Self::open), except for missing features.
+    /// Returns the errors of [`open`](Self::open), except for missing features.
     pub fn supported(&self) -> Result<Features, OpenError> {
         let features = Features::empty();
         let supported = negotiate(&self.descriptor()?, features);

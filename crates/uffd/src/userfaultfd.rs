@@ -51,8 +51,8 @@ impl Userfaultfd {
     /// requested. Makes the descriptor non-blocking.
     ///
     /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) if it is not a userfaultfd, and the errors of
-    /// `fcntl`.
+    /// Returns [`InvalidInput`](io::ErrorKind::InvalidInput) if it is not a userfaultfd, and the
+    /// errors of `fcntl`.
     pub fn from_fd(fault: OwnedFd) -> io::Result<Self> {
         let wrong = || {
             let what = "the descriptor is not a userfaultfd: give one that userfaultfd(2) returned";
@@ -74,7 +74,7 @@ impl Userfaultfd {
     /// Duplicates the descriptor. Both refer to the same registrations and events.
     ///
     /// # Errors
-    /// Those of the operating system, such as too many open files.
+    /// Returns the errors of the operating system, such as too many open files.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self::new(self.fault.try_clone()?, self.features))
     }
@@ -89,7 +89,7 @@ impl Userfaultfd {
     /// they are resolved. Returns the operations that the range supports.
     ///
     /// # Errors
-    /// [`RegisterError`] if the kernel refuses the range.
+    /// Returns a [`RegisterError`] if the kernel refuses the range.
     ///
     /// # Safety
     /// The range must be mapped in the process of the descriptor. The caller decides what its
@@ -119,7 +119,7 @@ impl Userfaultfd {
     /// Unregisters a range, after which missing pages are zeros, and wakes waiting accesses.
     ///
     /// # Errors
-    /// Those of the operating system: `EINVAL` if the range is not mapped.
+    /// Returns the errors of the operating system: `EINVAL` if the range is not mapped.
     pub fn unregister(&self, range: Range<u64>) -> io::Result<()> {
         sys::unregister(&self.fault, kernel_range(&range))?;
         // The kernel (6.18) wakes before it locks the mapping. Since 6.7 a fault holds only the
@@ -132,7 +132,7 @@ impl Userfaultfd {
     /// resolved.
     ///
     /// # Errors
-    /// Those of the operating system: `EINVAL` if the range is not of whole pages.
+    /// Returns the errors of the operating system: `EINVAL` if the range is not of whole pages.
     pub fn wake(&self, range: Range<u64>) -> io::Result<()> {
         Ok(sys::wake(&self.fault, kernel_range(&range))?)
     }
@@ -219,7 +219,7 @@ impl Userfaultfd {
     /// [`Modes::WRITE_PROTECT`].
     ///
     /// # Errors
-    /// [`Stop::Changing`] if the request must be repeated, and others.
+    /// Returns [`Stop::Changing`] if the request must be repeated, or another [`Stop`].
     pub fn write_protect(&self, range: Range<u64>) -> Result<(), Stop> {
         self.set_protection(&range, WRITEPROTECT_MODE_WP)
     }
@@ -227,7 +227,7 @@ impl Userfaultfd {
     /// Permits writes to pages, and wakes the writes that wait if `wake` is true.
     ///
     /// # Errors
-    /// As [`write_protect`](Self::write_protect).
+    /// Returns the errors of [`write_protect`](Self::write_protect).
     pub fn write_unprotect(&self, range: Range<u64>, wake: bool) -> Result<(), Stop> {
         let mode = if wake { 0 } else { WRITEPROTECT_MODE_DONTWAKE };
         self.set_protection(&range, mode)

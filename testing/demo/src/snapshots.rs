@@ -70,7 +70,7 @@ impl<'a> Snapshots<'a> {
         }
     }
 
-    /// A full snapshot of a guest that works meanwhile, in spells of `spell` steps.
+    /// Takes a full snapshot while the guest runs, `spell` steps at a time.
     pub(crate) fn full(&mut self, guest: &mut dyn Guest, spell: u64) -> anyhow::Result<()> {
         let started = Instant::now();
         let (ram, tracker) = (guest.ram(), Arc::clone(&self.tracker));
@@ -85,8 +85,8 @@ impl<'a> Snapshots<'a> {
         let progress = self.progress;
         let mut copy = || {
             writer.write_full(&ram)?;
-            // Again what was written meanwhile, as long as that gets less: the rest is for the
-            // pause.
+            // Write what was dirtied during the last pass, as long as that gets less. The rest is
+            // written in the pause.
             let (mut again, mut before) = (0, size);
             loop {
                 let more = tracker.extend(&mut epoch)?;

@@ -9,8 +9,8 @@ use crate::loop_device::LoopDevice;
 use crate::table::Disk;
 use crate::tool::{find_tool, run, tool};
 
-/// What mkfs.btrfs reports if a loop device of another process goes away meanwhile: it looks at all
-/// that are mounted.
+/// The message of mkfs.btrfs if another process detaches a loop device while mkfs.btrfs examines
+/// all mounted ones.
 const MOUNT_STATUS: &str = "cannot check mount status";
 const ATTEMPTS: u32 = 100;
 

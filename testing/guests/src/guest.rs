@@ -58,8 +58,8 @@ pub trait Guest: Send {
     fn set_processor(&mut self, state: &[u8]) -> anyhow::Result<()>;
 }
 
-/// A tracker of the pages that a guest writes. The guest may run meanwhile: no write is missed.
-/// Drop it only when the guest does not run.
+/// A tracker of the pages that a guest writes. No write is missed, also while the guest runs. Drop
+/// it only when the guest does not run.
 pub trait Tracker: Send + Sync {
     /// Returns the pages written, by byte offset into the RAM.
     fn dirty(&self) -> Dirty<'_>;

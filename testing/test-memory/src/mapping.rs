@@ -80,7 +80,7 @@ impl Mapping {
     /// Writes bytes at the start of the mapping.
     pub fn write(&self, bytes: &[u8]) {
         assert!(bytes.len() <= self.len);
-        // SAFETY: mapped and writable. These tests have no other writer meanwhile.
+        // SAFETY: mapped and writable. These tests have no concurrent writer.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.as_ptr(), bytes.len()) }
     }
 

@@ -12,8 +12,8 @@ use tempfile::TempDir;
 pub fn world_executable() -> Program {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("test");
-    // Copied by another process: a child that a thread forks meanwhile inherits the descriptors of
-    // this one, and a file that is open for writing cannot be executed.
+    // Copied by another process: a child that a thread forks concurrently inherits the descriptors
+    // of this one, and a file that is open for writing cannot be executed.
     let copied = Command::new("cp")
         .arg(env::current_exe().unwrap())
         .arg(&path)

@@ -4,7 +4,7 @@ use thiserror::Error;
 
 use crate::writer::AtomicWriter;
 
-/// An error of adding a writer to an [`AtomicGroup`](crate::AtomicGroup). Returns the writer.
+/// An error of adding a writer to an [`AtomicGroup`](crate::AtomicGroup). It contains the writer.
 #[derive(Debug, Error)]
 #[error("{:?} cannot join the group: {reason}", writer.dest_path())]
 pub struct AddError {

@@ -17,7 +17,7 @@ pub(crate) fn recycling() -> AtomicWriterOptions {
 }
 
 /// A forked child has all descriptors of this process until its `exec`, and no lease is granted
-/// meanwhile.
+/// until then.
 pub(crate) fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
     static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
     TURN.lock()

@@ -79,7 +79,8 @@ pub enum CheckpointError<E: Error + 'static> {
     /// The epoch belongs to another bitmap. No mark was taken.
     #[error("the epoch belongs to the bitmap of another tracker: extend it with that tracker")]
     OtherBitmap,
-    /// The platform failed to protect the pages, and all of the RAM. The pages are marked.
+    /// The platform failed to protect the pages, and then failed to protect all of the RAM. The
+    /// pages are marked.
     #[error(
         "failed to write-protect {:#x}..{:#x}: its pages stay dirty, so save them with the next \
          checkpoint",

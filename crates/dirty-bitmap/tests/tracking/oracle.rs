@@ -19,7 +19,7 @@ enum Step {
     /// A save with writes between its two halves. It may fail, and the platform may refuse calls
     /// after `calls_left` of them.
     Save {
-        meanwhile: Vec<u64>,
+        during: Vec<u64>,
         fails: bool,
         calls_left: u64,
     },
@@ -36,7 +36,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         6 => (0..PAGES).prop_map(Step::Write),
         1 => (0..PAGES).prop_map(Step::HostWrite),
-        2 => save.prop_map(|(meanwhile, fails, calls_left)| Step::Save { meanwhile, fails, calls_left }),
+        2 => save.prop_map(|(during, fails, calls_left)| Step::Save { during, fails, calls_left }),
         1 => (10u32..22).prop_map(Step::Rebuild),
     ];
     prop::collection::vec(step, 1..60)
@@ -59,18 +59,18 @@ fn starts() -> impl Strategy<Value = u64> {
     ]
 }
 
-/// Saves the marked pages and those written meanwhile. On failure, the image is unchanged.
+/// Saves the marked pages and those written during the save. On failure, the image is unchanged.
 fn save(
     machine: &Machine,
     tracker: &WriteTracker,
     image: &mut Vec<u64>,
-    mut meanwhile: impl FnMut(),
+    mut during: impl FnMut(),
     fails: bool,
 ) -> Option<()> {
     let mut next = image.clone();
     let mut epoch = tracker.checkpoint(machine).ok()?;
     machine.copy(epoch.bitmap(), &mut next);
-    meanwhile();
+    during();
     let more = tracker.checkpoint_incremental(&mut epoch, machine).ok()?;
     machine.copy(more, &mut next);
     if fails {
@@ -98,11 +98,11 @@ proptest! {
                 Step::Write(page) => _ = machine.write(&tracker, page, next()),
                 Step::HostWrite(page) => machine.host_write(&tracker, page, next()),
                 Step::Rebuild(shift) => tracker.bitmap().rebuild(1 << shift).unwrap(),
-                Step::Save { meanwhile, fails, calls_left } => {
+                Step::Save { during, fails, calls_left } => {
                     machine.calls_left.store(calls_left, Ordering::SeqCst);
                     let writes = || {
                         machine.calls_left.store(u64::MAX, Ordering::SeqCst);
-                        for page in &meanwhile {
+                        for page in &during {
                             machine.write(&tracker, *page, next());
                         }
                         machine.calls_left.store(calls_left, Ordering::SeqCst);

@@ -14,8 +14,8 @@ use super::slots::{RamSlots, SlotError};
 use super::sys;
 use super::vcpus::Paused;
 
-/// The number of pages that one call clears: 1 GiB in pages of 4 KiB. Meanwhile KVM holds the lock
-/// of the guest's page tables, and vCPUs that fault wait.
+/// The number of pages that one call clears: 1 GiB in pages of 4 KiB. During the call, KVM holds
+/// the lock of the guest's page tables, and vCPUs that fault wait.
 const CLEAR_PAGES: usize = 1 << 18;
 
 /// KVM's log of the pages that a guest writes.
@@ -121,7 +121,7 @@ impl DirtyLog {
     /// all of the RAM, unless the log has been on since an earlier `DirtyLog`.
     ///
     /// # Errors
-    /// [`StartError`]. The log of some slots may stay on, which costs speed only.
+    /// Returns a [`StartError`]. The log of some slots may stay on, which only costs speed.
     pub fn start(slots: &Arc<RamSlots>) -> Result<Self, StartError> {
         let reprotect = if offers_manual_protect(slots) {
             Reprotect::WhenMarked
@@ -134,7 +134,7 @@ impl DirtyLog {
     /// Switches the log on for every slot. `reprotect` applies to the whole virtual machine.
     ///
     /// # Errors
-    /// As [`start`](Self::start), and [`StartError::NoManualProtect`].
+    /// Returns the errors of [`start`](Self::start), and [`StartError::NoManualProtect`].
     pub fn start_with(slots: &Arc<RamSlots>, reprotect: Reprotect) -> Result<Self, StartError> {
         let claim = {
             let mut log = slots.ram().log();
@@ -198,7 +198,8 @@ impl DirtyLog {
     /// The vCPUs stay paused until the returned value is dropped. On an error they may run at once.
     ///
     /// # Errors
-    /// As [`harvest_live`](Self::harvest_live), and [`HarvestError::OtherMachine`].
+    /// Returns the errors of [`harvest_live`](Self::harvest_live), and
+    /// [`HarvestError::OtherMachine`].
     pub fn harvest(&self, paused: Paused) -> Result<PausedHarvest, HarvestError> {
         if !Arc::ptr_eq(paused.vm(), self.slots.vm()) {
             return Err(HarvestError::OtherMachine);
@@ -213,11 +214,11 @@ impl DirtyLog {
     /// copied, but they are not a consistent image.
     ///
     /// # Errors
-    /// [`HarvestError`]. No page is lost: a page that was taken from KVM's log is marked in the
-    /// bitmap, the others are still in the log, and the next harvest continues. If the log of a
-    /// slot could not be read because the VMM had switched it off, all pages of the slot are marked
-    /// once it can be read again. A save that fails after the harvest keeps its marks through the
-    /// bitmap's [epoch](dirty_bitmap::Epoch).
+    /// Returns a [`HarvestError`]. No page is lost: a page that was taken from KVM's log is marked
+    /// in the bitmap, the others are still in the log, and the next harvest continues. If the log
+    /// of a slot could not be read because the VMM had switched it off, all pages of the slot are
+    /// marked once it can be read again. A save that fails after the harvest keeps its marks
+    /// through the bitmap's [epoch](dirty_bitmap::Epoch).
     pub fn harvest_live(&self) -> Result<HarvestStats, HarvestError> {
         let mut unreadable = self
             .harvesting
@@ -240,7 +241,7 @@ impl DirtyLog {
     /// the RAM again, and so does dropping the slots ([`RamSlots`]).
     ///
     /// # Errors
-    /// [`SlotError`]; some slots may still be logged.
+    /// Returns a [`SlotError`]. Some slots may still be logged.
     pub fn stop(self) -> Result<(), SlotError> {
         let ram = self.slots.ram();
         ram.log().on = false;

@@ -12,8 +12,8 @@ use thiserror::Error;
 /// Opens `/dev/kvm`.
 ///
 /// # Errors
-/// [`OpenKvmError`] names what the host lacks: the module, the permission, or a KVM with the stable
-/// interface.
+/// Returns [`OpenKvmError`], which names what the host lacks: the module, the permission, or a KVM
+/// with the stable interface.
 ///
 /// # Examples
 /// ```no_run
@@ -28,7 +28,7 @@ pub fn open_kvm() -> Result<Kvm, OpenKvmError> {
 /// Opens the KVM device at `device`, for a sandbox with the device at another path.
 ///
 /// # Errors
-/// As [`open_kvm`].
+/// Returns the errors of [`open_kvm`].
 pub fn open_kvm_at(device: &Path) -> Result<Kvm, OpenKvmError> {
     let failed = |source: io::Error| OpenKvmError::from_io(device, source);
     let path = CString::new(device.as_os_str().as_bytes()).map_err(|error| failed(error.into()))?;
@@ -49,7 +49,7 @@ pub fn open_kvm_at(device: &Path) -> Result<Kvm, OpenKvmError> {
 /// one may encounter the latter. QEMU retries for the same reason.
 ///
 /// # Errors
-/// Any error of `KVM_CREATE_VM` other than `EINTR`.
+/// Returns any error of `KVM_CREATE_VM` other than `EINTR`.
 ///
 /// # Examples
 /// ```no_run

@@ -58,7 +58,7 @@ impl RamSlots {
     /// readable, writable and executable.
     ///
     /// # Errors
-    /// [`SlotError`]. The slots that this call registered are removed again.
+    /// Returns a [`SlotError`]. The slots that this call registered are removed again.
     pub fn register(
         vm: &Arc<VmFd>,
         ram: &Arc<GuestRam>,
@@ -82,7 +82,7 @@ impl RamSlots {
     /// addresses, region `i` in slot `first_slot + i`.
     ///
     /// # Errors
-    /// [`SlotError::SlotNumber`].
+    /// Returns [`SlotError::SlotNumber`].
     ///
     /// # Safety
     /// As long as the value exists, the slots are registered as described, without

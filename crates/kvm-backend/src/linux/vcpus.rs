@@ -26,8 +26,8 @@ use run_states::{RunState, RunStates};
 /// 1. Each vCPU leaves the guest. The VMM handles the exit as usual, and its thread calls
 ///    [`Vcpu::complete_io`].
 /// 2. [`pause`](Self::pause) succeeds. The returned value keeps every vCPU out of the guest.
-/// 3. The state of the vCPUs is captured with that value. KVM may write to guest memory meanwhile
-///    (for example the flag of a preempted vCPU).
+/// 3. The state of the vCPUs is captured with that value. The capture may make KVM write to guest
+///    memory (for example the flag of a preempted vCPU).
 /// 4. [`DirtyLog::harvest`](crate::DirtyLog::harvest) takes that value, and returns another that
 ///    keeps the vCPUs out of the guest.
 /// 5. The pages are copied, and the returned value is dropped: the vCPUs may run.
@@ -151,7 +151,7 @@ impl Vcpus {
     /// Creates the vCPU with this number.
     ///
     /// # Errors
-    /// Any error of `KVM_CREATE_VCPU`.
+    /// Returns any error of `KVM_CREATE_VCPU`.
     pub fn create(&self, id: u64) -> io::Result<Vcpu> {
         let fd = self.vm.create_vcpu(id)?;
         let state = self.states.add_new();
@@ -169,13 +169,13 @@ impl Vcpus {
     /// their threads or by `immediate_exit`.
     ///
     /// # Errors
-    /// [`PauseError`]: a vCPU runs, has I/O pending, or was dropped with I/O pending.
+    /// Returns a [`PauseError`]: a vCPU runs, has I/O pending, or was dropped with I/O pending.
     pub fn pause(&self) -> Result<Paused, PauseError> {
         self.states.pause()?;
         Ok(Paused(self.clone()))
     }
 
-    /// The virtual machine.
+    /// Returns the virtual machine.
     #[must_use]
     pub fn vm(&self) -> &Arc<VmFd> {
         &self.vm
@@ -187,7 +187,7 @@ impl Vcpu {
     /// [paused](Vcpus::pause).
     ///
     /// # Errors
-    /// Any error of `KVM_RUN`: `EINTR` after a signal.
+    /// Returns the error of `KVM_RUN`, such as `EINTR` after a signal.
     pub fn run(&mut self) -> Result<VcpuExit<'_>, kvm_ioctls::Error> {
         let _in_guest = self.state.enter();
         self.fd.run()
@@ -206,8 +206,8 @@ impl Vcpu {
     /// is pending.
     ///
     /// # Errors
-    /// Any error of `KVM_RUN`, other than the `EINTR` that ends the call. The I/O then stays
-    /// pending, as it does when `handle` panics: call this again.
+    /// Returns any error of `KVM_RUN`, other than the `EINTR` that ends the call. The I/O then
+    /// stays pending, as it does when `handle` panics: call this again.
     pub fn complete_io(&mut self, mut handle: impl FnMut(VcpuExit<'_>)) -> io::Result<()> {
         if !self.state.begin_completion() {
             return Ok(());
@@ -275,7 +275,7 @@ impl Deref for Vcpu {
 }
 
 impl Paused {
-    /// The virtual machine.
+    /// Returns the virtual machine.
     #[must_use]
     pub fn vm(&self) -> &Arc<VmFd> {
         self.0.vm()

@@ -83,7 +83,7 @@ fn without_poison_moved_memory_is_inaccessible(#[case] more_flags: libc::c_int) 
     let elsewhere = Region::zeros(host_page()).unwrap();
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | more_flags;
     let to: *mut libc::c_void = elsewhere.as_ptr().cast();
-    // SAFETY: nothing accesses either page meanwhile.
+    // SAFETY: nothing accesses either page during the call.
     let moved = unsafe { libc::mremap(ram.as_ptr().cast(), len, len, flags, to) };
     assert_eq!(moved, to);
     assert_eq!(byte_at(to.cast()), Err(Errno::EFAULT));

@@ -148,7 +148,7 @@ impl Pages {
             true => self.fault.unregister(moved.start, moved.end - moved.start),
             false => Memory::revoke_moved(&self.fault, &moved),
         };
-        // It fails only if the range was unmapped meanwhile.
+        // It fails only if the range was unmapped since the message was sent.
         let _ = inaccessible;
     }
 }

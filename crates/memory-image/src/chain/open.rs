@@ -17,7 +17,7 @@ impl Chain {
     /// `page_size` bytes.
     ///
     /// # Errors
-    /// [`ChainError`], such as [`NotFull`](ChainError::NotFull) for a diff.
+    /// Returns a [`ChainError`], such as [`NotFull`](ChainError::NotFull) for a diff.
     pub fn open(base: impl AsRef<Path>, page_size: u64) -> Result<Self, ChainError> {
         let chain = Self::empty(page_size, true)?;
         chain.with_base(Image::open(base)?)
@@ -26,7 +26,7 @@ impl Chain {
     /// Opens the full raw image `base`, as [`open`](Self::open) opens a sealed one.
     ///
     /// # Errors
-    /// [`ChainError`], such as [`NotWholePages`](ChainError::NotWholePages).
+    /// Returns a [`ChainError`], such as [`NotWholePages`](ChainError::NotWholePages).
     pub fn open_raw(base: impl AsRef<Path>, page_size: u64) -> Result<Self, ChainError> {
         let chain = Self::empty(page_size, true)?;
         chain.with_base(Image::open_raw(base)?)
@@ -36,7 +36,7 @@ impl Chain {
     /// A raw image is treated as full.
     ///
     /// # Errors
-    /// [`ChainError`].
+    /// Returns a [`ChainError`].
     pub fn from_image(oldest: Image, page_size: u64) -> Result<Self, ChainError> {
         let chain = Self::empty(page_size, !oldest.is_diff())?;
         chain.with_base(oldest)
@@ -46,7 +46,7 @@ impl Chain {
     /// image is treated as a diff.
     ///
     /// # Errors
-    /// [`ChainError`], such as [`AmbiguousDiff`](ChainError::AmbiguousDiff).
+    /// Returns a [`ChainError`], such as [`AmbiguousDiff`](ChainError::AmbiguousDiff).
     pub fn from_diff(oldest: Image, page_size: u64) -> Result<Self, ChainError> {
         Self::empty(page_size, false)?.with_base(oldest)
     }
@@ -70,7 +70,7 @@ impl Chain {
     /// chain uses the smallest of their page sizes.
     ///
     /// # Errors
-    /// [`ChainError`], such as [`NoImages`](ChainError::NoImages) for an empty list.
+    /// Returns a [`ChainError`], such as [`NoImages`](ChainError::NoImages) for an empty list.
     pub fn open_sealed<P: AsRef<Path>>(paths: &[P]) -> Result<Self, ChainError> {
         let images = paths.iter().map(Image::open);
         let images = images.collect::<Result<Vec<_>, _>>()?;
@@ -92,7 +92,7 @@ impl Chain {
     /// [`ReadImageError::NotInDiffs`](crate::ReadImageError::NotInDiffs).
     ///
     /// # Errors
-    /// [`ChainError`].
+    /// Returns a [`ChainError`].
     pub fn open_diff(oldest: impl AsRef<Path>, page_size: u64) -> Result<Self, ChainError> {
         let chain = Self::empty(page_size, false)?;
         chain.with_base(Image::open(oldest)?)
@@ -103,7 +103,7 @@ impl Chain {
     /// be wrong.
     ///
     /// # Errors
-    /// [`ChainError`], except [`AmbiguousDiff`](ChainError::AmbiguousDiff).
+    /// Returns a [`ChainError`], except [`AmbiguousDiff`](ChainError::AmbiguousDiff).
     pub fn from_diff_trusting_holes(
         oldest: Image,
         page_size: u64,
@@ -133,7 +133,8 @@ impl Chain {
     /// parent, which must be the newest image of the chain.
     ///
     /// # Errors
-    /// [`ChainError`], such as [`Link`](ChainError::Link). The chain is unchanged on error.
+    /// Returns a [`ChainError`], such as [`Link`](ChainError::Link). The chain is unchanged on
+    /// error.
     pub fn push(&mut self, diff: impl AsRef<Path>) -> Result<(), ChainError> {
         self.push_image(Image::open(diff)?)
     }
@@ -143,8 +144,8 @@ impl Chain {
     /// documentation](crate#pages-and-gaps-of-a-raw-diff)).
     ///
     /// # Errors
-    /// [`ChainError`], such as [`AmbiguousDiff`](ChainError::AmbiguousDiff). The chain is unchanged
-    /// on error.
+    /// Returns a [`ChainError`], such as [`AmbiguousDiff`](ChainError::AmbiguousDiff). The chain is
+    /// unchanged on error.
     pub fn push_raw(&mut self, diff: impl AsRef<Path>) -> Result<(), ChainError> {
         self.push_image(Image::open_raw(diff)?)
     }
@@ -153,7 +154,7 @@ impl Chain {
     /// [`push_raw`](Self::push_raw) does.
     ///
     /// # Errors
-    /// [`ChainError`]. The chain is unchanged on error.
+    /// Returns a [`ChainError`]. The chain is unchanged on error.
     pub fn push_image(&mut self, image: Image) -> Result<(), ChainError> {
         self.check_follows(&image)?;
         let pages = self.pages_of_diff(&image)?;
@@ -166,8 +167,8 @@ impl Chain {
     /// confused with each other.
     ///
     /// # Errors
-    /// [`ChainError`], except [`AmbiguousDiff`](ChainError::AmbiguousDiff). The chain is unchanged
-    /// on error.
+    /// Returns a [`ChainError`], except [`AmbiguousDiff`](ChainError::AmbiguousDiff). The chain is
+    /// unchanged on error.
     pub fn push_trusting_holes(
         &mut self,
         diff: impl AsRef<Path>,
@@ -199,7 +200,8 @@ impl Chain {
     /// from. `once(0..size)` is a diff of every page.
     ///
     /// # Errors
-    /// [`ChainError`], such as [`BadRun`](ChainError::BadRun). The chain is unchanged on error.
+    /// Returns a [`ChainError`], such as [`BadRun`](ChainError::BadRun). The chain is unchanged on
+    /// error.
     pub fn push_pages(
         &mut self,
         diff: impl AsRef<Path>,

@@ -7,7 +7,7 @@ use std::ops::Range;
 pub struct Segment {
     /// Offsets in the guest's RAM, in bytes.
     pub range: Range<u64>,
-    /// Where its bytes are.
+    /// The location of its bytes.
     pub source: SegmentSource,
 }
 

@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use super::{NotFullError, OpenImageError, ReadImageError};
 
-/// Why an image could not be added to a chain.
+/// An error returned if an image could not be added to a chain.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ChainError {
@@ -53,7 +53,7 @@ pub enum ChainError {
         path: PathBuf,
         /// Its page size in bytes.
         image: u64,
-        /// The chain's, in bytes.
+        /// The page size of the chain in bytes.
         chain: u64,
     },
     /// The diff belongs to a guest with another RAM size.
@@ -89,7 +89,7 @@ pub enum ChainError {
         path: PathBuf,
         /// The image that it should follow.
         newest: PathBuf,
-        /// Why it does not follow.
+        /// The reason why it does not follow.
         #[source]
         why: LinkError,
     },
@@ -101,23 +101,23 @@ pub enum ChainError {
     AmbiguousDiff {
         /// The diff.
         path: PathBuf,
-        /// Why the holes do not show the pages.
+        /// The reason why the holes do not identify the pages.
         #[source]
         why: ReadAmbiguity,
     },
     /// The run of pages is not inside the image.
     #[error("{start:#x}..{end:#x} is not a range inside an image of {size:#x} bytes")]
     BadRun {
-        /// Where the run starts, in bytes.
+        /// The start of the run in bytes.
         start: u64,
-        /// Where it ends, in bytes.
+        /// The end of the run in bytes, exclusive.
         end: u64,
         /// The size of the image in bytes.
         size: u64,
     },
 }
 
-/// Why a diff does not follow the newest image of a chain.
+/// A reason why a diff does not follow the newest image of a chain.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LinkError {
@@ -163,7 +163,8 @@ pub enum LinkError {
     NoParent,
 }
 
-/// Why the pages of a raw diff that is being read cannot be distinguished from the gaps between them.
+/// A reason why the pages of a raw diff that is being read cannot be distinguished from the gaps
+/// between them.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ReadAmbiguity {
@@ -184,7 +185,7 @@ pub enum ReadAmbiguity {
          take the diff again"
     )]
     TornPage {
-        /// Where the hole begins or ends, in bytes.
+        /// The offset at which the hole begins or ends, in bytes.
         offset: u64,
     },
 }

@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use super::{NotFullError, OpenImageError, ReadImageError};
 
-/// Why an image or chain could not be mapped.
+/// An error returned if an image or chain could not be mapped.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum MapError {

@@ -5,7 +5,7 @@ use thiserror::Error;
 
 use super::{NotFullError, ReadImageError};
 
-/// Why a chain could not be written as one image.
+/// An error returned if a chain could not be written as one image.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum MergeError {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use image_format::FooterError;
 use thiserror::Error;
 
-/// Why an image could not be opened.
+/// An error returned if an image could not be opened.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum OpenImageError {
@@ -47,7 +47,7 @@ pub enum OpenImageError {
     Footer {
         /// The path of the image.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The error of the footer or header.
         source: FooterError,
     },
 }

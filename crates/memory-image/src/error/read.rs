@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// Why bytes of an open image or chain could not be read, or may be wrong.
+/// An error returned if bytes of an open image or chain could not be read, or may be wrong.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ReadImageError {
@@ -17,7 +17,7 @@ pub enum ReadImageError {
     Read {
         /// The path of the image.
         path: PathBuf,
-        /// Where, in bytes.
+        /// The offset of the failed read in the file, in bytes.
         offset: u64,
         /// The error of the operating system.
         source: io::Error,
@@ -59,7 +59,7 @@ pub enum ReadImageError {
          begin with the full image that they were taken after"
     )]
     NotInDiffs {
-        /// Where the page starts in the guest's RAM, in bytes.
+        /// The offset of the page in the guest's RAM, in bytes.
         offset: u64,
         /// The oldest diff of the chain.
         oldest: PathBuf,

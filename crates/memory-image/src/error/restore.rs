@@ -6,7 +6,7 @@ use thiserror::Error;
 
 use super::{NotFullError, ReadImageError};
 
-/// Why a chain could not be restored.
+/// An error returned if a chain could not be restored.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RestoreError {
@@ -30,7 +30,7 @@ pub enum RestoreError {
     /// The target failed to write the bytes.
     #[error("failed to write the restored bytes at offset {offset:#x}")]
     Target {
-        /// Where, in bytes from the start of the memory file.
+        /// The offset of the failed write in the memory file, in bytes.
         offset: u64,
         /// The error of the target.
         source: io::Error,

@@ -6,7 +6,7 @@ use thiserror::Error;
 
 use super::ReadImageError;
 
-/// Why an image could not be verified.
+/// An error returned if an image could not be verified.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum VerifyError {

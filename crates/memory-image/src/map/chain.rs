@@ -74,7 +74,7 @@ impl MappedChain {
     /// Maps the chain, readable and writable.
     ///
     /// # Errors
-    /// [`MapError`].
+    /// Returns a [`MapError`].
     pub fn open(chain: &Chain) -> Result<Self, MapError> {
         Self::options().map(chain)
     }
@@ -124,7 +124,7 @@ impl MappedChainOptions {
     /// Maps the chain, readable and writable.
     ///
     /// # Errors
-    /// [`MapError`].
+    /// Returns a [`MapError`].
     pub fn map(&self, chain: &Chain) -> Result<MappedChain, MapError> {
         chain.check_full()?;
         let (size, page) = (chain.ram_size(), host_page());

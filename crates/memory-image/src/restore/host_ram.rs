@@ -16,7 +16,7 @@ use super::{RamTarget, TargetMemory};
 ///
 /// let mut low = vec![0_u8; 8192];
 /// let mut high = vec![0_u8; 4096];
-/// // SAFETY: both vectors outlive `ram`, and nothing else touches them meanwhile.
+/// // SAFETY: both vectors outlive `ram`, and are accessed only through it until then.
 /// let mut ram = unsafe { HostRam::new([(low.as_mut_ptr(), 8192), (high.as_mut_ptr(), 4096)]) };
 /// ram.write_at(8190, &[1, 2, 3, 4])?;
 /// drop(ram);

@@ -79,7 +79,7 @@ impl MemoryWriter {
     /// full write read the RAM that the epoch's bitmap covers.
     ///
     /// # Errors
-    /// [`SnapshotError::EpochNotWritten`], [`SnapshotError::BitmapSize`] and
+    /// Returns [`SnapshotError::EpochNotWritten`], [`SnapshotError::BitmapSize`] and
     /// [`SnapshotError::BitmapStart`].
     pub fn check_epoch<K, B: Deref<Target = DirtyBitmap<K>>>(
         &mut self,
@@ -99,7 +99,7 @@ impl MemoryWriter {
     /// [`atomic_file::AtomicGroup`]: for example together with the state of the vCPUs.
     ///
     /// # Errors
-    /// [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`],
+    /// Returns [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`],
     /// [`SnapshotError::MemoryIo`] (a recycled file could not be wiped),
     /// [`SnapshotError::AmbiguousDiff`] and [`SnapshotError::Seal`]: the destination is unchanged
     /// and no file is left behind.

@@ -68,7 +68,7 @@ impl MemoryWriter {
     /// that is not raw. [Write](Self::write_full) the bytes of the image in that case.
     ///
     /// # Errors
-    /// [`SnapshotError::MemoryIo`]: the writer can no longer be committed.
+    /// Returns [`SnapshotError::MemoryIo`]: the writer can no longer be committed.
     pub fn reflink_full(&mut self, image: &File) -> Result<bool, SnapshotError> {
         if self.pages.footer().is_some() {
             return Ok(false);

@@ -41,7 +41,7 @@ impl MemoryWriterOptions {
     /// be received. [`open_on`](Self::open_on) turns it into a memory file.
     ///
     /// # Errors
-    /// [`SnapshotError::Open`] if the file cannot be staged. No file is left behind.
+    /// Returns [`SnapshotError::Open`] if the file cannot be staged. No file is left behind.
     ///
     /// # Examples
     /// ```
@@ -66,7 +66,7 @@ impl MemoryWriterOptions {
     /// that were passed to `stage`.
     ///
     /// # Errors
-    /// As [`open`](Self::open), except [`SnapshotError::Open`].
+    /// Returns the errors of [`open`](Self::open), except [`SnapshotError::Open`].
     pub fn open_on(
         &self,
         stage: AtomicWriter,

@@ -72,8 +72,8 @@ impl MemoryWriter {
     /// RAM that ascend and do not overlap. Does not count as a write of any mark of an epoch.
     ///
     /// # Errors
-    /// [`SnapshotError::Run`] for a run that is empty, ends past the RAM or begins before the
-    /// previous run ended: nothing was written and the writer is unchanged. Otherwise as
+    /// Returns [`SnapshotError::Run`] for a run that is empty, ends past the RAM or begins before
+    /// the previous run ended: nothing was written and the writer is unchanged. Otherwise as
     /// `write_diff`.
     ///
     /// # Examples
@@ -110,8 +110,8 @@ impl MemoryWriter {
     /// of memory a run.
     ///
     /// # Errors
-    /// [`SnapshotError::Run`] for a run that is empty, is not of whole pages, ends past the RAM or
-    /// begins before the previous run ended. Otherwise as [`write_diff`](Self::write_diff).
+    /// Returns [`SnapshotError::Run`] for a run that is empty, is not of whole pages, ends past the
+    /// RAM or begins before the previous run ended. Otherwise as [`write_diff`](Self::write_diff).
     pub fn write_zeros<I: Iterator<Item = Range<u64>>>(
         &mut self,
         runs: impl Fn() -> I,

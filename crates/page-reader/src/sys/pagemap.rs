@@ -62,7 +62,7 @@ impl Scan {
 
     /// Returns an error if the process has ended.
     ///
-    /// Older kernels scan the memory of a process that ended meanwhile as empty, because Linux 6.7
+    /// Kernels scan the memory of a process that has ended since it was opened as empty: Linux 6.7
     /// walks the remaining page tables, and there are none. Reading an entry fails on every kernel.
     fn check_alive(&self) -> io::Result<()> {
         let entry = self.left.start / self.page_size * 8;

@@ -56,7 +56,7 @@ fn is_kernel_thread(stat: &str) -> bool {
         .is_some_and(|flags| flags & KERNEL_THREAD != 0)
 }
 
-/// What the mount option `hidepid` hides.
+/// The processes that the mount option `hidepid` hides.
 #[derive(Debug, PartialEq, Eq)]
 enum HidePid {
     /// No process is hidden: it is not given, or processes are listed and only their files denied.

@@ -10,7 +10,7 @@ use crate::session::Session;
 /// RAM in the memory of a process.
 #[derive(Clone, Debug, Default, Args)]
 pub struct InProcess {
-    /// The process whose memory the guest's RAM is in: it is stopped meanwhile, by ptrace
+    /// The process whose memory the guest's RAM is in: ptrace stops it while its memory is read
     #[cfg(target_os = "linux")]
     #[arg(long)]
     pub pid: Option<u32>,

@@ -27,9 +27,9 @@ use difference::Difference;
 /// Take a diff: the pages of a new state of the RAM that differ from an old one
 ///
 /// The old state comes first: a full image, or one and its diffs, oldest first. The new state is
-/// RAM, by --ram or --pid (pause the guest meanwhile); or the last file, a full image or a diff on
-/// top of the old ones; or a chain of its own, by --to. A raw file does not say whether it is a
-/// full image or a diff: add --raw-full or --raw-diff where the new state begins with one.
+/// RAM, by --ram or --pid (pause the guest first); or the last file, a full image or a diff on top
+/// of the old ones; or a chain of its own, by --to. A raw file does not say whether it is a full
+/// image or a diff: add --raw-full or --raw-diff where the new state begins with one.
 ///
 /// The diff names the old state as its parent, and has the id of the new one; RAM gets a new id.
 /// Without --output nothing is written, and the exit status is 1 if the states differ.

@@ -134,7 +134,7 @@ impl Restore {
         session.check("the output was not written to")?;
         let memory = MemoryReserve::take(path)?;
         let plan = target.reserve(chain, holds)?;
-        // The checks took their time, and a guest may have been started with the file meanwhile.
+        // A guest may have been started with the file during the checks.
         if !self.force && target.holds_anything()? {
             plan.leave_reserved();
             return Err(refused().into());

@@ -12,7 +12,7 @@ pub trait RunSource {
     /// Fills all of `buf` with the bytes from `offset` on. Previous contents of `buf` are ignored.
     ///
     /// # Errors
-    /// Any reason why the bytes cannot be read.
+    /// Returns an error if the bytes cannot be read, for any reason.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
 
     /// Returns the memory of this process that holds the bytes from `offset` on: at least 1 and at

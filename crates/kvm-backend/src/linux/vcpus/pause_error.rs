@@ -12,7 +12,7 @@ pub enum PauseError {
          complete their I/O"
     )]
     Running {
-        /// How many.
+        /// The number of these vCPUs.
         running: usize,
     },
     /// Some vCPUs have left the guest, and KVM may still have to write the results of their exits.
@@ -21,7 +21,7 @@ pub enum PauseError {
          Vcpu::complete_io on each"
     )]
     IoPending {
-        /// How many.
+        /// The number of these vCPUs.
         pending: usize,
     },
     /// Some vCPUs were dropped with I/O pending. A duplicate of their descriptor may still be open
@@ -32,7 +32,7 @@ pub enum PauseError {
          has no other descriptor"
     )]
     Abandoned {
-        /// How many.
+        /// The number of these vCPUs.
         abandoned: usize,
     },
     /// No vCPU was created or adopted here. Those of the virtual machine are unknown, and may run.

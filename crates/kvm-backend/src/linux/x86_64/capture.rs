@@ -19,7 +19,7 @@ impl VcpuState {
     /// complete.
     ///
     /// # Errors
-    /// [`CaptureError`] names the call that failed.
+    /// Returns [`CaptureError`], which names the call that failed.
     pub fn capture(kvm: &Kvm, paused: &Paused, vcpu: &Vcpu) -> Result<Self, CaptureError> {
         if !vcpu.is_of(paused) {
             return Err(CaptureError::NotPaused);

@@ -68,7 +68,7 @@ pub struct Start {
 /// RAM, and a few more pages.
 ///
 /// # Errors
-/// [`BootError::AddressTooHigh`].
+/// Returns [`BootError::AddressTooHigh`].
 ///
 /// # Examples
 /// ```
@@ -91,7 +91,7 @@ pub fn page_table_bytes(layout: &RamLayout) -> Result<u64, BootError> {
 /// stack.
 ///
 /// # Errors
-/// [`BootError`]. The bytes written to RAM stay there.
+/// Returns a [`BootError`]. The bytes written to RAM stay there.
 ///
 /// # Examples
 /// ```
@@ -297,7 +297,7 @@ pub enum BootError {
         /// The guest-physical address after the RAM.
         end: u64,
     },
-    /// The page tables do not start at a page border.
+    /// The page tables do not start at a page boundary.
     #[error("the page tables at {address:#x} are not aligned: give a multiple of 4096")]
     MisalignedPageTables {
         /// The given address.
@@ -309,17 +309,17 @@ pub enum BootError {
     /// An address of [`Start`] is not RAM.
     #[error("{what} is at {address:#x}, where there is no RAM: give an address in the layout")]
     NotRam {
-        /// What is there.
+        /// The name of the field.
         what: &'static str,
-        /// Its guest-physical address.
+        /// The guest-physical address.
         address: u64,
     },
     /// An address of [`Start`] is among the page tables.
     #[error("{what} is at {address:#x}, among the page tables: move one or the other")]
     InPageTables {
-        /// What is there.
+        /// The name of the field.
         what: &'static str,
-        /// Its guest-physical address.
+        /// The guest-physical address.
         address: u64,
     },
     /// A call of KVM failed.

@@ -54,7 +54,7 @@ impl VcpuState {
     /// Restore all vCPUs of a guest within a second, so that KVM synchronizes their counters.
     ///
     /// # Errors
-    /// [`RestoreError`]. The vCPU is unusable then: restore into a new one.
+    /// Returns a [`RestoreError`]. The vCPU is unusable then: restore into a new one.
     pub fn restore(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<Restored, RestoreError> {
         // The order matters. The counter's rate is first, since KVM uses it to convert a counter's
         // value into an offset.

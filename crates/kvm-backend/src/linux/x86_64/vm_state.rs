@@ -63,7 +63,7 @@ impl VmState {
     /// Captures the state of `vm`, none of whose vCPUs may be running.
     ///
     /// # Errors
-    /// [`VmStateError::Kvm`].
+    /// Returns [`VmStateError::Kvm`].
     pub fn capture(vm: &VmFd) -> Result<Self, VmStateError> {
         let mut irqchips = Vec::new();
         for chip_id in CHIPS {
@@ -89,7 +89,7 @@ impl VmState {
     /// The clock continues from the captured time, as the time-stamp counter does.
     ///
     /// # Errors
-    /// [`VmStateError`].
+    /// Returns a [`VmStateError`].
     pub fn restore(&self, vm: &VmFd) -> Result<(), VmStateError> {
         if let Some(pit) = &self.pit {
             exists(vm.set_pit2(pit), "KVM_SET_PIT2")?.ok_or(VmStateError::NoPit)?;

@@ -301,7 +301,7 @@ fn unreserved(
     }
     let name = file_system_name(file).with_context(looking)?;
     session.warn(&format!(
-        "{path:?} is on {name}, where ramsnap cannot reserve room: if another program fills it up meanwhile, \
+        "{path:?} is on {name}, where ramsnap cannot reserve room: if another program fills it up during the restore, \
          the RAM is lost"
     ));
     Ok(plan(stored))
