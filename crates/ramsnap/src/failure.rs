@@ -180,6 +180,12 @@ pub enum Failure {
         now: u64,
     },
     #[cfg(target_os = "linux")]
+    #[error(
+        "cannot open the file {name} behind the RAM of process {pid}, so a `ramsnap restore` that writes to it would not \
+         be noticed: run ramsnap as root (CAP_CHECKPOINT_RESTORE), or if no restore is running, add --unknown-file"
+    )]
+    UnknownFile { pid: u32, name: String },
+    #[cfg(target_os = "linux")]
     #[error("process {pid} has nothing mapped at {address:#x}: see /proc/{pid}/maps")]
     NothingMapped { pid: u32, address: u64 },
     #[cfg(target_os = "linux")]
@@ -346,6 +352,7 @@ impl Failure {
             | Self::NoWritesThere { .. } => ExitStatus::Failed,
             #[cfg(target_os = "linux")]
             Self::NothingMapped { .. }
+            | Self::UnknownFile { .. }
             | Self::RamMoved { .. }
             | Self::NoRoomOver { .. }
             | Self::NoHugePages { .. } => ExitStatus::Failed,

@@ -102,7 +102,14 @@ pub struct ProcessRam {
 
 impl ProcessRam {
     /// Finds the regions while the process runs.
-    pub fn find(pid: u32, named: &[Region], live: bool) -> anyhow::Result<Self> {
+    ///
+    /// `unknown_file` permits RAM whose file cannot be found.
+    pub fn find(
+        pid: u32,
+        named: &[Region],
+        live: bool,
+        unknown_file: bool,
+    ) -> anyhow::Result<Self> {
         let maps = ProcessMaps::of(pid)?;
         if named.is_empty() {
             let proposed = maps.candidates().into_iter().take(PROPOSED);
@@ -127,7 +134,7 @@ impl ProcessRam {
             let region = ram.mapping_of(&maps, metadata, stream)?;
             Some(OsString::from_vec(region.name.to_vec()).into())
         })?;
-        ram.keep_from_restore(&maps)?;
+        ram.keep_from_restore(&maps, unknown_file)?;
         let unexamined = ram.check_filled(&maps)?;
         warn_of_unexamined(&format!("the RAM of process {pid}"), &unexamined);
         Ok(ram)
@@ -195,22 +202,25 @@ impl ProcessRam {
         self.check_filled(&maps).map(drop)
     }
 
-    /// Refuses RAM whose file is being restored to.
-    fn keep_from_restore(&mut self, maps: &ProcessMaps) -> anyhow::Result<()> {
+    /// Refuses RAM whose file is being restored to. Unless `unknown_file` is set, also refuses RAM
+    /// whose file cannot be found: a restore may be writing to it.
+    fn keep_from_restore(&mut self, maps: &ProcessMaps, unknown_file: bool) -> anyhow::Result<()> {
+        let pid = self.pid;
         for mapped in files_in(maps, &self.regions) {
-            let (files, is_known) = mapped.open(self.pid);
+            let (files, is_known) = mapped.open(pid);
             for file in files {
-                ram_lock::check_not_restored(&file, &format!("the RAM of process {}", self.pid))?;
+                ram_lock::check_not_restored(&file, &format!("the RAM of process {pid}"))?;
                 self.files.push(file);
             }
-            if !is_known {
-                stderr::line(&format!(
-                    "warning: cannot open the file {} behind the RAM of process {}: if \
-                     `ramsnap restore` is writing to it, the copy has bytes of both states; \
-                     CAP_CHECKPOINT_RESTORE is needed to find the file",
-                    printable(&mapped.lines[0].name),
-                    self.pid
-                ));
+            let name = || printable(&mapped.lines[0].name);
+            match (is_known, unknown_file) {
+                (true, _) => {}
+                (false, true) => stderr::line(&format!(
+                    "warning: cannot open the file {} behind the RAM of process {pid}: if `ramsnap restore` \
+                     is writing to it, the image has bytes of both states",
+                    name()
+                )),
+                (false, false) => return Err(Failure::UnknownFile { pid, name: name() }.into()),
             }
         }
         Ok(())

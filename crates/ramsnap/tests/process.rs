@@ -231,20 +231,45 @@ fn a_file_that_a_split_mapping_has_is_not_the_output() {
 
 /// A restore may be writing to the file through a descriptor of another process.
 #[test]
-fn ram_whose_file_is_not_found_is_captured_with_a_warning() {
+fn ram_whose_file_is_not_found_is_read_only_on_request() {
     needs!(Ptrace, Root);
     let work = Work::with_chain();
     let vmm = Vmm::set_up(&work, "ram", |command| {
         command.env(SPLIT, "1");
     });
-    let dump = format!("dump --pid {} --region guest-ram --force -o out", vmm.pid());
-    let warning = "cannot open the file /memfd:guest-ram (deleted)";
-    let found = work.good(&dump);
-    assert!(!found.err.contains(warning), "{}", found.err);
-    let not_found = Ended::of(support::vmm::without_links(&mut work.command(&dump)));
-    assert_eq!(not_found.code, Some(0), "{}", not_found.err);
-    assert!(not_found.err.contains(warning), "{}", not_found.err);
-    work.good("diff out --ram ram");
+    let file = "cannot open the file /memfd:guest-ram (deleted)";
+    for verb in ["dump", "diff full.mem"] {
+        let command = format!("{verb} --pid {} --region guest-ram -o out", vmm.pid());
+        let before = work.files();
+        let refused = Ended::of(support::vmm::without_links(&mut work.command(&command)));
+        refused.fails(3, &[file, "run ramsnap as root", "add --unknown-file"]);
+        assert_eq!(work.files(), before);
+        assert!(!vmm.is_stopped());
+
+        let permitted = format!("{command} --unknown-file");
+        let warned = Ended::of(support::vmm::without_links(&mut work.command(&permitted))).good();
+        assert!(warned.err.contains(file), "{}", warned.err);
+        fs::rename(work.path("out"), work.path("copy")).unwrap();
+        let found = work.good(&command);
+        assert!(!found.err.contains(file), "{}", found.err);
+        fs::remove_file(work.path("out")).unwrap();
+        let chain = if verb == "dump" {
+            "copy"
+        } else {
+            "full.mem copy"
+        };
+        work.good(&format!("diff {chain} --ram ram"));
+    }
+}
+
+#[test]
+fn memory_without_a_file_is_read_without_privilege() {
+    needs!(Ptrace, Root);
+    let work = Work::with_ram();
+    let vmm = Vmm::with(&work, "ram");
+    let dump = format!("dump --pid {} --region [heap] -o out", vmm.pid());
+    let read = Ended::of(support::vmm::without_links(&mut work.command(&dump))).good();
+    assert!(!read.err.contains("cannot open"), "{}", read.err);
 }
 
 /// Otherwise the image would contain the RAM twice.

@@ -23,6 +23,13 @@ pub struct InProcess {
     #[cfg(target_os = "linux")]
     #[arg(long, requires = "pid")]
     pub live: bool,
+    /// Read memory whose file cannot be found: a `ramsnap restore` that writes to it is not noticed
+    ///
+    /// A file that the process has no descriptor of, and that has another name by now or none, is
+    /// found only by root (CAP_CHECKPOINT_RESTORE). Memory without a file is always read.
+    #[cfg(target_os = "linux")]
+    #[arg(long, requires = "pid")]
+    pub unknown_file: bool,
 }
 
 #[cfg(target_os = "linux")]
@@ -41,7 +48,7 @@ impl InProcess {
 
     /// Returns the RAM of the process, which runs until [`Ram::hold`].
     pub fn find(&self) -> anyhow::Result<Option<Ram>> {
-        let find = |pid| ProcessRam::find(pid, &self.region, self.live);
+        let find = |pid| ProcessRam::find(pid, &self.region, self.live, self.unknown_file);
         let ram = self.pid.map(find).transpose()?;
         Ok(ram.map(|ram| Ram::Process(Box::new(ram))))
     }
