@@ -269,22 +269,10 @@ impl Mutants {
     }
 }
 
-/// A regular expression for these names and no others.
+/// Returns a regular expression that matches these names and no others.
 fn any_of(names: &[String]) -> String {
-    let names: Vec<_> = names.iter().map(|name| escaped(name)).collect();
+    let names: Vec<_> = names.iter().map(|name| regex::escape(name)).collect();
     format!("^(?:{})$", names.join("|"))
-}
-
-/// A regular expression for `text` itself: a backslash before punctuation is always literal.
-fn escaped(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for char in text.chars() {
-        if char.is_ascii_punctuation() {
-            escaped.push('\\');
-        }
-        escaped.push(char);
-    }
-    escaped
 }
 
 #[cfg(test)]
@@ -296,6 +284,20 @@ mod tests {
         let json = r#"{"caught": 88, "timeout": 1, "missed": 10, "unviable": 7, "success": 0, "outcomes": []}"#;
         let outcomes: Outcomes = serde_json::from_str(json).expect("as it is written");
         assert_eq!(outcomes.line(), "99 mutants, 89 caught (89 %), 10 missed");
+    }
+
+    #[test]
+    fn mutants_with_punctuation_are_selected_by_name() {
+        let names = [
+            "a.rs:1:2: replace < with > in <A<'_> as B>::c",
+            "a.rs:3:4: replace || with &&",
+        ];
+        let expression = any_of(&names.map(str::to_owned));
+        let expression = regex::Regex::new(&expression).expect("an expression");
+        for name in names {
+            assert!(expression.is_match(name), "{name}");
+        }
+        assert!(!expression.is_match("a.rs:1:2: replace < with > in <A<'_> as B>::d"));
     }
 
     #[test]
