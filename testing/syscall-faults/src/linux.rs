@@ -35,16 +35,16 @@ use injected_fault::InjectedFault;
 use job::{Settings, again};
 use report::Report;
 
-/// Make every system call of every scenario fail, once in each way it can fail
+/// Make each system call of each scenario fail, in every way in which it can fail
 ///
 /// Runs the scenarios of `cargo xtask crash`, and some more, in a traced child process. Then runs
-/// them once more for each call and each error that the call can return. The call fails; or it is
-/// carried out and its answer is lost; or it does a part; or the process is killed there; or a
+/// them once more for each call and each error that the call can return. The call fails, is done
+/// with its result replaced by an error, or is done in part; or the process is killed there; or a
 /// second call fails while the writer cleans up after the first failure. Other runs fill the file
-/// system or reach a limit at any byte. After each run, the files must be whole and as the returned
-/// error states, no mark may be lost, and nothing may be held or left behind. At the end, mutants
-/// of the library show that the check detects errors. Exit code 0 means that no fault caused a
-/// violation, and that each mutant was detected.
+/// system or reach a limit at any byte. After each run, the files must be complete and as the
+/// returned error states, no mark may be lost, and no resource or file may be left. At the end,
+/// mutants of the library show that the check detects errors. Exit code 0 means that no fault
+/// caused a violation, and that each mutant was detected.
 ///
 /// On Linux on x86-64.
 #[derive(Parser)]
@@ -54,22 +54,22 @@ struct Faults {
     /// Only these scenarios, comma-separated, and no mutants
     #[arg(long, value_delimiter = ',', value_name = "SCENARIO", value_parser = known)]
     only: Vec<String>,
-    /// Only this fault, as it was printed; with one --only
+    /// Only this fault, as it was printed; requires one --only
     #[arg(long, value_name = "FAULT")]
     fault: Option<InjectedFault>,
-    /// At most so many faults of each scenario, chosen by --seed
+    /// The maximum number of faults of each scenario, chosen by --seed
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     sample: Option<u32>,
-    /// The seed of the choice of faults [default: another one each time, which is printed]
+    /// The seed of the choice of faults [default: a random one, which is printed]
     #[arg(long)]
     seed: Option<u64>,
-    /// No scenarios whose threads make other calls each time
+    /// Omit scenarios whose threads make different calls in each run
     #[arg(long)]
     repeatable: bool,
     /// The directory to work in, on any file system [default: a tmpfs for root]
     #[arg(long, value_name = "DIRECTORY")]
     dir: Option<PathBuf>,
-    /// List the scenarios, the mutants and how each call can fail, and do nothing
+    /// List the scenarios, the mutants and the errors of each call, and run nothing
     #[arg(long)]
     list: bool,
     #[command(flatten)]
@@ -78,7 +78,7 @@ struct Faults {
     part: Option<Part>,
 }
 
-/// What this program does as a child of itself.
+/// The subcommands that this program runs in its own children.
 #[derive(clap::Subcommand)]
 enum Part {
     #[command(hide = true)]
@@ -120,7 +120,9 @@ impl Faults {
             keep_private()?;
         }
         let memory = match &self.dir {
-            None if mounts => Some(TinyTmpfs::new(1 << 30).context("a tmpfs for the files")?),
+            None if mounts => {
+                Some(TinyTmpfs::new(1 << 30).context("failed to mount a tmpfs for the files")?)
+            }
             _ => None,
         };
         let chosen = self.dir.clone().unwrap_or_else(std::env::temp_dir);
@@ -141,7 +143,10 @@ impl Faults {
             let [case] = named.as_slice() else {
                 bail!("--fault takes one scenario: --only SCENARIO");
             };
-            println!("no violation; it said: {}", again(case, fault, &settings)?);
+            println!(
+                "no violation; the result: {}",
+                again(case, fault, &settings)?
+            );
             return Ok(());
         }
         if settings.sample.is_some() {
@@ -166,7 +171,7 @@ impl Faults {
             report::line(&done);
             report.done.push(done);
         }
-        // Of their few calls every one counts.
+        // They make few calls, so all of them are tested.
         let whole = Settings {
             sample: None,
             ..*settings
@@ -189,12 +194,12 @@ fn list() {
     for (title, all) in [("scenarios", cases::ALL), ("mutants", mutants::ALL)] {
         println!("{title}:");
         for case in all {
-            println!("  {:18} {}", case.scenario.name, case.scenario.about);
+            println!("  {:22} {}", case.scenario.name, case.scenario.about);
         }
     }
-    println!("calls, what they fail with, and with what although they were done:");
+    println!("calls, with the errors injected before they are done and after:");
     for kind in calls::KINDS {
-        println!("  {:18} {:?} {:?}", kind.name, kind.errors, kind.lost);
+        println!("  {:22} {:?} {:?}", kind.name, kind.errors, kind.lost);
     }
     println!("left out:");
     for (name, _, why) in calls::LEFT_OUT {

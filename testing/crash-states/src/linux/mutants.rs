@@ -1,4 +1,4 @@
-//! Commits that lack a step, which must be found, and one that lacks none, which must not.
+//! Commits that lack a step, which must be detected, and a complete one, which must pass.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -13,7 +13,7 @@ use scenarios::{CommitObserver, Scenario};
 
 pub(super) const CONTROL: Scenario = Scenario {
     name: "by-hand",
-    about: "nothing is left out: the states must not blame it",
+    about: "a complete commit without the library",
     prepare: |dir| {
         commit(
             dir,
@@ -46,7 +46,7 @@ pub(super) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "rename-before-sync",
-        about: "the file is synced when it has the name already",
+        about: "the file is synced after the rename",
         act: |dir, observer| {
             commit(
                 dir,
@@ -60,7 +60,7 @@ pub(super) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "no-directory-sync",
-        about: "the name is not synced",
+        about: "the directory is not synced",
         act: |dir, observer| {
             commit(dir, observer, 2, &[Step::FileSync, Step::Rename])?;
             observer.returned()

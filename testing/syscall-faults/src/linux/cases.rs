@@ -124,8 +124,8 @@ const PRECOPY: Scenario = Scenario {
         let mut writer = MemoryWriter::open(dir.join(DEST), RAM, PAGE)?;
         writer.write_full(&Stamped::new(9, RAM))?;
         live.set_range(0, RAM)?;
-        let meanwhile = epoch.extend()?;
-        writer.write_diff(&Stamped::new(2, RAM), meanwhile)?;
+        let dirtied = epoch.extend()?;
+        writer.write_diff(&Stamped::new(2, RAM), dirtied)?;
         writer.commit()?;
         epoch.release()?;
         observer.returned()

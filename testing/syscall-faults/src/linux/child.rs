@@ -83,7 +83,7 @@ impl Child {
 
     /// Carries out the case that `named` returns for the name of the scenario.
     pub(super) fn run(&self, named: impl Fn(&str) -> Option<&'static Case>) -> anyhow::Result<()> {
-        let case = named(&self.scenario).context("a scenario that is known")?;
+        let case = named(&self.scenario).context("unknown scenario")?;
         // As a VMM does: its guest would die with it by this signal.
         signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
         let (soft, hard) = getrlimit(Resource::RLIMIT_FSIZE)?;

@@ -95,11 +95,11 @@ impl FromStr for At {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong =
             || format!("{text}: write CALL#NUMBER:ERROR, :lost:ERROR, :short:BYTES or :kill");
-        let known = |name| errno(name).ok_or_else(|| format!("{name}: no error of any call"));
+        let known = |name| errno(name).ok_or_else(|| format!("{name}: not an error of any call"));
         let (call, how) = text.split_once(':').ok_or_else(wrong)?;
         let (name, nth) = call.split_once('#').ok_or_else(wrong)?;
         Ok(Self {
-            kind: Kind::named(name).ok_or_else(|| format!("{name}: no call that can fail"))?,
+            kind: Kind::named(name).ok_or_else(|| format!("{name}: not a call that can fail"))?,
             nth: nth.parse().map_err(|_| wrong())?,
             how: match how.split_once(':') {
                 None if how == "kill" => How::Kill,
@@ -123,7 +123,7 @@ impl FromStr for InjectedFault {
             (_, Some((at, after))) => {
                 let after = after
                     .parse()
-                    .map_err(|_| format!("{after}: write a number"))?;
+                    .map_err(|_| format!("{after}: expected a number"))?;
                 Ok(Self::Twice(at.parse()?, after))
             }
             _ => text.parse().map(Self::Call),

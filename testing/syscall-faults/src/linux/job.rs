@@ -123,7 +123,7 @@ pub(super) fn again(
     for number in 0..2 {
         match once(case, fault, number, settings)? {
             Outcome::Right(text) => said = text,
-            Outcome::NotMet => bail!("the call did not come"),
+            Outcome::NotMet => bail!("the call was not made"),
             Outcome::Wrong(violation) => bail!("{violation}"),
         }
     }
@@ -141,7 +141,7 @@ fn record(case: &Case, settings: &Settings) -> anyhow::Result<(Vec<Call>, bool)>
     ensure!(
         said.as_ref()
             .is_some_and(|said| said.next == ReportedNext::All),
-        "{}: it fails by itself: {said:?} {stderr}",
+        "{}: it fails without a fault: {said:?} {stderr}",
         case.scenario.name
     );
     Ok((trace.calls, trace.blind))
@@ -248,7 +248,7 @@ fn traced(
     drop(ballast);
     ensure!(
         trace.unknown.is_empty(),
-        "calls that are in no table: {:?}",
+        "calls that no table lists: {:?}",
         trace.unknown
     );
     let report = match fs::read(&report) {

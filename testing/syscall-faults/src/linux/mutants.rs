@@ -17,56 +17,58 @@ use scenarios::{CommitObserver, Scenario};
 
 use super::case::Case;
 
-/// One without a mutant, which must not be blamed.
-pub(super) static CONTROL: Case = mutant("by-hand", "nothing is wrong", |dir, seen| {
-    commit(dir, seen, None)
-});
+/// The commit without a mutant, in which no violation may be found.
+pub(super) static CONTROL: Case = mutant(
+    "by-hand",
+    "a correct commit without the library",
+    |dir, seen| commit(dir, seen, None),
+);
 
 pub(super) static ALL: &[Case] = &[
     mutant(
-        "believes-in-fsync",
-        "what the sync of the file says is ignored",
-        |dir, seen| commit(dir, seen, Some(Mutant::IgnoresSync)),
+        "ignore-sync-error",
+        "an error of the file's sync is ignored",
+        |dir, seen| commit(dir, seen, Some(Mutant::IgnoreSyncError)),
     ),
     mutant(
-        "syncs-again",
-        "a sync that failed is made again, and that one believed",
-        |dir, seen| commit(dir, seen, Some(Mutant::SyncsAgain)),
+        "retry-sync",
+        "a failed sync is repeated, and the second result is trusted",
+        |dir, seen| commit(dir, seen, Some(Mutant::RetrySync)),
     ),
     mutant(
-        "forgets-first",
-        "the marks are forgotten before the commit",
-        |dir, seen| commit(dir, seen, Some(Mutant::ForgetsFirst)),
+        "release-before-commit",
+        "the marks are released before the commit",
+        |dir, seen| commit(dir, seen, Some(Mutant::ReleaseBeforeCommit)),
     ),
     mutant(
-        "keeps-descriptor",
-        "the stage is not closed after an error",
-        |dir, seen| commit(dir, seen, Some(Mutant::KeepsDescriptor)),
+        "leak-descriptor",
+        "the staged file is not closed after an error",
+        |dir, seen| commit(dir, seen, Some(Mutant::LeakDescriptor)),
     ),
     mutant(
-        "keeps-stage",
-        "the stage is not removed after an error",
-        |dir, seen| commit(dir, seen, Some(Mutant::KeepsStage)),
+        "leave-staged-file",
+        "the staged file is not removed after an error",
+        |dir, seen| commit(dir, seen, Some(Mutant::LeaveStagedFile)),
     ),
     mutant(
-        "denies-rename",
-        "the directory's sync fails, and it says that nothing was replaced",
-        |dir, seen| commit(dir, seen, Some(Mutant::DeniesRename)),
+        "report-not-replaced",
+        "if the directory's sync fails, the error states that nothing was replaced",
+        |dir, seen| commit(dir, seen, Some(Mutant::ReportNotReplaced)),
     ),
     mutant(
-        "believes-rename",
-        "a rename that says it failed is taken for one that did",
-        |dir, seen| commit(dir, seen, Some(Mutant::BelievesRename)),
+        "trust-rename-error",
+        "a rename that reports an error is assumed to have had no effect",
+        |dir, seen| commit(dir, seen, Some(Mutant::TrustRenameError)),
     ),
     mutant(
-        "takes-short",
-        "a short write is taken for a whole one",
-        |dir, seen| commit(dir, seen, Some(Mutant::TakesShort)),
+        "accept-short-write",
+        "a short write is accepted as complete",
+        |dir, seen| commit(dir, seen, Some(Mutant::AcceptShortWrite)),
     ),
     mutant(
-        "in-place",
-        "the destination itself is written",
-        |dir, seen| commit(dir, seen, Some(Mutant::InPlace)),
+        "write-in-place",
+        "the destination is overwritten in place",
+        |dir, seen| commit(dir, seen, Some(Mutant::WriteInPlace)),
     ),
 ];
 
@@ -92,30 +94,30 @@ fn check(after: &PostCrashState) -> Result<(), Violation> {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mutant {
-    IgnoresSync,
-    SyncsAgain,
-    ForgetsFirst,
-    KeepsDescriptor,
-    KeepsStage,
-    DeniesRename,
-    BelievesRename,
-    TakesShort,
-    InPlace,
+    IgnoreSyncError,
+    RetrySync,
+    ReleaseBeforeCommit,
+    LeakDescriptor,
+    LeaveStagedFile,
+    ReportNotReplaced,
+    TrustRenameError,
+    AcceptShortWrite,
+    WriteInPlace,
 }
 
-/// A commit by hand that is right, but for the mutant.
+/// Commits without the library, correctly except for the mutant.
 fn commit(dir: &Path, observer: &dyn CommitObserver, mutant: Option<Mutant>) -> anyhow::Result<()> {
     let live = DirtyBitmap::new(0, RAM, PAGE)?;
     live.set_range(0, RAM)?;
     let live = Arc::new(live);
     observer.saving(&live);
     let mut epoch = Some(live.begin_epoch()?);
-    let mut forget = || epoch.take().map_or(Ok(()), Epoch::release);
-    if mutant == Some(Mutant::ForgetsFirst) {
-        forget()?;
+    let mut release = || epoch.take().map_or(Ok(()), Epoch::release);
+    if mutant == Some(Mutant::ReleaseBeforeCommit) {
+        release()?;
     }
     replace(dir, mutant)?;
-    forget()?;
+    release()?;
     observer.returned()
 }
 
@@ -123,7 +125,7 @@ fn replace(dir: &Path, mutant: Option<Mutant>) -> Result<(), CommitError> {
     let has = |this| mutant == Some(this);
     let dest = dir.join(DEST);
     let stage = match mutant {
-        Some(Mutant::InPlace) => dest.clone(),
+        Some(Mutant::WriteInPlace) => dest.clone(),
         _ => dir.join(".atomic-file-00000000-0.stage"),
     };
     let remove = || match fs::remove_file(&stage) {
@@ -137,7 +139,7 @@ fn replace(dir: &Path, mutant: Option<Mutant>) -> Result<(), CommitError> {
         dest: dest.clone(),
         step,
         source,
-        leftover: if has(Mutant::KeepsStage) {
+        leftover: if has(Mutant::LeaveStagedFile) {
             None
         } else {
             remove()
@@ -146,19 +148,19 @@ fn replace(dir: &Path, mutant: Option<Mutant>) -> Result<(), CommitError> {
     let opened = File::open(dir).and_then(|dir| Ok((dir, File::create(&stage)?)));
     let (dir, file) = opened.map_err(|error| not(CommitStep::Check, error))?;
     let written = write(&file, mutant).and_then(|()| match file.sync_all() {
-        Err(_) if has(Mutant::IgnoresSync) => Ok(()),
-        Err(_) if has(Mutant::SyncsAgain) => file.sync_all(),
+        Err(_) if has(Mutant::IgnoreSyncError) => Ok(()),
+        Err(_) if has(Mutant::RetrySync) => file.sync_all(),
         synced => synced,
     });
     if let Err(error) = written {
-        if has(Mutant::KeepsDescriptor) {
+        if has(Mutant::LeakDescriptor) {
             mem::forget(file);
         }
         return Err(not(CommitStep::Sync, error));
     }
     if let Err(rename) = fs::rename(&stage, &dest) {
         match fs::symlink_metadata(&stage) {
-            _ if has(Mutant::BelievesRename) => return Err(not(CommitStep::Rename, rename)),
+            _ if has(Mutant::TrustRenameError) => return Err(not(CommitStep::Rename, rename)),
             Ok(_) => return Err(not(CommitStep::Rename, rename)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(source) => {
@@ -171,7 +173,7 @@ fn replace(dir: &Path, mutant: Option<Mutant>) -> Result<(), CommitError> {
         }
     }
     dir.sync_all().map_err(|source| match mutant {
-        Some(Mutant::DeniesRename) => not(CommitStep::Sync, source),
+        Some(Mutant::ReportNotReplaced) => not(CommitStep::Sync, source),
         _ => CommitError::ReplacedDurabilityUnknown {
             dest: dest.clone(),
             source,
@@ -185,7 +187,7 @@ fn write(file: &File, mutant: Option<Mutant>) -> io::Result<()> {
     for at in (0..RAM).step_by(CHUNK as usize) {
         let bytes = Stamped::new(2, RAM).bytes(at..at + CHUNK);
         match mutant {
-            Some(Mutant::TakesShort) => file.write_at(&bytes, at).map(drop)?,
+            Some(Mutant::AcceptShortWrite) => file.write_at(&bytes, at).map(drop)?,
             _ => file.write_all_at(&bytes, at)?,
         }
     }

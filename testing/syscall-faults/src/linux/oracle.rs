@@ -81,12 +81,12 @@ impl Run<'_> {
         let text = &said.text;
         if said.next == ReportedNext::Strange {
             return Err(FaultViolation::Untrue(format!(
-                "no error of the library: {text}"
+                "not an error of the library: {text}"
             )));
         }
         if said.next == ReportedNext::All && self.fault.is_some_and(fails_a_sync) {
             return Err(FaultViolation::Untrue(
-                "a sync failed, and it said that all is well".into(),
+                "a sync failed, and success was reported".into(),
             ));
         }
         report.saves.iter().try_for_each(judge_save)?;
@@ -165,7 +165,7 @@ fn judge_save(save: &Save) -> Result<(), FaultViolation> {
     if !save.returned && save.after != save.before {
         let (before, after) = (&save.before, &save.after);
         return Err(FaultViolation::Lost(format!(
-            "marks: {before:x?} were set, {after:x?} are"
+            "marks: {before:x?} before the save, {after:x?} after it"
         )));
     }
     if save.returned && !save.after.is_empty() {

@@ -63,7 +63,7 @@ pub(super) fn line(done: &Done) {
     let sum = Sum::of([done]);
     let not_met = match done.not_met {
         0 => String::new(),
-        some => format!(", {some} whose call did not come"),
+        some => format!(", {some} whose call was not made"),
     };
     println!(
         "{}: {} faults at {} calls: {}{not_met} ({:.1} s)",
@@ -83,7 +83,7 @@ pub(super) fn line(done: &Done) {
     for (fault, violation) in done.violations.iter().take(SHOWN) {
         println!("  {fault}: {violation}");
         let name = done.case.scenario.name;
-        println!("  again: cargo xtask faults --only {name} --fault '{fault}'");
+        println!("  repeat with: cargo xtask faults --only {name} --fault '{fault}'");
     }
     if done.violations.len() > SHOWN {
         println!("  and {} more", done.violations.len() - SHOWN);
@@ -94,9 +94,9 @@ pub(super) fn line(done: &Done) {
 pub(super) fn mutant_line(done: &Done) {
     let name = done.case.scenario.name;
     match done.violations.first() {
-        Some((fault, violation)) => println!("mutant {name}: found out by {fault}: {violation}"),
+        Some((fault, violation)) => println!("mutant {name}: detected by {fault}: {violation}"),
         None => println!(
-            "mutant {name}: not found out by {} faults",
+            "mutant {name}: not detected by {} faults",
             done.faults.len()
         ),
     }
@@ -125,7 +125,7 @@ impl Report {
             .filter(|done| done.violations.is_empty());
         let missed: Vec<_> = missed.map(|done| done.case.scenario.name).collect();
         if !missed.is_empty() {
-            bail!("not found out: {}", missed.join(", "));
+            bail!("mutants not detected: {}", missed.join(", "));
         }
         Ok(())
     }

@@ -305,7 +305,7 @@ impl Tracer<'_> {
         Ok(())
     }
 
-    /// What a call that is over means to a ring, and what has completed meanwhile.
+    /// Records what a call that has returned means to a ring, and what has completed during it.
     fn watch_ring(&mut self, pid: Pid, registers: Registers, inside: Inside) {
         let Inside {
             number, arguments, ..
@@ -379,7 +379,7 @@ impl Tracer<'_> {
 
 type Registers = libc::user_regs_struct;
 
-/// A thread that was killed meanwhile is no failure.
+/// Ignores the error of a thread that was killed concurrently.
 fn gone(result: nix::Result<()>) -> nix::Result<()> {
     match result {
         Err(Errno::ESRCH) => Ok(()),
