@@ -9,21 +9,21 @@ use anyhow::Context;
 use figures::report::Report;
 use xshell::{Shell, cmd};
 
-/// Measure writing and marking beside peers and a bare writer, in one run, by turns
+/// Compare writing and marking with other programs and a bare writer, in one run
 ///
 /// Prints the ratios as they are found, and writes docs/benchmarks.md and its charts. It takes
-/// about ten minutes and up to 40 GiB of room on the disk that is measured. `cargo bench` runs the
-/// same contenders under criterion.
+/// about ten minutes and up to 40 GiB of space on the measured disk. `cargo bench` runs the same
+/// contenders under criterion.
 #[derive(clap::Args)]
 pub(crate) struct Bench {
     /// The directory to write to: chooses the file system, which must not be tmpfs [default:
     /// target/bench]
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// How often each contender runs, at least 5
+    /// The number of runs of each contender, at least 5
     #[arg(long, default_value_t = 7)]
     rounds: u32,
-    /// Only the cases whose name contains this; nothing is written to docs/ then
+    /// Run only the cases whose name contains this text, and do not change docs/
     #[arg(long)]
     only: Option<String>,
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use figures::chart::{Bars, Group};
 use figures::report::{Case, Report};
 
-/// The peer that charts are drawn in times of.
+/// The peer that charts compare with.
 const PEER: &str = "squib-snapshot";
 const LIMIT: &str = "raw limit";
 
@@ -18,7 +18,7 @@ pub(super) fn save(report: &Report, dir: &Path) -> anyhow::Result<()> {
         fs::write(dir.join(format!("benchmarks-{group}.svg")), chart)?;
     }
     fs::write(dir.join("benchmarks.md"), page(report))?;
-    println!("written: {}", dir.join("benchmarks.md").display());
+    println!("wrote {}", dir.join("benchmarks.md").display());
     Ok(())
 }
 
@@ -47,7 +47,7 @@ fn chart(report: &Report, group: &str) -> Bars {
     }
 }
 
-/// A name in two lines, parted at its first comma.
+/// Splits a name into two lines at its first comma.
 fn lines(name: &str) -> String {
     name.replacen(", ", "\n", 1)
 }
@@ -57,12 +57,8 @@ fn page(report: &Report) -> String {
     for (what, value) in &report.machine {
         _ = writeln!(page, "- {what}: {value}");
     }
-    _ = writeln!(
-        page,
-        "- medians of {} rounds, the contenders by turns\n",
-        report.rounds
-    );
-    page += "| case | ours | times as fast as | to reach |\n|---|---:|---|---|\n";
+    _ = writeln!(page, "- medians of {} rounds\n", report.rounds);
+    page += "| case | ramsnap | times as fast as | goal |\n|---|---:|---|---|\n";
     for case in &report.cases {
         let ours = case
             .contenders
@@ -74,7 +70,7 @@ fn page(report: &Report) -> String {
             Some(format!("{} {}", figure(ratio), other.name))
         });
         let ratios: Vec<String> = ratios.collect();
-        let goals: Vec<String> = case.goals.iter().map(|goal| reached(case, goal)).collect();
+        let goals: Vec<String> = case.goals.iter().map(|goal| verdict(case, goal)).collect();
         _ = writeln!(
             page,
             "| {} | {} | {} | {} |",
@@ -85,25 +81,25 @@ fn page(report: &Report) -> String {
         );
     }
     page += "\n![full dumps](benchmarks-full.svg)\n\n![diffs](benchmarks-diff.svg)\n\n";
-    page += "| what | measured | to keep |\n|---|---|---|\n";
+    page += "| measurement | result | limit |\n|---|---|---|\n";
     for (what, value, limit) in &report.figures {
         _ = writeln!(page, "| {what} | {value} | {limit} |");
     }
     page
 }
 
-fn reached(case: &Case, (name, goal): &(String, f64)) -> String {
-    let verdict = match case.ratio(name) {
-        Some(ratio) if ratio >= *goal => "reached".into(),
+fn verdict(case: &Case, (name, goal): &(String, f64)) -> String {
+    let result = match case.ratio(name) {
+        Some(ratio) if ratio >= *goal => "met".into(),
         // No contender is faster than the disk.
         _ if name == PEER && case.ratio(LIMIT).is_some() => {
             let limit =
                 case.ratio(PEER).unwrap_or(f64::NAN) / case.ratio(LIMIT).unwrap_or(f64::NAN);
-            format!("**missed** (the raw limit itself: {})", figure(limit))
+            format!("**not met** (raw limit: {})", figure(limit))
         }
-        _ => "**missed**".to_owned(),
+        _ => "**not met**".to_owned(),
     };
-    format!("{} {name}: {verdict}", figure(*goal))
+    format!("{} {name}: {result}", figure(*goal))
 }
 
 fn figure(ratio: f64) -> String {
@@ -123,12 +119,20 @@ fn time(seconds: f64) -> String {
 }
 
 const HEAD: &str = "\
-<!-- Made by `cargo xtask bench`. -->
-# How fast it writes
+<!-- Written by `cargo xtask bench`. -->
+# Benchmarks
 
-Each case is the same work done by this library with its defaults (where not said otherwise), by
-squib-snapshot 0.2.0, by vm-memory's own dump into a buffered file, and by a bare io_uring writer with
-direct I/O that writes the same bytes to the same offsets and checks nothing (the raw limit), all made durable and renamed. A ratio above 1 means that ours is
-faster. fio, where it is installed, writes as many random bytes as the limit does. Full dumps are of 1 GiB in pages of 16 KiB; a diff's pages stand at their offsets in a sparse file (raw layout).
+Each case is the same work, done by several programs in turns:
+
+- ramsnap, with its defaults unless the case states otherwise;
+- squib-snapshot 0.2.0;
+- vm-memory's own dump into a buffered file;
+- the raw limit: a bare io_uring writer with direct I/O, which writes the same bytes to the same
+  offsets and checks nothing;
+- fio, if it is installed, which writes the same number of random bytes.
+
+Every result is made durable and renamed. A ratio above 1 means that ramsnap is faster. Full dumps
+are of 1 GiB in pages of 16 KiB. The pages of a diff are at their offsets in a sparse file (raw
+layout), unless the case names another layout.
 
 ";
