@@ -14,11 +14,11 @@ use super::worker::Worker;
 #[cfg(target_os = "linux")]
 use super::{guest, power};
 
-/// Mount each file system for real, run the library on it, and say what holds
+/// Mount each file system, run the library on it, and report which promises hold
 ///
 /// On Linux, as root: ext4, XFS, btrfs and tmpfs by this machine's kernel; APFS, HFS+, exFAT, NFS
 /// v3 and NFS v4.2 by Debian's kernel in QEMU. On macOS: APFS, HFS+, exFAT in disk images, and NFS
-/// v3. Exit code 0 says that no promise of the library is broken anywhere.
+/// v3. Exit code 0 means that no promise of the library is broken.
 #[derive(Parser)]
 #[command(name = "cargo xtask fs-matrix", bin_name = "cargo xtask fs-matrix")]
 #[command(args_conflicts_with_subcommands = true)]
@@ -27,7 +27,7 @@ pub(crate) struct FsMatrix {
     #[arg(long, value_delimiter = ',', value_name = "MOUNT")]
     #[arg(value_parser = parser(FileSystem::in_matrix()))]
     pub(crate) only: Vec<Kind>,
-    /// List the mounts and the checks, and do nothing
+    /// List the mounts and the checks, and run nothing
     #[arg(long)]
     pub(crate) list: bool,
     /// Keep the disk images and logs under target/fs-matrix/run
@@ -39,8 +39,8 @@ pub(crate) struct FsMatrix {
     /// Write the tables to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) markdown: Option<PathBuf>,
-    /// Check a directory that is mounted already, under this label; again for more. Only these,
-    /// unless --only names others
+    /// Check this mounted directory under this label; may be repeated. Other mounts are checked
+    /// only if --only names them
     #[arg(long = "mount", value_name = "LABEL=PATH", value_parser = labeled)]
     pub(crate) mounts: Vec<(String, PathBuf)>,
     /// Only the checks of these names
@@ -48,20 +48,20 @@ pub(crate) struct FsMatrix {
     pub(crate) check: Vec<String>,
     #[command(flatten)]
     pub(crate) install: Install,
-    /// How often the power is lost (Linux); 0 for not at all
+    /// The number of power losses (Linux)
     #[arg(long, default_value_t = 20)]
     pub(crate) cuts: u32,
-    /// Leave out checks that take a minute on a file system in a guest, and give guests one CPU
+    /// Omit checks that take a minute on a file system in a guest, and give guests one CPU
     #[arg(long)]
     pub(crate) quick: bool,
-    /// Check a deliberately broken library instead: shows that the checks can fail
+    /// Check a deliberately broken library, to show that the checks can fail
     #[arg(long, value_enum, hide = true)]
     pub(crate) mutant: Option<Mutant>,
     #[command(subcommand)]
     pub(crate) part: Option<Part>,
 }
 
-/// What this program does as a child of itself.
+/// The subcommands that this program runs in its own children.
 #[derive(clap::Subcommand)]
 pub(crate) enum Part {
     #[command(hide = true)]

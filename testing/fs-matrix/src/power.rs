@@ -25,7 +25,7 @@ use super::guest::{self, Disk, Kit};
 use super::kind::Kind;
 
 /// The check's name.
-pub(crate) const CHECK: &str = "power lost in a commit loop";
+pub(crate) const CHECK: &str = "power lost in a loop of commits";
 
 /// What is not on a disk loses everything, as it should.
 pub(crate) fn applies(kind: Kind) -> bool {
@@ -271,7 +271,7 @@ impl PowerLoss<'_> {
             state.recreate = waiting.contains(&state.kind);
             if !looked.contains(&state.kind) {
                 let tally = state.said.after.entry(cache_before).or_default();
-                let what = "the driver does not come back from mounting it".into();
+                let what = "the driver does not return from the mount".into();
                 *tally.lost.entry(what).or_default() += 1;
             }
         }
@@ -285,7 +285,7 @@ impl PowerLoss<'_> {
 
     fn finding(&self, state: &State, milliseconds: u64) -> Finding {
         let expected =
-            "the destination is whole, old or new, and every acknowledged commit is there";
+            "the destination is complete, old or new, and every acknowledged commit is present";
         let mut seen = format!("{} cuts in {} commits", self.cuts, state.said.commits);
         if state.flushed == 0 {
             seen += "; the driver never flushes the disk";

@@ -144,14 +144,14 @@ impl Report {
             let _ = writeln!(page, "| {} | {cells} |", mount.mount);
         }
         let _ = writeln!(page, "\n{LEGEND}");
-        page += "\n## Whose code ran\n\n| mount | driver |\n|---|---|\n";
+        page += "\n## Drivers\n\n| mount | driver |\n|---|---|\n";
         for mount in &self.mounts {
             let _ = writeln!(page, "| {} | {} |", mount.mount, mount.driver);
         }
         for (verdict, title) in [
-            (Verdict::Broken, "What is broken"),
-            (Verdict::Differs, "What differs"),
-            (Verdict::NotRun, "What was not run"),
+            (Verdict::Broken, "Broken promises"),
+            (Verdict::Differs, "Differences"),
+            (Verdict::NotRun, "Checks that were not run"),
         ] {
             let _ = writeln!(page, "\n## {title}\n");
             if self.marked(verdict).next().is_none() {
@@ -170,7 +170,7 @@ impl Report {
                 let _ = writeln!(page, "| {} |", row.join(" | "));
             }
         }
-        page += "\n## What holds\n\n";
+        page += "\n## Where each check holds\n\n";
         for family in Family::ALL {
             let mut checks: Vec<&str> = Vec::new();
             for mount in &self.mounts {
@@ -215,15 +215,17 @@ fn save(path: &Path, text: &str) -> anyhow::Result<()> {
         .with_context(|| format!("can't write {}", path.display()))
 }
 
-const INTRODUCTION: &str = "# What holds on which file system
+const INTRODUCTION: &str = "# Results on each file system
 
-Made by `cargo xtask fs-matrix --markdown docs/fs-matrix.md`, which mounts each file system for real and runs the library on it. Not edited by hand.
+Written by `cargo xtask fs-matrix --markdown docs/fs-matrix.md`, which mounts each file system and
+runs the library on it. Do not edit it.
 
-**APFS and HFS+ ran on Linux drivers**, not on Apple's: what differs there may hold on a Mac. On macOS the same command checks the
-system's own APFS, HFS+ and exFAT.
+**APFS and HFS+ ran on Linux drivers**, not on Apple's. A check that differs there may hold on a
+Mac. On macOS, the same command checks the system's own APFS, HFS+ and exFAT.
 
-Power loss was tried in the guest for every block file system, ext4, XFS and btrfs too: QEMU is killed in a commit loop, and after every other
-kill the writes that no flush had followed are dropped or torn, each by itself, as a disk with a volatile cache may do.
+Power loss was tested in a guest for every file system on a disk, including ext4, XFS and btrfs:
+QEMU is killed during a loop of commits. After every other kill, each write that no flush followed
+is kept, dropped or torn, as a disk with a volatile cache may do.
 
 ";
 

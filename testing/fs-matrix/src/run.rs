@@ -181,7 +181,7 @@ impl<'a> Run<'a> {
                 Mount::of_user(dir).with_context(|| format!("can't use {}", dir.display()))?
             }
             #[cfg(target_os = "linux")]
-            Job::PowerLoss(_) => bail!("there is no guest to take the power from"),
+            Job::PowerLoss(_) => bail!("a power cut requires a guest"),
         };
         report.driver.clone_from(&mount.driver);
         let mut command = Command::new(this_program()?);

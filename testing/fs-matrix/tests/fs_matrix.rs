@@ -48,7 +48,7 @@ fn selection(named: &[&str]) -> Vec<String> {
 
 #[rstest]
 #[case::skips_the_file_sync("skip-file-sync", &["file synced before the rename"])]
-#[case::follows_the_stages_symlink("follow-stage-symlink", &["symlink planted at the stage's name"])]
+#[case::follows_the_stages_symlink("follow-stage-symlink", &["symlink planted at the staged file's name"])]
 #[case::ignores_the_bitmaps_page_size("ignore-bitmap-page-size", &[
     "diff from a coarser bitmap",
     "diff from a finer bitmap",
@@ -60,7 +60,7 @@ fn selection(named: &[&str]) -> Vec<String> {
     "written by io_uring",
     "written by threads",
     "written by positioned writes",
-    "written by the engine that is chosen",
+    "written by the automatic engine",
 ])]
 fn a_broken_library_is_caught_by_the_check_named_for_it_and_by_no_other(
     #[case] mutant: &str,

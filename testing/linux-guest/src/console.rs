@@ -40,7 +40,7 @@ impl Console {
                 None if error.is::<Silence>() => format!("{error:#}"),
                 None => return Err(error),
             };
-            say(&format!("the guest gave up, and is begun once more: {why}"));
+            say(&format!("the guest failed and is started again: {why}"));
         }
         hear()
     }

@@ -28,7 +28,7 @@ pub(super) const CHECKS: &[Check] = &[
     Check::new(Atomicity, "symlinked destination", symlinked_destination),
     Check::new(
         Atomicity,
-        "symlink planted at the stage's name",
+        "symlink planted at the staged file's name",
         planted_symlink,
     ),
     Check::new(
@@ -54,9 +54,9 @@ fn replace(fixture: &Fixture) -> anyhow::Result<Outcome> {
     let left = fixture.leftovers(&[DEST])?;
     Ok(Outcome::promise(
         seen == [1, 2, 3].map(Content::Whole) && left.is_empty(),
-        "after each commit the new file whole, nothing beside it",
+        "after each commit the new file is complete, and no other file exists",
         format!(
-            "{}; beside it: {left:?}",
+            "{}; other files: {left:?}",
             seen.last().context("three commits")?
         ),
     ))
@@ -73,13 +73,13 @@ fn dropped_writer(fixture: &Fixture) -> anyhow::Result<Outcome> {
     let (found, left) = (content(&dest, RAM)?, fixture.leftovers(&[DEST])?);
     Ok(Outcome::promise(
         found == Content::Whole(1) && left.is_empty(),
-        "the old file whole, nothing beside it",
-        format!("{found}; beside it: {left:?}"),
+        "the old file is complete, and no other file exists",
+        format!("{found}; other files: {left:?}"),
     ))
 }
 
 fn no_clobber(fixture: &Fixture) -> anyhow::Result<Outcome> {
-    let expected = "a new name is taken, one that exists or comes into being is refused";
+    let expected = "a new destination is written; one that exists, or is created later, is refused";
     let (dest, late) = (fixture.path(DEST), fixture.path("late.mem"));
     let open = |dest| {
         MemoryWriter::options()
@@ -91,7 +91,7 @@ fn no_clobber(fixture: &Fixture) -> anyhow::Result<Outcome> {
         Err(SnapshotError::Open(OpenError::NoClobberUnsupported { source, .. })) => {
             return Ok(Outcome::differs(
                 expected,
-                format!("refused when opening, as the file system has no way: {source}"),
+                format!("refused at open: the file system supports no such call: {source}"),
             ));
         }
         Err(error) => return Err(error.into()),
@@ -117,13 +117,13 @@ fn no_clobber(fixture: &Fixture) -> anyhow::Result<Outcome> {
         existing && lost && untouched && left.is_empty(),
         expected,
         format!(
-            "existing refused: {existing}, late refused: {lost}, both untouched: {untouched}; beside them: {left:?}"
+            "existing refused: {existing}, late refused: {lost}, both untouched: {untouched}; other files: {left:?}"
         ),
     ))
 }
 
 fn symlinked_destination(fixture: &Fixture) -> anyhow::Result<Outcome> {
-    let expected = "the file that the link leads to is replaced, the link stays";
+    let expected = "the target of the link is replaced, the link remains";
     fs::create_dir(fixture.path("disk"))?;
     let (link, target) = (fixture.path(DEST), fixture.path("disk/real.mem"));
     fs::write(&target, "old")?;
@@ -140,7 +140,7 @@ fn symlinked_destination(fixture: &Fixture) -> anyhow::Result<Outcome> {
         is_link && found == Content::Whole(1) && left.is_empty(),
         expected,
         format!(
-            "{}, target: {found}; beside it: {left:?}",
+            "{}, target: {found}; other files: {left:?}",
             if is_link { "a link" } else { "no link" }
         ),
     ))
@@ -148,14 +148,14 @@ fn symlinked_destination(fixture: &Fixture) -> anyhow::Result<Outcome> {
 
 fn planted_symlink(fixture: &Fixture) -> anyhow::Result<Outcome> {
     const PRECIOUS: &[u8] = b"another user's file";
-    let expected = "what the link leads to is not written";
+    let expected = "the target of the link is not written";
     let (dest, victim) = (fixture.path(DEST), fixture.path("victim"));
     fs::write(&victim, PRECIOUS)?;
     let stage = fixture.target.stage_of(&dest)?;
     if let Err(error) = symlink("victim", &stage) {
         return Ok(Outcome::holds(
             expected,
-            format!("no link can be planted: {error}"),
+            format!("the link could not be created: {error}"),
         ));
     }
     let written = fixture.target.full(&dest, &Stamped::new(1, RAM), RAM, PAGE);
@@ -190,7 +190,7 @@ fn staging_elsewhere(fixture: &Fixture) -> anyhow::Result<Outcome> {
     let staged = there.iter().any(|name| name.contains(".stage"));
     Ok(Outcome::promise(
         refused && here.is_empty() && !staged,
-        "refused before any data is written, nothing left",
+        "refused before any data is written, and no file is left",
         format!(
             "{}; left here: {here:?}",
             if refused { "refused" } else { "not refused" }
@@ -242,12 +242,12 @@ fn two_writers(fixture: &Fixture) -> anyhow::Result<Outcome> {
         .map(|first| Content::Whole(first + TIMES - 1))
         .contains(&last);
     let expected = format!(
-        "{} commits succeed, every look finds one of them whole, the last one stays",
+        "{} commits succeed, each read returns one complete version, the last version remains",
         2 * TIMES
     );
     let never = |content: Option<Content>| content.map_or("never".into(), |it| it.to_string());
     let seen = format!(
-        "{} versions seen, at the end {last}; torn: {}; emptied under a reader once replaced: {}; failed: {failed:?}; beside it: {left:?}",
+        "{} versions seen, at the end {last}; torn: {}; emptied for a reader when replaced: {}; failed: {failed:?}; other files: {left:?}",
         seen.len(),
         never(torn),
         never(emptied),
@@ -259,7 +259,7 @@ fn two_writers(fixture: &Fixture) -> anyhow::Result<Outcome> {
     })
 }
 
-/// One look at a file that others replace meanwhile.
+/// One look at a file that others replace concurrently.
 enum Look {
     Found(Content),
     /// The file was replaced before it was read, and the driver did not keep its bytes for open

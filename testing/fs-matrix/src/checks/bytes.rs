@@ -38,7 +38,11 @@ pub(super) const CHECKS: &[Check] = &[
     Check::new(Bytes, "partial last page", |fixture| {
         diff(fixture, 4 * PAGE, 4 * PAGE, RAM + PAGE)
     }),
-    Check::new(Bytes, "full, then what was dirtied meanwhile", pre_copy),
+    Check::new(
+        Bytes,
+        "full dump, then the pages dirtied during it",
+        pre_copy,
+    ),
     Check::new(Bytes, "chain applied", chain),
     Check::new(Bytes, "raw diff refused or read back", read_back),
     Check::new(Bytes, LARGE_FILE, over_4_gib),
@@ -98,14 +102,14 @@ fn diff(fixture: &Fixture, bitmap_page: u64, granule: u64, size: u64) -> anyhow:
     let ram = Stamped::new(2, size);
     let pages = fixture.target.diff(&dest, &ram, &dirty, PAGE)?;
     let count = wanted.iter().filter(|wanted| **wanted).count() as u64;
-    let expected = format!("{count} pages of {PAGE} bytes at their offsets, zeros between");
+    let expected = format!("{count} pages of {PAGE} bytes at their offsets, zeros between them");
     if let Some(wrong) = wrong_page(&dest, &ram, &wanted)? {
         return Ok(Outcome::broken(expected, wrong));
     }
     Ok(Outcome::promise(
         pages == count,
         expected,
-        format!("{pages} pages, every byte right"),
+        format!("{pages} pages, every byte correct"),
     ))
 }
 
@@ -156,7 +160,7 @@ fn pre_copy(fixture: &Fixture) -> anyhow::Result<Outcome> {
     }
     Ok(Outcome::holds(
         "each page as last written",
-        "every byte right",
+        "every byte correct",
     ))
 }
 
@@ -206,11 +210,11 @@ fn chain(fixture: &Fixture) -> anyhow::Result<Outcome> {
         }
     }
     Ok(match unclear {
-        None => Outcome::holds(expected, "every byte right"),
+        None => Outcome::holds(expected, "every byte correct"),
         Some(why) => Outcome::differs(
             expected,
             format!(
-                "a diff is refused unless its pages are given ({why}); given, every byte is right"
+                "a diff is refused unless its pages are given ({why}); with them, every byte is correct"
             ),
         ),
     })
@@ -251,7 +255,7 @@ fn read_back(fixture: &Fixture) -> anyhow::Result<Outcome> {
             return Ok(Outcome::broken(expected, "read back with other bytes"));
         }
     }
-    Ok(Outcome::holds(expected, "read back, every byte right"))
+    Ok(Outcome::holds(expected, "read back, every byte correct"))
 }
 
 /// Pages on both sides of the border where 32 bits end, and the last.
@@ -285,7 +289,7 @@ fn over_4_gib(fixture: &Fixture) -> anyhow::Result<Outcome> {
         if wrong {
             "wrong bytes"
         } else {
-            "every page right"
+            "every page correct"
         },
     ))
 }

@@ -55,7 +55,7 @@ fn is_sync(call: &Call) -> bool {
 }
 
 fn no_strace() -> Outcome {
-    Outcome::not_run("there is no strace to see the calls with")
+    Outcome::not_run("strace is not installed")
 }
 
 fn file_sync(fixture: &Fixture) -> anyhow::Result<Outcome> {
@@ -80,7 +80,7 @@ fn file_sync(fixture: &Fixture) -> anyhow::Result<Outcome> {
         .find(|call| is_sync(call) && call.succeeded() && of_stage(call));
     Ok(Outcome::promise(
         synced.is_some(),
-        "the stage is synced after its last write and before its rename",
+        "the staged file is synced after its last write and before its rename",
         synced.map_or("renamed without a sync".into(), |call| {
             format!("write, {}, {}", call.name, calls[rename].name)
         }),
@@ -115,7 +115,7 @@ fn directory_sync(fixture: &Fixture) -> anyhow::Result<Outcome> {
 /// Linux: what the trace says. macOS: whether the drive's cache can be emptied through this file
 /// system.
 fn sync_call(fixture: &Fixture) -> anyhow::Result<Outcome> {
-    let expected = "the strongest sync of the system works, no fallback needed";
+    let expected = "the strongest sync of the system works, without a fallback";
     if let Some(commit) = commit(fixture)? {
         let syncs: Vec<_> = commit.calls.iter().filter(|call| is_sync(call)).collect();
         let failed = syncs.iter().filter(|call| !call.succeeded()).count();

@@ -24,7 +24,7 @@ pub(super) const CHECKS: &[Check] = &[
     Check::new(Bytes, "written by positioned writes", |fixture| {
         check(fixture, Engine::Pwrite)
     }),
-    Check::new(Bytes, "written by the engine that is chosen", |fixture| {
+    Check::new(Bytes, "written by the automatic engine", |fixture| {
         check(fixture, Engine::Auto)
     }),
 ];
@@ -41,9 +41,9 @@ fn check(fixture: &Fixture, engine: Engine) -> anyhow::Result<Outcome> {
     let ram = Stamped::new(1, LEN).bytes(0..LEN);
     let (aligned, odd) = (Shifted::new(&ram, 0), Shifted::new(&ram, 1));
     let sources: [(&str, &dyn RunSource); 3] = [
-        ("memory at a block", &aligned),
-        ("memory beside one", &odd),
-        ("bytes that are read", &Read(&ram)),
+        ("aligned memory", &aligned),
+        ("misaligned memory", &odd),
+        ("bytes that the source copies", &Read(&ram)),
     ];
     let shapes = [
         ("all of it", 1 << 20, vec![0..LEN]),
@@ -54,7 +54,7 @@ fn check(fixture: &Fixture, engine: Engine) -> anyhow::Result<Outcome> {
         None => "there is no direct I/O",
     };
     let expected = format!(
-        "{} times the bytes of a naive writer, before and after a sync",
+        "{} times the bytes of a simple writer, before and after a sync",
         sources.len() * shapes.len()
     );
     let path = fixture.path("vm.mem");
@@ -64,7 +64,7 @@ fn check(fixture: &Fixture, engine: Engine) -> anyhow::Result<Outcome> {
         for (kind, source) in sources {
             let found = match write(fixture.target, &path, runs, source, &options, &wanted) {
                 Err(Failure::NotHere(why)) => {
-                    return Ok(Outcome::not_run(format!("can't be had here: {why}")));
+                    return Ok(Outcome::not_run(format!("not available here: {why}")));
                 }
                 Err(Failure::Other(error)) => Some(format!("{error:#}")),
                 Ok(differs) => differs.map(|at| format!("byte {at} differs")),
@@ -77,7 +77,7 @@ fn check(fixture: &Fixture, engine: Engine) -> anyhow::Result<Outcome> {
     }
     Ok(Outcome::holds(
         expected,
-        format!("every byte right; {direct}"),
+        format!("every byte correct; {direct}"),
     ))
 }
 

@@ -33,7 +33,7 @@ pub(super) const CHECKS: &[Check] = &[
     Check::new(Faults, "name that is not UTF-8", |fixture| {
         name(fixture, OsStr::from_bytes(b"vm-\xff\xfe.mem"))
     }),
-    Check::new(Faults, "unmount under an open stage", lazy_unmount),
+    Check::new(Faults, "unmount while a staged file is open", lazy_unmount),
 ];
 
 const RAM: u64 = 1 << 20;
@@ -52,10 +52,10 @@ fn kind_of(error: &anyhow::Error) -> Option<ErrorKind> {
 /// does not fit.
 fn disk_full(fixture: &Fixture) -> anyhow::Result<Outcome> {
     const LARGE: u64 = 8 << 20;
-    let expected = "refused for want of room, the old file whole, nothing beside it; written once there is room";
+    let expected = "refused for lack of space, the old file is complete, no other file exists; written once there is space";
     let Some(small) = &fixture.small else {
         return Ok(Outcome::not_run(
-            "there is no small file system of this kind to fill",
+            "no small file system of this kind is available",
         ));
     };
     let dir = tempfile::tempdir_in(small)?;
@@ -91,7 +91,7 @@ fn disk_full(fixture: &Fixture) -> anyhow::Result<Outcome> {
         }
         stamp += 1;
         if stamp > 100 {
-            return Ok(Outcome::not_run("the file system would not get full"));
+            return Ok(Outcome::not_run("the file system could not be filled"));
         }
         weigh_down(&ballast, RAM)?;
     };
@@ -108,7 +108,7 @@ fn disk_full(fixture: &Fixture) -> anyhow::Result<Outcome> {
             Outcome::differs(
                 expected,
                 format!(
-                    "{said}; {found}; the file system is read-only from then on; beside it: {left:?}"
+                    "{said}; {found}; the file system is read-only afterwards; other files: {left:?}"
                 ),
             )
         } else {
@@ -123,7 +123,7 @@ fn disk_full(fixture: &Fixture) -> anyhow::Result<Outcome> {
     Ok(Outcome::promise(
         refused && old && left.is_empty() && again == Content::Whole(stamp + 1),
         expected,
-        format!("{said}; {found}; beside it: {left:?}; later {again}"),
+        format!("{said}; {found}; other files: {left:?}; later {again}"),
     ))
 }
 
@@ -191,8 +191,8 @@ fn read_only(fixture: &Fixture) -> anyhow::Result<Outcome> {
         kind == Some(ErrorKind::ReadOnlyFilesystem)
             && found == Content::Whole(1)
             && left.is_empty(),
-        "refused as read-only, the old file whole",
-        format!("{kind:?}; {found}; beside it: {left:?}"),
+        "refused as read-only, the old file is complete",
+        format!("{kind:?}; {found}; other files: {left:?}"),
     ))
 }
 
@@ -217,8 +217,8 @@ fn process_limit(fixture: &Fixture) -> anyhow::Result<Outcome> {
         && said.contains("RLIMIT_FSIZE");
     Ok(Outcome::promise(
         refused && found == Content::Whole(1) && left.is_empty(),
-        "an error that names RLIMIT_FSIZE and no signal, the old file whole",
-        format!("{}; {found}; beside it: {left:?}", output.status),
+        "an error that names RLIMIT_FSIZE and no signal, the old file is complete",
+        format!("{}; {found}; other files: {left:?}", output.status),
     ))
 }
 
@@ -227,10 +227,10 @@ fn process_limit(fixture: &Fixture) -> anyhow::Result<Outcome> {
 fn file_system_limit(fixture: &Fixture) -> anyhow::Result<Outcome> {
     // From the largest RAM that a file may hold.
     const SIZES: [u64; 5] = [1 << 52, 1 << 44, 1 << 40, 1 << 36, 1 << 33];
-    let expected = "a file that is too large is refused with advice when opened, nothing is left";
+    let expected = "a file that is too large is refused with advice at open, and no file is left";
     let Some(small) = &fixture.small else {
         return Ok(Outcome::not_run(
-            "there is no small file system of this kind to try it on",
+            "no small file system of this kind is available",
         ));
     };
     let dir = tempfile::tempdir_in(small)?;
@@ -249,7 +249,7 @@ fn file_system_limit(fixture: &Fixture) -> anyhow::Result<Outcome> {
                 });
                 return Ok(Outcome::holds(
                     expected,
-                    format!("{limit}, {} taken", BinaryBytes(size)),
+                    format!("{limit}, {} accepted", BinaryBytes(size)),
                 ));
             }
             Err(error) => {
@@ -273,14 +273,14 @@ fn file_system_limit(fixture: &Fixture) -> anyhow::Result<Outcome> {
     Ok(Outcome::holds(
         expected,
         format!(
-            "{} and more refused, as the disk has no room for them",
+            "{} and more refused, because the disk has no space for them",
             BinaryBytes(SIZES[SIZES.len() - 1])
         ),
     ))
 }
 
 fn name(fixture: &Fixture, name: &OsStr) -> anyhow::Result<Outcome> {
-    let expected = "a snapshot of that name, nothing beside it";
+    let expected = "a snapshot of that name, and no other file";
     let dest = fixture.dir.join(name);
     let written = fixture.target.full(&dest, &Stamped::new(1, RAM), RAM, PAGE);
     let left = names(&fixture.dir, &[&*name.to_string_lossy()])?;
@@ -295,15 +295,15 @@ fn name(fixture: &Fixture, name: &OsStr) -> anyhow::Result<Outcome> {
                 _ => Outcome::promise(
                     found == Content::Whole(1) && left.is_empty(),
                     expected,
-                    format!("{found}; beside it: {left:?}"),
+                    format!("{found}; other files: {left:?}"),
                 ),
             }
         }
         Err(error) if left.is_empty() => {
             let cause = error.root_cause();
-            Outcome::differs(expected, format!("refused, nothing left: {cause}"))
+            Outcome::differs(expected, format!("refused, no file is left: {cause}"))
         }
-        Err(error) => Outcome::broken(expected, format!("{error:#}; beside it: {left:?}")),
+        Err(error) => Outcome::broken(expected, format!("{error:#}; other files: {left:?}")),
     })
 }
 
@@ -339,10 +339,10 @@ fn lazy_unmount(fixture: &Fixture) -> anyhow::Result<Outcome> {
     );
     Ok(Outcome::promise(
         committed.is_ok() && found == Content::Whole(1) && left.is_empty(),
-        "the commit succeeds, as all is held by descriptors",
+        "the commit succeeds, because the writer holds descriptors",
         match committed {
-            Ok(()) => format!("{found}; beside it: {left:?}"),
-            Err(error) => format!("{error:#}; {found}; beside it: {left:?}"),
+            Ok(()) => format!("{found}; other files: {left:?}"),
+            Err(error) => format!("{error:#}; {found}; other files: {left:?}"),
         },
     ))
 }

@@ -19,15 +19,15 @@ use crate::fixture::Fixture;
 pub(super) const CHECKS: &[Check] = &[
     Check::new(
         Bytes,
-        "sealed chain, made here and carried over here",
+        "sealed chain, written here and copied to here",
         |fixture| carried(fixture, Layout::Sealed),
     ),
     Check::new(
         Bytes,
-        "packed chain, made here and carried over here",
+        "packed chain, written here and copied to here",
         |fixture| carried(fixture, Layout::Packed),
     ),
-    Check::new(Bytes, "raw chain carried over here", raw),
+    Check::new(Bytes, "raw chain copied to here", raw),
 ];
 
 const PAGE: u64 = 16 << 10;
@@ -74,7 +74,7 @@ fn room(fixture: &Fixture) -> anyhow::Result<TempDir> {
 /// As tools copy: with a hole wherever there are zeros, or with none.
 #[derive(Clone, Copy, PartialEq)]
 enum Copying {
-    DigsHoles,
+    PunchesHoles,
     FillsHoles,
 }
 
@@ -104,8 +104,8 @@ fn carry(
 ) -> anyhow::Result<[PathBuf; 2]> {
     let here = fixture.path("carried");
     let second = match first {
-        Copying::DigsHoles => Copying::FillsHoles,
-        Copying::FillsHoles => Copying::DigsHoles,
+        Copying::PunchesHoles => Copying::FillsHoles,
+        Copying::FillsHoles => Copying::PunchesHoles,
     };
     fs::create_dir_all(&here)?;
     let mut paths = made.paths.clone();
@@ -120,8 +120,7 @@ fn carry(
 }
 
 fn carried(fixture: &Fixture, layout: Layout) -> anyhow::Result<Outcome> {
-    let expected =
-        "verified, and the RAM's bytes: where made, and after copies that dig holes and fill them";
+    let expected = "verified, and the RAM's bytes: where it was written, and after copies that punch and fill holes";
     let wrong = |paths: &[PathBuf], ram: &[u8]| -> anyhow::Result<bool> {
         for path in paths {
             let found = Image::open(path)?.verify(&|_, _| std::ops::ControlFlow::Continue(()))?;
@@ -135,31 +134,31 @@ fn carried(fixture: &Fixture, layout: Layout) -> anyhow::Result<Outcome> {
     };
     let here = make(&fixture.dir, layout)?;
     if wrong(&here.paths, &here.ram)? {
-        return Ok(Outcome::broken(expected, "wrong where made"));
+        return Ok(Outcome::broken(expected, "wrong where it was written"));
     }
     let (dir, back) = (room(fixture)?, room(fixture)?);
     let elsewhere = make(dir.path(), layout)?;
-    for how in [Copying::DigsHoles, Copying::FillsHoles] {
+    for how in [Copying::PunchesHoles, Copying::FillsHoles] {
         let paths = carry(fixture, &elsewhere, back.path(), how)?;
         if wrong(&paths, &elsewhere.ram)? {
-            return Ok(Outcome::broken(expected, "wrong after being carried over"));
+            return Ok(Outcome::broken(expected, "wrong after the copy"));
         }
     }
     Ok(Outcome::holds(
         expected,
-        "every byte right, six images verified",
+        "every byte correct, six images verified",
     ))
 }
 
 /// What the others are for.
 fn raw(fixture: &Fixture) -> anyhow::Result<Outcome> {
-    let expected = "the RAM's bytes after copies that dig holes and fill them";
+    let expected = "the RAM's bytes after copies that punch and fill holes";
     let (dir, back) = (room(fixture)?, room(fixture)?);
     let made = make(dir.path(), Layout::Raw)?;
     let mut seen = Vec::new();
     for (how, what) in [
-        (Copying::DigsHoles, "holes dug, then filled"),
-        (Copying::FillsHoles, "holes filled, then dug"),
+        (Copying::PunchesHoles, "holes punched, then filled"),
+        (Copying::FillsHoles, "holes filled, then punched"),
     ] {
         let [full, diff] = carry(fixture, &made, back.path(), how)?;
         let mut chain = Chain::open_raw(full, PAGE)?;
@@ -178,7 +177,7 @@ fn raw(fixture: &Fixture) -> anyhow::Result<Outcome> {
         }
     }
     Ok(if seen.is_empty() {
-        Outcome::holds(expected, "every byte right")
+        Outcome::holds(expected, "every byte correct")
     } else {
         seen.push("seal images that are copied".into());
         Outcome::differs(expected, seen.join("; "))

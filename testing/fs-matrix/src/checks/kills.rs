@@ -46,16 +46,16 @@ fn while_writing(fixture: &Fixture) -> anyhow::Result<Outcome> {
     Ok(Outcome::promise(
         right,
         format!(
-            "the old file whole after each of {} kills; the next commit leaves nothing beside it",
+            "the old file is complete after each of {} kills; after the next commit no other file exists",
             points.len()
         ),
-        format!("{found}; beside it: {left:?}; wrong: {wrong:?}"),
+        format!("{found}; other files: {left:?}; wrong: {wrong:?}"),
     ))
 }
 
 fn at_each_call(fixture: &Fixture) -> anyhow::Result<Outcome> {
     if !trace::available() {
-        return Ok(Outcome::not_run("there is no strace to kill it with"));
+        return Ok(Outcome::not_run("strace is not installed"));
     }
     let dest = fixture.path(DEST);
     fixture
@@ -91,11 +91,11 @@ fn at_each_call(fixture: &Fixture) -> anyhow::Result<Outcome> {
     Ok(Outcome::promise(
         right,
         format!(
-            "old or new, whole, after a kill at each of {} calls; the next commit leaves nothing beside it",
+            "old or new, complete, after a kill at each of {} calls; after the next commit no other file exists",
             calls.len()
         ),
         format!(
-            "{stayed} times old, {} times new, then {found}; beside it: {left:?}; wrong: {wrong:?}",
+            "old {stayed} times, new {} times, then {found}; other files: {left:?}; wrong: {wrong:?}",
             calls.len() - stayed - wrong.len()
         ),
     ))

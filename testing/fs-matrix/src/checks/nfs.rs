@@ -25,7 +25,7 @@ pub(super) const CHECKS: &[Check] = &[
         "server restarted in the middle of a commit",
         |fixture| restarted(fixture, |act| Trap::Before(rename(), act)),
     ),
-    Check::new(Faults, "rename whose answer is lost", lost_answer),
+    Check::new(Faults, "rename whose reply is lost", lost_answer),
 ];
 
 const RAM: u64 = 4 << 20;
@@ -41,7 +41,7 @@ fn restarted(
     trap: impl FnOnce(Box<dyn FnOnce() + Send>) -> Trap,
 ) -> anyhow::Result<Outcome> {
     let Some(server) = &fixture.server else {
-        return Ok(Outcome::not_run("there is no server to restart"));
+        return Ok(Outcome::not_run("no server is available to restart"));
     };
     let dest = fixture.path(DEST);
     fixture
@@ -61,9 +61,9 @@ fn restarted(
     let said = written.map_or_else(|error| format!("{error:#}"), |()| "committed".into());
     Ok(Outcome::promise(
         sprung && found == Content::Whole(wanted) && left.is_empty(),
-        "committed and new, or an error and old; nothing beside it",
+        "committed and new, or an error and old; no other file exists",
         format!(
-            "{said}; {found}; beside it: {left:?}{}",
+            "{said}; {found}; other files: {left:?}{}",
             if sprung {
                 ""
             } else {
@@ -77,7 +77,7 @@ fn restarted(
 /// forgotten.
 fn lost_answer(fixture: &Fixture) -> anyhow::Result<Outcome> {
     let Some(server) = &fixture.server else {
-        return Ok(Outcome::not_run("there is no proxy to lose an answer"));
+        return Ok(Outcome::not_run("no proxy is available that loses a reply"));
     };
     let dest = fixture.path(DEST);
     // What a rename without the library says, to know that the trap bites.
@@ -99,9 +99,9 @@ fn lost_answer(fixture: &Fixture) -> anyhow::Result<Outcome> {
     let said = written.map_or_else(|error| format!("{error:#}"), |()| "committed".into());
     Ok(Outcome::promise(
         lost && lost_bare && committed && found == Content::Whole(2) && left.is_empty(),
-        "the commit finds out that the rename happened, and succeeds",
+        "the commit detects that the rename took effect, and succeeds",
         format!(
-            "a bare rename says: {bare}; the commit, answer lost: {lost}, {said}; {found}; beside it: {left:?}"
+            "a bare rename returns: {bare}; the commit, reply lost: {lost}, {said}; {found}; other files: {left:?}"
         ),
     ))
 }

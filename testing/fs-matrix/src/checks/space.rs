@@ -19,12 +19,12 @@ use crate::finding::Outcome;
 use crate::fixture::Fixture;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check::new(Space, "logical extent", logical_extent),
+    Check::new(Space, "length with trailing clean pages", logical_extent),
     Check::new(Space, "allocated bytes", allocated),
     Check::new(Space, "SEEK_DATA and SEEK_HOLE", seek),
     Check::new(Space, "punching", punching),
     Check::new(Space, "direct I/O", direct_io),
-    Check::new(Space, "probe says what was measured", probe_agrees),
+    Check::new(Space, "probe reports what was measured", probe_agrees),
 ];
 
 const PAGE: u64 = 16 << 10;
@@ -61,7 +61,7 @@ fn allocated(fixture: &Fixture) -> anyhow::Result<Outcome> {
     let written = DIRTY.len() as u64 * PAGE;
     let allocated = sparse_diff(fixture)?.metadata()?.blocks() * 512;
     let seen = match allocated {
-        0 => "0: the driver does not say".into(),
+        0 => "0: the driver does not report it".into(),
         dense if dense >= RAM => format!(
             "{}: dense, all of the {} file",
             BinaryBytes(dense),
@@ -122,10 +122,10 @@ fn seek(fixture: &Fixture) -> anyhow::Result<Outcome> {
     let says = seek_says(&sparse_diff(fixture)?)?;
     let seen = match says {
         Seek::Exact => "exactly those".into(),
-        Seek::AllData => "all is data".into(),
+        Seek::AllData => "everything is data".into(),
         Seek::Unsupported => "no such call".into(),
-        Seek::Lies(at) => format!("the page at {at} is called a hole, though it was written"),
-        Seek::Coarse => "them and more".into(),
+        Seek::Lies(at) => format!("the page at {at} was written and is reported as a hole"),
+        Seek::Coarse => "those pages and others".into(),
     };
     Ok(Outcome::property(
         says == Seek::Exact,
@@ -153,7 +153,7 @@ fn punching(fixture: &Fixture) -> anyhow::Result<Outcome> {
         Err(SpaceError::Unsupported { .. }) => {
             let kept = first_difference(&file, page, &Stamped::new(1, RAM))?.is_none();
             Ok(if kept && neighbors(&file)? {
-                Outcome::differs(expected, "no such call; the bytes stay")
+                Outcome::differs(expected, "not supported; the bytes are unchanged")
             } else {
                 Outcome::broken(expected, "refused, and the bytes changed")
             })
@@ -216,16 +216,13 @@ fn direct_works(dir: &Path, memory_align: usize, offset_align: usize) -> anyhow:
 }
 
 fn direct_io(fixture: &Fixture) -> anyhow::Result<Outcome> {
-    let expected = "direct I/O, at the alignment that the probe gives";
+    let expected = "direct I/O, at the alignment that the probe reports";
     let Some(direct) = Capabilities::probe(&fixture.dir)?.direct_io else {
         let works = direct_works(&fixture.dir, 64 << 10, 64 << 10)?;
         return Ok(if works && cfg!(target_os = "linux") {
-            Outcome::broken(
-                expected,
-                "works at 64 KiB, but the probe says there is none",
-            )
+            Outcome::broken(expected, "works at 64 KiB, but the probe reports none")
         } else {
-            Outcome::differs(expected, "none, as the probe says")
+            Outcome::differs(expected, "none, as the probe reports")
         });
     };
     let (memory, offset) = (direct.memory_align, direct.offset_align);

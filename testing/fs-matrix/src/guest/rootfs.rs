@@ -65,7 +65,7 @@ impl Kit {
         if fs::read_to_string(&ready).ok().as_deref() != Some(EDITION) {
             if !may_download {
                 bail!(
-                    "the guest's kernel and tools are not under {} yet, and --no-install forbids to download them",
+                    "the guest's kernel and tools are not under {} yet, and --no-install forbids downloading them",
                     dir.display()
                 );
             }
@@ -134,9 +134,8 @@ impl Kit {
         fs::create_dir_all(&place)?;
         let program = place.join("fs-matrix");
         let _ = fs::remove_file(&program);
-        // A copy: a build that goes on meanwhile must not change it under the guests. They load it
-        // often, and use no symbols. Not by its name, which a build may have given to another
-        // program.
+        // A copy: a concurrent build must not change it under the guests. They load it often, and
+        // use no symbols. Not by its name, which a build may have given to another program.
         fs::copy("/proc/self/exe", &program).context("can't copy this program")?;
         cmd!(sh, "strip {program}")
             .quiet()
