@@ -5,20 +5,20 @@ use anyhow::{Context, bail};
 use xshell::{Shell, cmd};
 
 const PAGE: &str = "docs/reliability.md";
-const BEGIN: &str = "<!-- what runs printed, as `--record` puts it here -->\n";
+const BEGIN: &str = "<!-- recorded runs: written by `--record` -->\n";
 const HEAD: &str = "| run | printed | on |\n|---|---|---|\n";
 
-/// Whether to keep what a run says.
+/// The option to record the result of a run.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
 pub struct Record {
-    /// Put the closing line into docs/reliability.md
+    /// Write the closing line to docs/reliability.md
     #[arg(long)]
     record: bool,
 }
 
 impl Record {
-    /// Prints `said`, the closing line of `run`, and keeps it where that was asked for. `how` is
-    /// what else the figures depend on: a seed, a time.
+    /// Prints `said`, the closing line of `run`, and records it if requested. `how` has
+    /// the other inputs of the figures: a seed, a time.
     pub fn conclude(self, sh: &Shell, run: &str, said: &str, how: &str) -> anyhow::Result<()> {
         println!("{said}");
         if !self.record {
@@ -35,14 +35,14 @@ impl Record {
     }
 }
 
-/// `page` with what `run` said, in the place of what it had said before or as the last row.
+/// Returns `page` with the result of `run`, in place of an earlier result or as the last row.
 fn with_row(page: &str, run: &str, said: &str, on: &str) -> anyhow::Result<String> {
     let Some((before, table)) = page.split_once(BEGIN) else {
-        bail!("{PAGE} has no place for what runs printed");
+        bail!("{PAGE} has no table of recorded runs");
     };
     let rows = table
         .strip_prefix(HEAD)
-        .context("its table begins as it should")?;
+        .context("the table of recorded runs has another heading")?;
     let end = rows
         .split_inclusive('\n')
         .take_while(|line| line.starts_with('|'))
