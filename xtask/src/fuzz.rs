@@ -10,18 +10,18 @@ use xshell::{Shell, cmd};
 
 const PACKAGES: [Package; 1] = [Package::new("g++", "g++")];
 
-/// What cargo-fuzz gives rustc, for coverage of edges and comparisons, and the address sanitizer.
+/// The flags of cargo-fuzz for rustc: coverage of edges and comparisons, and AddressSanitizer.
 const FLAGS: &str = "--cfg fuzzing -Zsanitizer=address -Ccodegen-units=1 -Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
     -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares";
 
-/// For a target that is named, flags don't reach build scripts, which the sanitizer would stop.
+/// Naming the target keeps the flags from build scripts, which the sanitizer would stop.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Feed image footers, chains, dirty logs and RAM layouts with inputs from libFuzzer
 ///
-/// Begins with the inputs in fuzz/corpus; what it finds beyond goes to target/fuzz/corpus. An input
-/// that breaks a target is kept in target/fuzz, and named. Linux on x86-64.
+/// Starts with the inputs in fuzz/corpus, and writes new ones to target/fuzz/corpus. An input that
+/// breaks a target is kept in target/fuzz, and its path is printed. Linux on x86-64.
 #[derive(clap::Args)]
 pub(crate) struct Fuzz {
     #[command(flatten)]
@@ -30,19 +30,19 @@ pub(crate) struct Fuzz {
     record: Record,
     /// Only these targets
     targets: Vec<String>,
-    /// How long each runs
+    /// The duration of each target
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     seconds: u64,
-    /// How many new inputs each tries, in place of a time
+    /// The number of new inputs of each target, instead of a duration
     #[arg(long, value_name = "N", conflicts_with = "seconds")]
     runs: Option<u64>,
-    /// Derive new inputs from this number, the same ones each time [default: another one each time]
+    /// The seed of the new inputs [default: a random one]
     #[arg(long)]
     seed: Option<u32>,
-    /// Optimize less: builds in half the time, and runs at half the speed
+    /// Optimize less: halves the build time and the speed
     #[arg(long)]
     quick_build: bool,
-    /// Take what was found into fuzz/corpus, as few inputs as cover all of it
+    /// Add the found inputs to fuzz/corpus, as few as cover the same code
     #[arg(long)]
     keep: bool,
 }
@@ -95,7 +95,7 @@ impl Fuzz {
         self.record.conclude(sh, "cargo xtask fuzz", &said, &how)
     }
 
-    /// How many inputs were run.
+    /// The number of inputs that were run.
     fn fuzz(&self, sh: &Shell, name: &str) -> anyhow::Result<u64> {
         let program = format!("target/fuzz/{TARGET}/release/{name}");
         let kept = format!("fuzz/corpus/{name}");
@@ -124,13 +124,16 @@ impl Fuzz {
         .output()?;
         let said = String::from_utf8_lossy(&output.stderr);
         if !output.status.success() {
-            bail!("{name} was broken; its input is named below\n{said}");
+            bail!("{name} failed; its input is named below\n{said}");
         }
         let runs = said
             .lines()
             .find_map(|line| line.strip_prefix("stat::number_of_executed_units:"))
-            .context("libFuzzer says how many inputs it ran")?;
-        let runs: u64 = runs.trim().parse().context("libFuzzer gives a number")?;
+            .context("libFuzzer did not report the number of inputs")?;
+        let runs: u64 = runs
+            .trim()
+            .parse()
+            .context("libFuzzer reported an invalid number of inputs")?;
         println!("{name}: {} inputs, nothing found", HumanCount(runs));
         if self.keep {
             let merged = format!("target/fuzz/merged-{name}");

@@ -334,7 +334,7 @@ impl<'a> Copy<'a> {
         let right = sh.read_file(&file)?;
         ensure!(
             right.matches(mutant.right).count() == 1,
-            "the line to change is not there, or not once"
+            "the line to change does not occur exactly once"
         );
         sh.write_file(&file, right.replace(mutant.right, mutant.wrong))?;
         let _dir = sh.push_env("CARGO_TARGET_DIR", "..");

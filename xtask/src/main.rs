@@ -47,7 +47,7 @@ enum Task {
     /// Snapshot a running guest, restore it into a new one, and prove that it continues correctly
     #[command(disable_help_flag = true)]
     Demo(Arguments),
-    /// Make every system call of every scenario fail, once in each way it can fail
+    /// Make each system call of each scenario fail, in every way in which it can fail
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     #[command(disable_help_flag = true)]
     Faults(Arguments),
@@ -55,7 +55,7 @@ enum Task {
     #[cfg(target_os = "linux")]
     #[command(disable_help_flag = true)]
     Fresh(Arguments),
-    /// Mount each file system for real, run the library on it, and say what holds
+    /// Mount each file system, run the library on it, and report which promises hold
     #[command(disable_help_flag = true)]
     FsMatrix(Arguments),
     Fuzz(fuzz::Fuzz),

@@ -23,7 +23,7 @@ const TOOL: CargoTool = CargoTool {
 /// that a tier does not detect are tested with the next one.
 type Tiers = &'static [&'static [&'static str]];
 
-/// The crates that a lost page would be lost in, and their test files.
+/// The crates in which a defect can lose a page, and their test files.
 const CRATES: [(&str, Tiers); 5] = [
     (
         "atomic-file",
@@ -96,7 +96,7 @@ const CRATES: [(&str, Tiers); 5] = [
     ),
 ];
 
-/// Returns the names of the crates of which mutants are made.
+/// Returns the names of the crates that are mutated.
 pub(crate) fn crates() -> [&'static str; 5] {
     CRATES.map(|(name, _)| name)
 }
@@ -126,7 +126,7 @@ pub(crate) struct Mutants {
     /// The K-th of N parts of the mutants, from 0 on
     #[arg(long, value_name = "K/N", default_value = ALL)]
     shard: String,
-    /// Try so many at once
+    /// The number of mutants that are tested concurrently
     #[arg(long, value_name = "N", default_value_t = 1)]
     jobs: usize,
 }
@@ -135,7 +135,7 @@ pub(crate) struct Mutants {
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 struct Outcomes {
     caught: usize,
-    /// The tests did not end: as good as caught.
+    /// The tests did not end, which counts as caught.
     timeout: usize,
     missed: usize,
     /// The change does not compile.

@@ -180,7 +180,7 @@ pub(crate) fn check_oldest_dependencies(sh: &Shell) -> anyhow::Result<()> {
     );
     check
         .run()
-        .context("a dependency lacks what a crate uses: raise its version in Cargo.toml")
+        .context("a dependency lacks an item that a crate uses: raise its version in Cargo.toml")
 }
 
 /// Copies what is under version control, or may come under it, to `copy`.

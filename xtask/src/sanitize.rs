@@ -63,11 +63,11 @@ pub(crate) fn crates() -> [&'static str; 11] {
     CRATES.map(|(name, _)| name)
 }
 
-/// Run the tests with every access to memory watched: data races, use after free, out of bounds
+/// Run the tests under sanitizers that detect data races, use after free and out-of-bounds accesses
 ///
 /// Builds the crates with ThreadSanitizer (and the standard library, whose locks it must see) or
-/// AddressSanitizer, and runs their tests. First it shows that mutants are found.
-/// What a sanitizer can't follow is not run, and said with the reason. Linux on x86-64.
+/// AddressSanitizer, and runs their tests. First it shows that mutants are detected. Tests that a
+/// sanitizer cannot follow are not run; they are listed with the reason. Linux on x86-64.
 ///
 /// It takes Debian's packages of a Rust toolchain with the standard library's source, and of clang
 /// and LLVM, which it installs as root.
@@ -77,7 +77,7 @@ pub(crate) struct Sanitize {
     install: Install,
     #[command(flatten)]
     record: Record,
-    /// Only this one
+    /// Only this sanitizer
     #[arg(value_enum)]
     sanitizer: Option<Sanitizer>,
     /// Only the tests of these crates, comma-separated
@@ -85,7 +85,7 @@ pub(crate) struct Sanitize {
     only: Vec<String>,
 }
 
-/// What the tests of a crate came to.
+/// The result of the tests of a crate.
 #[derive(Default)]
 struct Sum {
     tests: u64,
@@ -138,7 +138,7 @@ impl Sanitize {
             all.reports += reports;
         }
         let (tests, reports) = (all.tests, all.reports);
-        ensure!(reports == 0, "{reports} reports, which are above");
+        ensure!(reports == 0, "{reports} reports, printed above");
         ensure!(tests > 0, "no test was run");
         let found: Vec<_> = sanitizer
             .mutants()
@@ -153,7 +153,7 @@ impl Sanitize {
     }
 }
 
-/// Runs a mutant, which must be found.
+/// Runs a mutant, which must be detected.
 fn find(sh: &Shell, sanitizer: Sanitizer, mutant: &Mutant) -> anyhow::Result<()> {
     let name = mutant.name;
     let made = sanitizer
@@ -170,7 +170,7 @@ fn find(sh: &Shell, sanitizer: Sanitizer, mutant: &Mutant) -> anyhow::Result<()>
         .output()?;
     let said = String::from_utf8_lossy(&made.stderr);
     if !said.contains(mutant.found_as) {
-        bail!("the mutant {name} is not found\n{said}");
+        bail!("the mutant {name} is not detected\n{said}");
     }
     println!("found: {name}");
     Ok(())

@@ -43,7 +43,7 @@ pub(crate) const SUITES: [Suite; 3] = [test::SUITE, ci::SUITE, prove::SUITE];
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Step {
     pub name: &'static str,
-    /// What holds where it passes, for docs/testing.md.
+    /// The claim that a pass supports, for docs/testing.md.
     pub proves: &'static str,
     /// Files and directories whose change calls for this step in `prove --changed`.
     pub paths: &'static [&'static str],
@@ -64,17 +64,17 @@ pub(crate) struct Options {
     /// Only these steps [default: all]
     #[arg(value_name = "STEP")]
     steps: Vec<String>,
-    /// List the steps and what each proves, and run nothing
+    /// List the steps and the claim that each tests, and run nothing
     #[arg(long)]
     list: bool,
     #[command(flatten)]
     install: Install,
-    /// Put the time of each step that was run into docs/testing.md
+    /// Write the time of each step that was run to docs/testing.md
     #[arg(long)]
     record: bool,
 }
 
-/// What a step runs with.
+/// The context of a step.
 pub(crate) struct Context<'a> {
     pub sh: &'a Shell,
     pub install: Install,
@@ -190,7 +190,7 @@ impl Suite {
             if let Err(error) = done {
                 context.left_out.print()?;
                 let (suite, name) = (self.name, step.name);
-                let again = format!("run it again by `cargo xtask {suite} {name}`");
+                let again = format!("run it again with `cargo xtask {suite} {name}`");
                 let rest: Vec<_> = steps[number + 1..].iter().map(|step| step.name).collect();
                 if !rest.is_empty() {
                     println!("not started: {}", rest.join(", "));

@@ -16,7 +16,7 @@ const STEPS_PER_READ: u64 = 6;
 
 /// Runs the guest and reads the log frequently.
 pub(crate) fn kvm_demo() -> anyhow::Result<Trace> {
-    let pages = u32::try_from(RAM / PAGE).context("pages of the RAM")?;
+    let pages = u32::try_from(RAM / PAGE).context("the RAM has too many pages")?;
     let mut guest = kind::Kind::Kvm.create(Layout::of(RAM))?;
     guest.boot()?;
     guest.work_until(STEPS)?;

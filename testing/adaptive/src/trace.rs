@@ -38,7 +38,7 @@ impl Trace {
 
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub(crate) fn save(&self, path: &Path) -> anyhow::Result<()> {
-        let parent = path.parent().context("a trace has a directory")?;
+        let parent = path.parent().context("the trace has no directory")?;
         fs::create_dir_all(parent)?;
         fs::write(path, postcard::to_stdvec(self)?)
             .with_context(|| format!("failed to write {}", path.display()))

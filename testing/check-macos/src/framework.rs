@@ -66,7 +66,7 @@ pub(crate) fn oldest_macos(sh: &Shell) -> anyhow::Result<MacOs> {
     said.split_once('=')
         .and_then(|(_, version)| version.split_once('.'))
         .and_then(|(major, minor)| Some(MacOs(major.parse().ok()?, minor.parse().ok()?)))
-        .with_context(|| format!("rustc --print deployment-target says {said:?}"))
+        .with_context(|| format!("rustc --print deployment-target printed {said:?}"))
 }
 
 #[cfg(test)]

@@ -57,15 +57,15 @@ pub(crate) fn link(sh: &Shell, toolchain: Toolchain, quick: bool) -> anyhow::Res
             let hypervisor = !program.is_some_and(|name| WITHOUT_HYPERVISOR.contains(&name));
             let bytes = sh.read_binary_file(&path)?;
             let found = mach_o::check(&bytes, hypervisor.then_some(&since))
-                .with_context(|| format!("{name} is no program for macOS"))?;
+                .with_context(|| format!("{name} is not a program for macOS"))?;
             ensure!(
                 found.built_for == built_for,
-                "{name} says that it is for {}, and rustc builds for {built_for}",
+                "{name} is built for {}, but rustc builds for {built_for}",
                 found.built_for
             );
             ensure!(
                 found.calls_need <= *oldest,
-                "{name} must start on {oldest}, and calls what came with {}",
+                "{name} must run on {oldest}, but calls functions that require {}",
                 found.calls_need
             );
             println!(

@@ -81,7 +81,8 @@ pub(crate) fn check(
             _ => {}
         }
     }
-    let built_for = built_for.context("no LC_BUILD_VERSION: nothing says which macOS it is for")?;
+    let built_for = built_for
+        .context("no LC_BUILD_VERSION: the version of macOS that it is built for is unknown")?;
     let entry = entry.context("no LC_MAIN: it has no entry point")?;
     ensure!(
         signed,
@@ -98,7 +99,7 @@ pub(crate) fn check(
         .find(|name| !name.starts_with("/usr/lib/") && !name.starts_with("/System/"));
     ensure!(
         foreign.is_none(),
-        "it loads {foreign:?}, which is not macOS's"
+        "it loads {foreign:?}, which is not part of macOS"
     );
 
     let file = MachOFile64::<LittleEndian>::parse(bytes)?;
@@ -123,7 +124,7 @@ pub(crate) fn check(
         let name = String::from_utf8_lossy(name);
         let since = hypervisor
             .and_then(|since| since.get(name.trim_start_matches('_')))
-            .with_context(|| format!("{name} is no function of the framework"))?;
+            .with_context(|| format!("{name} is not a function of the framework"))?;
         calls_need = calls_need.max(*since);
         calls += 1;
     }
@@ -300,8 +301,8 @@ mod tests {
     #[case::signed_otherwise("no ad hoc signature", |parts: &mut Parts| parts.signature_flags = 0)]
     #[case::without_the_system("doesn't load /usr/lib/libSystem", |parts: &mut Parts| parts.libraries.truncate(1))]
     #[case::without_the_framework("doesn't load /System", |parts: &mut Parts| parts.libraries = vec![SYSTEM])]
-    #[case::a_library_of_this_machine("not macOS's", |parts: &mut Parts| parts.libraries.push(EXTRA_LIBRARY))]
-    #[case::an_unknown_function("no function of the framework", |parts: &mut Parts| parts.function = "_hv_vm_mop")]
+    #[case::a_library_of_this_machine("not part of macOS", |parts: &mut Parts| parts.libraries.push(EXTRA_LIBRARY))]
+    #[case::an_unknown_function("not a function of the framework", |parts: &mut Parts| parts.function = "_hv_vm_mop")]
     #[case::nothing_called("calls nothing", |parts: &mut Parts| parts.libraries.swap(0, 1))]
     fn what_macos_would_not_start_is_refused_with_the_reason(
         #[case] reason: &str,

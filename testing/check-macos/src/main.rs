@@ -27,21 +27,22 @@ const TARGET_DIR: &str = "target/macos";
 /// Lint everything for aarch64-apple-darwin, and link what uses the hypervisor
 ///
 /// Lints (clippy, warnings are errors) every crate, test, example and task for Apple silicon.
-/// Breaks lines for macOS in a copy of a crate, and shows that each is found. Links hvf-backend's
-/// example and xtask into Mach-O executables, and checks what macOS requires of them: load
-/// commands, oldest macOS, functions of the framework, signature.
+/// Breaks lines for macOS in a copy of a crate, and shows that each is detected. Links
+/// hvf-backend's example and xtask into Mach-O executables, and checks what macOS requires of them:
+/// load commands, oldest macOS, functions of the framework, signature.
 ///
-/// It takes the target in this toolchain (`rustup target add aarch64-apple-darwin`), or as root
+/// It requires the target in this toolchain (`rustup target add aarch64-apple-darwin`), or as root
 /// Debian's packages of a Rust toolchain with the standard library's source, which is built once
-/// into target/macos. For C and to link, on a system other than macOS, it takes Python and its pip,
-/// and downloads the package ziglang, a C compiler and linker with stubs of macOS's libraries (100
-/// MB), into target/macos. Each piece that is missing is listed, and is an error.
+/// into target/macos. To compile C and to link on a system other than macOS, it requires Python and
+/// its pip, and downloads the package ziglang, a C compiler and linker with stubs of macOS's
+/// libraries (100 MB), into target/macos. A missing piece is listed, and is an error.
 #[derive(Parser)]
 #[command(name = "cargo xtask check-macos", bin_name = "cargo xtask check-macos")]
 struct CheckMacos {
     #[command(flatten)]
     install: Install,
-    /// Link what `cargo xtask` builds, and not the fewest and the most features of hvf-backend
+    /// Link only the programs that `cargo xtask` builds, not hvf-backend with its fewest and most
+    /// features
     #[arg(long)]
     quick: bool,
 }

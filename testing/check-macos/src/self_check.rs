@@ -54,7 +54,7 @@ pub(crate) fn run(sh: &Shell, toolchain: Toolchain, dir: &Path) -> anyhow::Resul
     let output = lint(sh, toolchain, &copy)?;
     ensure!(
         output.status.success(),
-        "the copy of {CRATE} in {} fails unbroken:\n{}",
+        "the unchanged copy of {CRATE} in {} fails:\n{}",
         copy.display(),
         explanation(&output)
     );

@@ -36,7 +36,7 @@ use replay::Replay;
 use report::Report;
 use saved_recording::SavedRecording;
 
-/// Returns what this program takes.
+/// Returns the arguments of this program.
 fn packages() -> Vec<Package> {
     let mut packages = vec![Package::new("qemu-system-common", "qemu-storage-daemon")];
     packages.extend(harness::file_systems::packages(
@@ -48,10 +48,10 @@ fn packages() -> Vec<Package> {
 /// Check what a loss of power at any moment leaves on real file systems
 ///
 /// Runs scenarios of this workspace on mounted file systems while every write and flush of their
-/// disks is logged. Then makes disks from the log as a loss of power may leave them: every prefix,
-/// and prefixes in which writes that no flush has followed are dropped or torn. Each is mounted,
+/// disks is logged. Then builds disks from the log as a loss of power may leave them: every prefix,
+/// and prefixes in which writes that no flush followed are dropped or torn. Each is mounted,
 /// recovered and checked. At the end, commits that lack a step show that the check detects errors.
-/// Exit code 0 means that no state had lost or torn anything, and that each of these commits was
+/// Exit code 0 means that no state has lost or torn bytes, and that each of these commits was
 /// detected.
 ///
 /// On Linux, as root. The recording of a scenario with a state that fails stays under target/crash.
@@ -66,23 +66,22 @@ struct Crash {
     #[arg(long, value_delimiter = ',', value_name = "FS")]
     #[arg(value_parser = parser(FileSystem::in_crash_states()))]
     fs: Vec<&'static FileSystem>,
-    /// At most so many states of each scenario on each file system
+    /// The maximum number of states of each scenario on each file system
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
     states: u32,
-    /// Look again at the state of this number, of a recording that was kept; with one --only and
-    /// one --fs
+    /// Check only the state with this number of a kept recording; requires one --only and one --fs
     #[arg(long, value_name = "NUMBER")]
     state: Option<usize>,
-    /// What states are chosen by [default: another one each time, which is printed]
+    /// The seed of the choice of states [default: a random one, which is printed]
     #[arg(long)]
     seed: Option<u64>,
     /// Keep all recordings
     #[arg(long)]
     keep: bool,
-    /// Only these commits that lack a step, comma-separated
+    /// Only these mutants, comma-separated: commits that lack a step
     #[arg(long, value_delimiter = ',', value_name = "MUTANT", value_parser = known_mutant)]
     mutant: Vec<String>,
-    /// List the scenarios, the mutants and the file systems, and do nothing
+    /// List the scenarios, the mutants and the file systems, and run nothing
     #[arg(long)]
     list: bool,
     #[command(flatten)]
@@ -163,12 +162,12 @@ impl Crash {
             let on = FileSystem::in_crash_states().filter(|fs| reveals(fs));
             let on: Vec<_> = on.map(|fs| fs.name).collect();
             let on = on.join(", ");
-            ensure!(self.mutant.is_empty(), "mutants are looked for on {on}");
+            ensure!(self.mutant.is_empty(), "mutants are tested only on {on}");
         }
         let interrupt = Interrupt::catch()?;
         keep_private()?;
         // Goes with this process, however it ends.
-        let room = TinyTmpfs::new(8 << 30).context("a tmpfs for the disks")?;
+        let room = TinyTmpfs::new(8 << 30).context("failed to mount a tmpfs for the disks")?;
         let home = sh.current_dir().join("target/crash");
         if let Some(number) = self.state {
             return self.again(number, &home, room.path());
@@ -223,10 +222,12 @@ impl Crash {
         let ([name], [fs]) = (self.only.as_slice(), self.fs.as_slice()) else {
             bail!("--state takes one scenario and one file system: --only SCENARIO --fs FS");
         };
-        let scenario = scenario(name).context("a scenario that is known")?;
+        let scenario = scenario(name).context("unknown scenario")?;
         let (recording, states) = SavedRecording::new(home, fs, name).load()?;
         let state = states.get(number);
-        let state = state.with_context(|| format!("there are {} states", states.len()))?;
+        let state = state.with_context(|| {
+            format!("there is no such state: there are {} states", states.len())
+        })?;
         println!("{}", recording.log.describe(state));
         let replay = Replay::new(fs, scenario, &recording, room)?;
         let tidying = job::tidying(number);

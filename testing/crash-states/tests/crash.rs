@@ -41,7 +41,7 @@ fn a_commit_that_lacks_a_sync_tears_a_file_and_the_state_that_shows_it_can_be_lo
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(!said.contains(" 0 torn"), "{said}");
     let (_, again) = said
-        .split_once("  again: cargo xtask crash ")
+        .split_once("  repeat with: cargo xtask crash ")
         .expect("a command");
     let again: Vec<_> = again.lines().next().expect("a line").split(' ').collect();
     let (output, once_more) = crash(&again);
@@ -75,7 +75,10 @@ fn a_mutant_that_is_not_found_out_fails_the_command() {
     let of = ["--mutant=no-file-sync", "--fs=ext4-noauto_da_alloc"];
     let (output, said) = crash(&[&of[..], &["--states=1"]].concat());
     assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("not found out: no-file-sync"), "{said}");
+    assert!(
+        said.contains("mutants not detected: no-file-sync"),
+        "{said}"
+    );
 }
 
 /// The loop devices over files in `dir`, and the daemons that export them.

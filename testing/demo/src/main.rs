@@ -37,23 +37,23 @@ use verify::Proof;
 
 /// Snapshot a running guest, restore it into a new one, and prove that it continues correctly
 ///
-/// A guest keeps a ledger with checksums in its RAM. A full snapshot is taken while it works, then
-/// a diff each round. The chain is restored into a new guest, whose RAM must equal the original's
-/// byte for byte; then both go on, check their ledgers, and must reach the digest of a ledger that
-/// is computed without any guest. Exit code 0 says that all of this held.
+/// A guest keeps a ledger with checksums in its RAM. A full snapshot is taken while it runs, then a
+/// diff each round. The chain is restored into a new guest, whose RAM must equal the original's
+/// byte for byte; then both continue, check their ledgers, and must reach the digest of a ledger
+/// that is computed without a guest. Exit code 0 means that all of this held.
 #[derive(Parser)]
 #[command(name = "cargo xtask demo", bin_name = "cargo xtask demo")]
 struct Demo {
     /// The guest's RAM, in binary units: 256M, 4G, 1.5GiB
     #[arg(long, default_value = "256M", value_parser = ram_size)]
     ram: u64,
-    /// Diffs to take after the full snapshot
+    /// The number of diffs to take after the full snapshot
     #[arg(long, default_value_t = 8)]
     rounds: u64,
-    /// Steps that the guest works in each round; a step rewrites a page
+    /// The number of steps in each round; a step rewrites a page
     #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1..=1 << 32))]
     steps: u64,
-    /// What runs; the best that this machine has unless given
+    /// The kind of guest [default: the best that this machine has]
     #[arg(long, value_enum)]
     guest: Option<Kind>,
     /// The directory for the snapshots: choose the file system to write to [default: target/demo]
@@ -110,25 +110,25 @@ impl Demo {
         let svg = out.join("dirty-pages.svg");
         let saved = story.picture.save(&svg);
         saved.with_context(|| format!("can't write {}", svg.display()))?;
-        say(format_args!("the picture as SVG: {}", svg.display()))?;
+        say(format_args!("chart (SVG): {}", svg.display()))?;
         if let Some(kept) = kept {
-            say(format_args!("the snapshots: {}", kept.display()))?;
+            say(format_args!("snapshots: {}", kept.display()))?;
         }
         removed.context("can't remove the snapshots")?;
         story.close()
     }
 
-    /// Says which guest runs, and why.
+    /// Prints the kind of guest that runs, and the reason.
     fn announce(&self) -> anyhow::Result<Kind> {
         let ram = BinaryBytes(self.ram);
         if let Some(kind) = self.guest {
-            say(format_args!("guest: {kind}, {ram} of RAM (as asked for)"))?;
+            say(format_args!("guest: {kind}, {ram} of RAM (as requested)"))?;
             return Ok(kind);
         }
         let (kind, why_not) = Kind::best();
         let why = match why_not.as_slice() {
-            [] => "the best this machine can have".to_owned(),
-            reasons => format!("no better one: {}", reasons.join("; ")),
+            [] => "the best available on this machine".to_owned(),
+            reasons => format!("others are not available: {}", reasons.join("; ")),
         };
         say(format_args!("guest: {kind}, {ram} of RAM ({why})"))?;
         Ok(kind)
@@ -151,7 +151,7 @@ fn ram_size(text: &str) -> Result<u64, String> {
     }
     if !size.is_multiple_of(MULTIPLE) {
         return Err(format!(
-            "{size} bytes are no multiple of {}",
+            "{size} bytes are not a multiple of {}",
             BinaryBytes(MULTIPLE)
         ));
     }
@@ -164,10 +164,10 @@ fn ram_size(text: &str) -> Result<u64, String> {
     Ok(size)
 }
 
-/// Steps that a guest works before anybody looks: for the progress bar, and for who wants to end.
+/// The number of steps between updates of the progress bar and checks for an interrupt.
 const SPELL: u64 = 1 << 12;
 
-/// What to do, to which guest.
+/// The parameters of a demo.
 struct Plan<'a> {
     kind: Kind,
     layout: Layout,
@@ -176,7 +176,7 @@ struct Plan<'a> {
     dir: &'a Path,
 }
 
-/// What was done, and found.
+/// The results of a demo.
 struct Story {
     table: Vec<Snapshot>,
     picture: Picture,
@@ -186,8 +186,8 @@ struct Story {
 }
 
 impl Plan<'_> {
-    /// The whole demo. `tamper` may spoil the files before they are restored: the tests see to it
-    /// that the proof then fails.
+    /// Runs the whole demo. `tamper` may corrupt the files before they are restored; the tests
+    /// check that the verification then fails.
     fn carry_out(
         &self,
         progress: &Progress,
@@ -240,7 +240,7 @@ impl Plan<'_> {
         })
     }
 
-    /// Has the guest work for `steps` steps.
+    /// Runs the guest for `steps` steps.
     fn work(
         &self,
         guest: &mut dyn Guest,
@@ -259,7 +259,8 @@ impl Plan<'_> {
 }
 
 impl Story {
-    /// The closing line: what was compared and equal, or an error that says what was not.
+    /// Returns the closing line: the comparisons that succeeded, or an error for the first that
+    /// failed.
     fn close(self) -> anyhow::Result<()> {
         let Proof {
             mismatches,
@@ -270,7 +271,7 @@ impl Story {
             bail!("not verified: {}", mismatches.join("; "));
         }
         say(format_args!(
-            "verified: {} of RAM restored from {} files equal the original's, byte for byte; after {} more steps both guests find all {} pages of their ledgers whole and reach the digest {digest:#018x}, as does the ledger computed without a guest",
+            "verified: {} of RAM restored from {} files equal the original's, byte for byte; after {} more steps both guests find all {} pages of their ledgers intact and reach the digest {digest:#018x}, as does the ledger computed without a guest",
             BinaryBytes(self.ram),
             self.table.len(),
             HumanCount(steps),

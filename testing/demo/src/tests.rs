@@ -198,7 +198,7 @@ fn ram_may_be_given(#[case] text: &str, #[case] bytes: u64) {
 #[rstest]
 #[case::too_small("1M", "at least 4.00 MiB")]
 #[case::nothing("0", "at least 4.00 MiB")]
-#[case::part_of_a_page("8388609", "no multiple of 64.00 KiB")]
+#[case::part_of_a_page("8388609", "not a multiple of 64.00 KiB")]
 #[case::too_much("1T", "at most 256.00 GiB")]
 #[case::past_64_bits("99999999T", "write 256M or 4G")]
 #[case::no_size("lots", "write 256M or 4G")]

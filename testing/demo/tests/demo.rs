@@ -38,7 +38,7 @@ fn the_first_line_names_the_guest_and_the_last_says_verified() {
     assert!(output.status.success(), "{output:?}");
     assert_eq!(
         said[0],
-        "guest: this process, tracked by mprotect and its signal, 8.00 MiB of RAM (as asked for)"
+        "guest: this process, tracked by mprotect and its signal, 8.00 MiB of RAM (as requested)"
     );
     assert!(said.last().unwrap().starts_with("verified: 8.00 MiB"));
     for name in ["full", "diff 1", "diff 2"] {
@@ -82,7 +82,10 @@ fn without_being_asked_the_first_line_says_why_this_guest() {
         .unwrap();
     assert!(output.status.success(), "{output:?}");
     let first = &lines(&output.stdout)[0];
-    let reasons = ["(the best this machine can have)", "(no better one: "];
+    let reasons = [
+        "(the best available on this machine)",
+        "(others are not available: ",
+    ];
     assert!(
         reasons.iter().any(|reason| first.contains(reason)),
         "{first}"
@@ -140,7 +143,7 @@ fn an_interrupted_demo_leaves_nothing_behind() {
 
 #[rstest]
 #[case::too_little_ram(&["--ram", "1M"], "at least 4.00 MiB")]
-#[case::part_of_a_page(&["--ram", "8388609"], "no multiple of 64.00 KiB")]
+#[case::part_of_a_page(&["--ram", "8388609"], "not a multiple of 64.00 KiB")]
 #[case::no_number(&["--ram", "much"], "write 256M or 4G")]
 #[case::no_steps(&["--steps", "0"], "0 is not in")]
 #[case::an_unknown_guest(&["--guest", "xen"], "possible values: kvm, hvf, userfaultfd, mprotect")]

@@ -37,8 +37,8 @@ const CLONE: &str = "root/repository";
 
 /// Run the README's two commands on a minimal Debian with stale package lists
 ///
-/// The machine is a directory under target/fresh, with an empty cargo home. Takes root, and
-/// debootstrap, which is installed where it is missing. The second command is run twice.
+/// The machine is a directory under target/fresh, with an empty cargo home. Requires root, and
+/// debootstrap, which is installed if it is missing. The second command is run twice.
 #[derive(Parser)]
 #[command(name = "cargo xtask fresh", bin_name = "cargo xtask fresh")]
 pub(crate) struct Fresh {
@@ -65,7 +65,7 @@ fn run_each(sh: &Shell, install: Install, commands: &[(&str, &str)]) -> anyhow::
         "only root can set up a fresh machine"
     );
     let missing = install.ensure(sh, &PACKAGES, "a fresh machine")?;
-    ensure!(missing.is_empty(), "no fresh machine without debootstrap");
+    ensure!(missing.is_empty(), "a fresh machine requires debootstrap");
     let archive = Archive::of_this_machine(sh)?;
     let home = sh.current_dir().join("target/fresh");
     fs::create_dir_all(&home)?;
@@ -126,7 +126,7 @@ impl Archive {
             .flat_map(|line| [line, "\n"])
             .collect();
         let (mirror, sources) = sources(&targets).with_context(|| {
-            format!("apt knows no Debian {SUITE} archive here; run apt-get update")
+            format!("no Debian {SUITE} archive is configured for apt; run apt-get update")
         })?;
         Ok(Self {
             mirror,
@@ -213,7 +213,7 @@ fn base(
     if packed.exists() {
         return Ok(packed);
     }
-    println!("making a minimal {SUITE}, once");
+    println!("creating a minimal {SUITE}, which later runs reuse");
     let dir = Directory::empty(home.join("base"))?;
     let mirror = &archive.mirror;
     let include = format!("--include={EXTRA}");

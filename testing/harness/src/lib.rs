@@ -89,7 +89,7 @@ pub fn runs_here(need: Need, what: &str, takes: &str, ci: bool) -> anyhow::Resul
     if need.is_met() {
         return Ok(true);
     }
-    ensure!(!ci, "{what}: this machine has no {need}, and CI demands it");
+    ensure!(!ci, "{what}: this machine has no {need}, which CI requires");
     not_run(what, &format!("this machine has no {need}{takes}"));
     Ok(false)
 }

@@ -20,7 +20,7 @@ pub fn keep_private() -> anyhow::Result<()> {
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     match nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>) {
         Err(Errno::EINVAL) => bail!(
-            "the root directory is no mount point, so mounts can't be kept private: before \
+            "the root directory is not a mount point, so mounts can't be kept private: before \
              `chroot DIR`, run `mount --bind DIR DIR`"
         ),
         done => done.context("can't keep mounts private"),

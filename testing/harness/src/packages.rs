@@ -17,10 +17,11 @@ use xshell::{Shell, cmd};
 pub use package::Package;
 use plan::{Lists, Machine, Problem, State, Step};
 
-/// What a task may do to this machine.
+/// The option that limits what a task may install.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub struct Install {
-    /// Install nothing: do without what is missing, or fail where it can't be done without
+    /// Install nothing: skip what requires missing packages, or fail if nothing can run without
+    /// them
     #[arg(long)]
     no_install: bool,
 }
@@ -38,7 +39,7 @@ pub fn patiently(mut download: impl FnMut() -> anyhow::Result<()>) -> anyhow::Re
         let Err(error) = download() else {
             return Ok(());
         };
-        println!("{error:#}; once more in {} s", pause.as_secs());
+        println!("{error:#}; retrying in {} s", pause.as_secs());
         thread::sleep(pause);
     }
     download()
@@ -111,7 +112,7 @@ fn check_files(packages: &[Package], installed: &[&str]) -> anyhow::Result<()> {
         let Package { name, shows, .. } = package;
         ensure!(
             !installed.contains(name) || package.is_present(),
-            "{name} was installed, and there is no {shows}"
+            "{name} was installed, but {shows} does not exist"
         );
     }
     Ok(())

@@ -25,19 +25,18 @@ use guest::{Guest, Kit, RAM, Room};
 use tool::{LAYOUTS, Ramsnap, Tool};
 use verify::Proof;
 
-/// Snapshot a Linux guest in QEMU, restore the chain into another QEMU, and prove that it goes on
+/// Snapshot a Linux guest in QEMU, restore the chain into another QEMU, and prove that it continues
 /// correctly
 ///
 /// QEMU emulates a machine whose RAM is a file. In it, Debian's kernel runs a loop that writes
 /// files of random bytes to a tmpfs and checks the files of earlier rounds. Raw, sealed and packed,
 /// a full snapshot and two diffs of the RAM are taken with `ramsnap`, while QEMU saves the devices.
 /// Each chain is verified, merged and restored, and a second QEMU resumes from it. Its rounds must
-/// follow those of the last snapshot, and find all files whole. The same is done with one page
+/// follow those of the last snapshot, and find all files intact. The same is done with one page
 /// corrupted, and with the last diff left out; both must be detected. Exit code 0 means that all of
 /// this held.
 ///
-/// On Debian, for x86-64: installs QEMU where it is missing (as root), and downloads Debian's
-/// kernel.
+/// On Debian, for x86-64: installs QEMU if it is missing (as root), and downloads Debian's kernel.
 #[derive(Parser)]
 #[command(name = "cargo xtask qemu-e2e", bin_name = "cargo xtask qemu-e2e")]
 struct QemuE2e {

@@ -128,6 +128,6 @@ impl Child {
             })
             .open(&self.dest, self.size, PAGE)?;
         writer.write_full(ram)?;
-        anyhow::bail!("the RAM ended before the {after} bytes after which to die")
+        anyhow::bail!("the RAM has fewer than the {after} bytes after which the process is killed")
     }
 }

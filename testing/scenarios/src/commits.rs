@@ -35,7 +35,7 @@ pub const REPLACE: Scenario = Scenario {
 
 pub const FIRST: Scenario = Scenario {
     name: "first",
-    about: "a commit where no file was",
+    about: "a commit to a new destination",
     prepare: |_| Ok(()),
     act: |dir, observer| {
         file(dir, 1)?;
@@ -46,7 +46,7 @@ pub const FIRST: Scenario = Scenario {
 
 pub const NO_CLOBBER: Scenario = Scenario {
     name: "no-clobber",
-    about: "two writers that must not replace anything, and the second comes too late",
+    about: "two writers with no_clobber, of which the second must fail",
     prepare: |_| Ok(()),
     act: |dir, observer| {
         let open = || {
@@ -65,7 +65,7 @@ pub const NO_CLOBBER: Scenario = Scenario {
                 Ok(())
             }
             Err(unexpected) => Err(unexpected.into()),
-            Ok(()) => bail!("a second commit that must not replace the first"),
+            Ok(()) => bail!("a second commit replaced the first in spite of no_clobber"),
         }
     },
     check: |after| {
@@ -120,7 +120,7 @@ pub const GROUP: Scenario = Scenario {
 
 pub const FULL: Scenario = Scenario {
     name: "full",
-    about: "full dumps of memory over one another",
+    about: "full dumps that replace each other",
     prepare: |dir| full(dir, 1),
     act: |dir, observer| {
         for stamp in [2, 3] {
@@ -134,7 +134,7 @@ pub const FULL: Scenario = Scenario {
 
 pub const RECYCLE: Scenario = Scenario {
     name: "recycle",
-    about: "dumps that are written over the file that the last commit replaced",
+    about: "dumps that recycle the file that the last commit replaced",
     prepare: |dir| {
         let _alone = start::none();
         recycling(dir, 1)?;
@@ -149,7 +149,10 @@ pub const RECYCLE: Scenario = Scenario {
             recycled |= recycling(dir, stamp)?;
             observer.returned()?;
         }
-        ensure!(recycled || !spare, "three dumps, and none took the spare");
+        ensure!(
+            recycled || !spare,
+            "none of three dumps reused the recycled file"
+        );
         Ok(())
     },
     check: |after| replaced(after, 2, 5),
@@ -157,7 +160,7 @@ pub const RECYCLE: Scenario = Scenario {
 
 pub const STALE_STAGE: Scenario = Scenario {
     name: "stale-stage",
-    about: "a writer is killed, and the next one finds its stage",
+    about: "a writer is killed, and the next one removes its staged file",
     prepare: |dir| full(dir, 1),
     act: |dir, observer| {
         die_writing(dir)?;
@@ -169,7 +172,7 @@ pub const STALE_STAGE: Scenario = Scenario {
 
 pub const TWO_WRITERS: Scenario = Scenario {
     name: "two-writers",
-    about: "two writers at once, twice",
+    about: "two concurrent writers, twice",
     prepare: |dir| full(dir, 1),
     act: |dir, observer| {
         for stamps in [[2, 3], [4, 5]] {
@@ -226,7 +229,7 @@ pub fn die_writing(dir: &Path) -> anyhow::Result<()> {
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let status = start::start(&mut command)?.wait()?;
     let killed = status.signal() == Some(SIGKILL);
-    ensure!(killed, "the writer that is to die: {status}");
+    ensure!(killed, "the writer was not killed: {status}");
     Ok(())
 }
 

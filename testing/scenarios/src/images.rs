@@ -83,7 +83,7 @@ pub const MERGE: Scenario = Scenario {
         }
         if base != ram(1) && after.most() == 0 {
             return Err(Violation::Lost(
-                "the base, by a merge that had failed".into(),
+                "the base, although the merge had failed".into(),
             ));
         }
         if ![ram(1), ram_after_diff(2)].contains(&base) {
@@ -257,6 +257,6 @@ fn bytes_of(chain: &Chain) -> Result<Vec<u8>, Violation> {
     let mut bytes = vec![0; RAM as usize];
     chain
         .restore(bytes.as_mut_slice())
-        .map_err(lost("what a chain stands for"))?;
+        .map_err(lost("the bytes of a chain"))?;
     Ok(bytes)
 }

@@ -41,15 +41,16 @@ use plan::Means;
 use settings::{Mutant, Settings};
 use stats::{Held, Tally};
 
-/// Save guests again and again while things go wrong, and compare everything that was saved
+/// Save guests repeatedly while faults are injected, and compare everything that was saved
 ///
 /// Several guests run at a time: KVM's virtual machines, and threads of this process whose writes
 /// userfaultfd or mprotect tracks. Each save is chosen at random: full or a diff, of a stopped or a
 /// running guest, in any layout, page size, engine and durability. A third of the saves has an
-/// injected fault: cancelled, unreadable, out of space, in the way, killed. After each save, the
-/// images are verified, the RAM is restored from them in one of six ways, and compared with a copy
-/// that was taken while the guest was stopped. After a failure the next save is a diff: no mark may
-/// be lost. Once a minute, while no guest runs, descriptors, threads and mappings are counted.
+/// injected fault: it is cancelled, cannot read or write, is blocked by another file, or is killed.
+/// After each save, the images are verified, the RAM is restored from them in one of six ways, and
+/// compared with a copy that was taken while the guest was stopped. After a failure the next save
+/// is a diff: no mark may be lost. Once a minute, while no guest runs, descriptors, threads and
+/// mappings are counted.
 ///
 /// The first difference ends the run, keeps the files, and prints the seed, the guest and the
 /// round. The same seed makes the same choices. The progress of the threads depends on the machine.
@@ -57,30 +58,30 @@ use stats::{Held, Tally};
 #[derive(Parser)]
 #[command(name = "cargo xtask soak", bin_name = "cargo xtask soak")]
 struct Soak {
-    /// For how long, in minutes: 60, 0.5
+    /// The duration in minutes, such as 60 or 0.5
     #[arg(long, default_value_t = 60.0)]
     minutes: f64,
-    /// So many rounds of each guest instead, however long they take
+    /// The number of rounds of each guest, instead of a duration
     #[arg(long, conflicts_with = "minutes", value_parser = clap::value_parser!(u64).range(1..))]
     rounds: Option<u64>,
-    /// What everything is chosen by [default: another one each time, which is printed]
+    /// The seed of all random choices [default: a random one, which is printed]
     #[arg(long)]
     seed: Option<u64>,
     /// The directory for the images: choose the file system to write to [default: target/soak]
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// Guests at a time
+    /// The number of guests that run concurrently
     #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(1..=64))]
     guests: u64,
-    /// Only this guest's life, as a failure names it: with its seed
+    /// Run only this life of a guest, as a failure prints it; requires its --seed
     #[arg(long, value_name = "GUEST.LIFE", requires = "seed")]
     only: Option<One>,
-    /// Save by a mutant, which must be found
+    /// Save with this mutant, which must be detected
     #[arg(long, value_enum, alias = "plant", value_name = "NAME")]
     mutant: Option<Mutant>,
     #[command(flatten)]
     record: Record,
-    /// What another process is to save
+    /// The parameters of a save by another process
     #[arg(long, hide = true)]
     child: Option<PathBuf>,
 }
@@ -215,7 +216,7 @@ impl Soak {
     }
 }
 
-/// The kinds of guests that this machine has.
+/// Returns the kinds of guests that this machine supports.
 fn kinds() -> anyhow::Result<Vec<Kind>> {
     let ci = std::env::var_os("CI").is_some_and(|ci| ci == "true");
     let mut kinds = vec![Kind::Mprotect];
@@ -230,10 +231,10 @@ fn kinds() -> anyhow::Result<Vec<Kind>> {
     Ok(kinds)
 }
 
-/// No round takes as long.
+/// A limit that no round reaches.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Every guest, one life after another, until the limit or the first failure.
+/// Runs every guest, one life after another, until the limit or the first failure.
 fn work(
     settings: &Settings,
     lives: &mut [u64],

@@ -56,7 +56,7 @@ fn a_mutant_is_found_named_and_found_again(#[case] mutant: &str, #[case] violati
     assert!(Path::new(files).is_dir(), "{said}");
 
     let (_, again) = said
-        .split_once("again: cargo xtask soak ")
+        .split_once("repeat with: cargo xtask soak ")
         .expect("a command");
     let (again, _) = again.split_once(": round").expect("a round");
     let again: Vec<_> = again.split(' ').chain(of).collect();

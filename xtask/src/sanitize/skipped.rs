@@ -10,11 +10,11 @@ pub(super) const LEFT_OUT: [(&str, &str); 6] = [
     ),
     (
         "page-reader's tests of populated pages, and process-memory",
-        "a sanitizer adds to the memory and the threads that they look into",
+        "a sanitizer adds memory and threads, which these tests examine",
     ),
     (
         "the conformance suite of write-tracking",
-        "it is about when threads and virtual machines have their page faults, of which a sanitizer has many more",
+        "it tests when threads and virtual machines have page faults, and a sanitizer causes many more",
     ),
     (
         "kvm-backend",
@@ -22,7 +22,7 @@ pub(super) const LEFT_OUT: [(&str, &str); 6] = [
     ),
     (
         "uffd",
-        "it is about when threads have page faults, of which a sanitizer has many more",
+        "it tests when threads have page faults, and a sanitizer causes many more",
     ),
     ("ramsnap", "it is a program, and tested from outside"),
 ];

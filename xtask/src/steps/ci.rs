@@ -105,13 +105,13 @@ pub(super) const SUITE: Suite = Suite {
     ],
 };
 
-/// Run what else must hold before a change lands: macOS, loom, fuzzing, file systems, crashes,
+/// Run the other checks that a change must pass: macOS, loom, fuzzing, file systems, crashes,
 /// faults
 ///
 /// `.ci/run` runs `cargo xtask test` and then this. Every run does the same work: seeds and amounts
-/// are fixed, and no result depends on timing. What is exhaustive, random or long is in `cargo
-/// xtask prove`. Without root or packages it runs what it can and lists the rest; with CI=true that
-/// is an error.
+/// are fixed, and no result depends on timing. Exhaustive, random and long checks are in `cargo
+/// xtask prove`. Without root or packages, it runs what it can and lists the rest. With CI=true, a
+/// check that cannot run is an error.
 #[derive(clap::Args)]
 pub(crate) struct Ci {
     #[command(flatten)]

@@ -20,7 +20,7 @@ impl LeftOut {
         }
         let path = sh.current_dir().join("target/xtask/not-run.txt");
         sh.write_file(&path, "")
-            .context("can't begin the list of what is not run")?;
+            .context("can't create the list of tests that are not run")?;
         sh.set_var(NOT_RUN, &path);
         Ok(Self { path })
     }
@@ -31,12 +31,13 @@ impl LeftOut {
 
         let list = std::fs::File::options().append(true).open(&self.path);
         list.and_then(|mut list| writeln!(list, "NOT RUN {what}: {why}"))
-            .context("can't append to the list of what is not run")
+            .context("can't append to the list of tests that are not run")
     }
 
     /// Prints the list by reason.
     pub(super) fn print(&self) -> anyhow::Result<()> {
-        let list = std::fs::read_to_string(&self.path).context("can't read what was not run")?;
+        let list = std::fs::read_to_string(&self.path)
+            .context("can't read the list of tests that were not run")?;
         print!("{}", by_reason(&list));
         Ok(())
     }

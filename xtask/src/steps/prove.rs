@@ -166,17 +166,17 @@ pub(super) const SUITE: Suite = Suite {
     ],
 };
 
-/// Run what is exhaustive, random or long: all crash states, all faults, an hour of soak, mutants,
-/// sanitizers
+/// Run the exhaustive, random and long checks: all crash states, all faults, an hour of soak,
+/// mutants, sanitizers
 ///
-/// All of it takes many hours; name steps, or let --changed choose them. Before each step it prints
-/// how long the step took last time. Random steps print their seed.
+/// All steps together take many hours: name some, or select them with --changed. Before each step,
+/// the duration of its last run is printed. Random steps print their seed.
 #[derive(clap::Args)]
 pub(crate) struct Prove {
     #[command(flatten)]
     options: Options,
-    /// Only the steps that are about what changed since REV, and was not committed [default: the
-    /// upstream branch, or the commit before the last where there is none]
+    /// Only the steps that test files changed since REV, including uncommitted changes [default:
+    /// the upstream branch, or the commit before the last if there is none]
     #[arg(long, value_name = "REV", num_args = 0..=1, conflicts_with = "steps")]
     changed: Option<Option<String>>,
 }
@@ -190,7 +190,7 @@ impl Prove {
         let names: Vec<_> = selection.steps.iter().map(|step| step.name).collect();
         if names.is_empty() {
             println!(
-                "nothing that a step is about changed since {}",
+                "no step is affected by the changes since {}",
                 selection.since
             );
             return Ok(());
@@ -220,7 +220,7 @@ impl Context<'_> {
         let changed = self.crates.iter().map(String::as_str);
         let changed: Vec<_> = changed.filter(|name| known.contains(name)).collect();
         if changed.is_empty() {
-            println!("no crate that {task} is about changed");
+            println!("no crate that {task} tests has changed");
             return Ok(());
         }
         self.recorded(&format!("{task} --only {}", changed.join(",")))

@@ -59,7 +59,7 @@ pub(super) const SUITE: Suite = Suite {
     ],
 };
 
-/// Run what a change must pass first: formatting, lints, tests, one short demo
+/// Run the first checks that a change must pass: formatting, lints, tests, one short demo
 ///
 /// As root on Debian or Ubuntu it installs the packages that the tests use. Without root or
 /// packages it runs what it can and lists at the end what it did not run, and why. With CI=true in

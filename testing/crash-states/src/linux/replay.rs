@@ -60,7 +60,7 @@ impl<'a> Replay<'a> {
             Ok(mounted) => mounted,
             Err(error) => {
                 return Ok(Err(Violation::Lost(format!(
-                    "it does not mount: {error:#}"
+                    "it cannot be mounted: {error:#}"
                 ))));
             }
         };

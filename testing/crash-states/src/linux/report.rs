@@ -41,7 +41,7 @@ impl Sum {
         let (states, lost, torn) = (HumanCount(self.states as u64), self.lost, self.torn);
         let left = match self.left {
             0 => String::new(),
-            left => format!(", {left} with something left behind"),
+            left => format!(", {left} with leftover files"),
         };
         format!("{states} states, {lost} lost, {torn} torn{left}")
     }
@@ -52,8 +52,8 @@ pub(super) fn line(done: &Done) {
     let what = format!("{} on {}", done.scenario, done.fs.name);
     if done.mutant {
         let found = done.first.as_ref().map_or_else(
-            || format!("not found out in {} states", done.states),
-            |(number, violation)| format!("found out in state {number}: {violation}"),
+            || format!("not detected in {} states", done.states),
+            |(number, violation)| format!("detected in state {number}: {violation}"),
         );
         println!("{what}: {found}");
         return;
@@ -70,7 +70,7 @@ pub(super) fn line(done: &Done) {
         println!("  state {number}: {violation}");
         if promises(done.fs) {
             println!(
-                "  again: cargo xtask crash --only {} --fs {} --state {number}",
+                "  repeat with: cargo xtask crash --only {} --fs {} --state {number}",
                 done.scenario, done.fs.name
             );
         }
@@ -91,7 +91,7 @@ impl Report {
             match promises(fs) {
                 true => println!("{}: {}", fs.name, sum.text()),
                 false => println!(
-                    "{}: {} (it has no journal: nothing is promised, and nothing of it counts below)",
+                    "{}: {} (no journal: nothing is promised there, and these states are not counted below)",
                     fs.name,
                     sum.text()
                 ),
@@ -105,12 +105,12 @@ impl Report {
             bail!("a loss of power violates an invariant");
         }
         if !missed.is_empty() {
-            bail!("not found out: {}", missed.join(", "));
+            bail!("mutants not detected: {}", missed.join(", "));
         }
         Ok(())
     }
 
-    /// The mutants that were found out nowhere.
+    /// Returns the mutants that no state detected.
     fn mutants(&self) -> Vec<&'static str> {
         let mut missed = Vec::new();
         for mutant in mutants::ALL {
@@ -127,7 +127,7 @@ impl Report {
             if on.is_empty() {
                 missed.push(mutant.name);
             } else {
-                println!("mutant {}: found out on {}", mutant.name, on.join(", "));
+                println!("mutant {}: detected on {}", mutant.name, on.join(", "));
             }
         }
         missed

@@ -47,8 +47,9 @@ impl SavedRecording {
     /// The recording and its states.
     pub(super) fn load(&self) -> anyhow::Result<(Recording, Vec<State>)> {
         let dir = self.dir.display();
-        let chosen = fs::read_to_string(self.dir.join("states"))
-            .with_context(|| format!("no recording is kept in {dir}: it is by a run in which a state fails, or with --keep"))?;
+        let chosen = fs::read_to_string(self.dir.join("states")).with_context(|| {
+            format!("{dir} has no recording: a run keeps one if a state fails, or with --keep")
+        })?;
         let numbers = chosen.trim_end().split_once(' ');
         let (seed, limit) = numbers.with_context(|| format!("{dir}/states: {chosen:?}"))?;
         let entries = write_log::read(&File::open(self.dir.join("log"))?)?;

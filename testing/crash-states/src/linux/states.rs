@@ -108,7 +108,7 @@ impl Log {
         write_log::apply(&self.entries[..state.entries], &mut next, write).map(drop)
     }
 
-    /// In words, for who looks at a state.
+    /// Describes a state as text.
     pub(super) fn describe(&self, state: &State) -> String {
         let kept = |fate: &&Fate| **fate == Fate::Kept;
         let mut text = format!(

@@ -26,7 +26,7 @@ pub(super) enum Fault {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Broken(line) => write!(f, "it says \"{line}\""),
+            Self::Broken(line) => write!(f, "it printed \"{line}\""),
             Self::OutOfOrder { before, round } => {
                 write!(f, "round {round} follows round {before}")
             }
@@ -167,12 +167,12 @@ mod tests {
     #[rstest]
     #[case::changed_files(
         "round 8: BROKEN, 47 of 48 files are whole",
-        "it says \"round 8: BROKEN, 47 of 48 files are whole\""
+        "it printed \"round 8: BROKEN, 47 of 48 files are whole\""
     )]
     #[case::an_earlier_round("round 3: 12 files ok", "round 3 follows round 7")]
     #[case::the_same_round_again("round 7: 28 files ok", "round 7 follows round 7")]
     #[case::a_round_left_out("round 9: 36 files ok", "round 9 follows round 7")]
-    #[case::half_a_round("round 8: 32 fi", "it says \"round 8: 32 fi\"")]
+    #[case::half_a_round("round 8: 32 fi", "it printed \"round 8: 32 fi\"")]
     fn a_guest_that_something_happened_to_is_found_out(#[case] line: &str, #[case] fault: &str) {
         let (rounds, place) = hear(after(7), &[&format!("{line}\r\n")]);
         assert_eq!(rounds.expect_err("a fault").to_string(), fault);

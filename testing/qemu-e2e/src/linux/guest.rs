@@ -63,7 +63,7 @@ impl Kit {
         if fs::read_to_string(&ready).ok().as_deref() != Some(EDITION) {
             if !may_download {
                 bail!(
-                    "the guest's kernel is not under {} yet, and --no-install forbids to download it",
+                    "the guest's kernel is not under {} yet, and --no-install forbids downloading it",
                     dir.display()
                 );
             }

@@ -72,7 +72,7 @@ impl Qmp {
             version: String::new(),
         };
         let greeting = qmp.message(PATIENCE)?.greeting;
-        let Version { qemu } = greeting.context("QEMU does not greet")?.version;
+        let Version { qemu } = greeting.context("QEMU sent no greeting")?.version;
         qmp.version = format!("{}.{}.{}", qemu.major, qemu.minor, qemu.micro);
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
@@ -87,11 +87,11 @@ impl Qmp {
         self.socket
             .get_mut()
             .write_all(line.as_bytes())
-            .with_context(|| format!("QEMU does not take the command {command}"))?;
+            .with_context(|| format!("QEMU refused the command {command}"))?;
         loop {
             let message = self
                 .message(PATIENCE)
-                .with_context(|| format!("{command} is not answered"))?;
+                .with_context(|| format!("no reply to {command}"))?;
             match message {
                 Message {
                     error: Some(refusal),

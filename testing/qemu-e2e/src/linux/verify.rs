@@ -62,7 +62,9 @@ impl Proof<'_> {
         let last = self.goes_on(&name)?;
         let took = start.elapsed();
         let first = self.place.round + 1;
-        println!("{layout}: a second QEMU works rounds {first} to {last}, all files ok");
+        println!(
+            "{layout}: a second QEMU completed rounds {first} to {last}, all files are correct"
+        );
         fs::remove_file(ram)?;
         Ok(took)
     }

@@ -66,7 +66,7 @@ impl<'s> Life<'s> {
         let shape = Shape::choose(kind, random);
         let named = || {
             let seed = settings.seed;
-            format!("{shape}; again: cargo xtask soak --seed {seed} --only {guest}.{life}")
+            format!("{shape}; repeat with: cargo xtask soak --seed {seed} --only {guest}.{life}")
         };
         let dir = settings.dir.join(format!("guest-{guest}.{life}"));
         let born = || {
