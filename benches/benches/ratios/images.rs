@@ -117,7 +117,7 @@ impl Comparison<'_> {
         write(&path, sealed(), ram, None);
         let verify = |path: &Path| {
             let image = Image::open(path).unwrap();
-            let found = image.verify(&|_, _| ControlFlow::Continue(())).unwrap();
+            let found = image.verify(&mut |_| ControlFlow::Continue(())).unwrap();
             assert!(found.is_ok());
         };
         let timed = |run: &dyn Fn(&Path)| {

@@ -1,10 +1,11 @@
 //! Finds the pages in which two sources differ.
 
 use std::io;
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 
 use dirty_bitmap::{DirtyBitmap, GeometryError, coalesce};
 use page_reader::{PageReader, SecretBuffer, Touched};
+use sparse_file::{Progress, ProgressFn};
 use thiserror::Error;
 
 use crate::image::READ_SIZE;
@@ -43,7 +44,7 @@ pub enum CompareError {
         /// The error of the source.
         source: io::Error,
     },
-    /// The progress function returned [`ControlFlow::Break`].
+    /// The progress function returned [`ControlFlow::Break`](std::ops::ControlFlow::Break).
     #[error("cancelled after {compared} bytes")]
     Cancelled {
         /// Bytes compared so far.
@@ -61,9 +62,9 @@ pub enum CompareError {
 /// would allocate it. [`Touched`] documents the memory that this takes. The returned bitmap takes
 /// memory for the pages that differ.
 ///
-/// `progress` receives the number of compared bytes and may cancel. The first call reports the
-/// bytes that neither source has. It is called from several threads, one at a time. The number of
-/// reading threads is the number of processors, at most 8.
+/// `progress` is called before the first byte is read, with the bytes that neither source has as
+/// done, and after each piece. It may cancel. The number of reading threads is the number of
+/// processors, at most 8.
 ///
 /// # Errors
 /// Returns a [`CompareError`].
@@ -76,7 +77,7 @@ pub enum CompareError {
 ///
 /// let (older, mut newer) = (vec![0; 1 << 20], vec![0; 1 << 20]);
 /// newer[8195] = 1;
-/// let changed = compare(&older, &newer, 1 << 20, 4096, &|_| ControlFlow::Continue(()))?;
+/// let changed = compare(&older, &newer, 1 << 20, 4096, &mut |_| ControlFlow::Continue(()))?;
 /// assert_eq!(changed.runs().collect::<Vec<_>>(), [8192..12288]);
 /// # Ok::<(), memory_image::CompareError>(())
 /// ```
@@ -85,7 +86,7 @@ pub fn compare<A, B>(
     newer: &B,
     ram_size: u64,
     page_size: u64,
-    progress: &(dyn Fn(u64) -> ControlFlow<()> + Sync),
+    progress: &mut ProgressFn<'_>,
 ) -> Result<DirtyBitmap, CompareError>
 where
     A: PageReader + Sync + ?Sized,
@@ -111,7 +112,7 @@ where
     });
     // Ranges that neither source has count as compared.
     let mut compared = ram_size - read;
-    if progress(compared).is_break() {
+    if progress(Progress::new(compared, ram_size)).is_break() {
         return Err(CompareError::Cancelled { compared });
     }
     parallel::for_each(
@@ -126,9 +127,9 @@ where
         },
         |bytes: Result<u64, CompareError>| {
             compared += bytes?;
-            match progress(compared) {
-                ControlFlow::Continue(()) => Ok(()),
-                ControlFlow::Break(()) => Err(CompareError::Cancelled { compared }),
+            match progress(Progress::new(compared, ram_size)).is_break() {
+                true => Err(CompareError::Cancelled { compared }),
+                false => Ok(()),
             }
         },
     )?;

@@ -47,6 +47,9 @@
 //!
 //! **Find the pages that changed** between two states: [`compare()`].
 //!
+//! **Progress and cancellation**: [`Image::verify`], [`compare()`] and [`Chain::restore_runs`] call
+//! a [`ProgressFn`], and [`Chain::merge`] that of its options.
+//!
 //! **Start a guest at once**, without reading or merging its images. The guest's writes never
 //! change the files:
 //!
@@ -121,6 +124,7 @@ pub use image::Image;
 pub use image_format::{Footer, FooterError, ImageId, Layout};
 pub use map::{MappedChain, MappedChainOptions, MappedImage};
 pub use restore::{HostRam, RamTarget, TargetMemory};
+pub use sparse_file::{CancelGuard, CancelToken, Progress, ProgressFn};
 pub use verify::{Damage, VerifyReport};
 
 #[cfg(doctest)]

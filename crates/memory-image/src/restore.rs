@@ -4,10 +4,11 @@ mod host_ram;
 mod target_memory;
 
 use std::io;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 
 use nix::errno::Errno;
 use page_reader::SecretBuffer;
+use sparse_file::{Progress, ProgressFn};
 
 pub use host_ram::HostRam;
 pub use target_memory::TargetMemory;
@@ -62,16 +63,19 @@ impl RamTarget for [u8] {
 
 impl Chain {
     /// Writes all of the RAM to `target`, including zeros, regardless of its previous content.
+    /// [`restore_runs`](Self::restore_runs) does the same with a progress function.
     ///
     /// # Errors
     /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM.
     pub fn restore<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), RestoreError> {
-        self.restore_runs(target, std::iter::once(0..self.ram_size()))
+        let all = || std::iter::once(0..self.ram_size());
+        self.restore_runs(target, all, &mut |_| ControlFlow::Continue(()))
     }
 
     /// Writes the stored pages to `target`, which must hold only zeros, such as newly mapped
     /// memory. Zeros that are in no image are not written, so pages that the guest never used take
-    /// no memory.
+    /// no memory. [`restore_runs`](Self::restore_runs) does the same with
+    /// [`stored_runs`](Self::stored_runs) and a progress function.
     ///
     /// # Errors
     /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM.
@@ -79,18 +83,46 @@ impl Chain {
         &self,
         target: &mut T,
     ) -> Result<(), RestoreError> {
-        self.restore_runs(target, self.stored_runs())
+        let stored = || self.stored_runs();
+        self.restore_runs(target, stored, &mut |_| ControlFlow::Continue(()))
     }
 
-    /// Writes `runs` of the RAM (ranges of bytes) to `target`, including zeros, regardless of its
+    /// Writes runs of the RAM (ranges of bytes) to `target`, including zeros, regardless of its
     /// previous content. The rest of the target is unchanged.
+    ///
+    /// `runs` is called twice, to count the bytes and to write them. `progress` is called before
+    /// the first byte and after each piece of at most 1 MiB. It may cancel.
     ///
     /// # Errors
     /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM.
-    pub fn restore_runs<T: RamTarget + ?Sized>(
+    ///
+    /// # Examples
+    /// ```
+    /// use memory_image::{CancelToken, Chain, RestoreError};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let full = dir.path().join("full.mem");
+    /// # std::fs::write(&full, vec![7; 1 << 20])?;
+    ///
+    /// let chain = Chain::open_raw(&full, 4096)?;
+    /// let mut ram = vec![0; 1 << 20];
+    /// let cancel = CancelToken::new(); // clone it for the thread that may cancel
+    /// let mut progress = |progress: memory_image::Progress| {
+    ///     println!("{} of {} bytes", progress.done, progress.total);
+    ///     cancel.flow()
+    /// };
+    /// chain.restore_runs(ram.as_mut_slice(), || chain.stored_runs(), &mut progress)?;
+    /// assert!(ram.iter().all(|byte| *byte == 7));
+    ///
+    /// cancel.cancel();
+    /// let again = chain.restore_runs(ram.as_mut_slice(), || chain.stored_runs(), &mut progress);
+    /// assert!(matches!(again, Err(RestoreError::Cancelled { restored: 0 })));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn restore_runs<T: RamTarget + ?Sized, R: Iterator<Item = Range<u64>>>(
         &self,
         target: &mut T,
-        runs: impl Iterator<Item = Range<u64>>,
+        runs: impl Fn() -> R,
+        progress: &mut ProgressFn<'_>,
     ) -> Result<(), RestoreError> {
         self.check_full()?;
         if target.ram_size() != self.ram_size() {
@@ -99,15 +131,27 @@ impl Chain {
                 target: target.ram_size(),
             });
         }
+        let total = runs().map(|run| run.end.saturating_sub(run.start)).sum();
+        let mut restored = 0;
+        let mut report = |bytes: u64| {
+            restored += bytes;
+            match progress(Progress::new(restored, total)).is_break() {
+                true => Err(RestoreError::Cancelled { restored }),
+                false => Ok(()),
+            }
+        };
+        report(0)?;
         let mut buffer = SecretBuffer::new();
-        for run in runs {
+        for run in runs() {
             let mut at = run.start;
             while at < run.end {
                 let len = READ_SIZE.min(run.end - at) as usize;
                 let memory = target.memory_mut(at, len);
                 if let Some(mut memory) = memory.filter(|it| (1..=len).contains(&it.len())) {
                     self.read_to_memory(at, &mut memory)?;
-                    at += memory.len() as u64;
+                    let read = memory.len() as u64;
+                    at += read;
+                    report(read)?;
                     continue;
                 }
                 let bytes = buffer.sized(len);
@@ -115,6 +159,7 @@ impl Chain {
                 let written = target.write_at(at, bytes);
                 written.map_err(|source| RestoreError::Target { offset: at, source })?;
                 at += len as u64;
+                report(len as u64)?;
             }
         }
         Ok(())

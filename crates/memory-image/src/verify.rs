@@ -1,10 +1,10 @@
 //! Verifies the bytes of an image against its checksums.
 
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 
 use image_format::{Chunk, ChunkSum, Footer, packed_start};
 use page_reader::{HostMemory, SecretBuffer};
-use sparse_file::{ExtentKind, extents};
+use sparse_file::{ExtentKind, Progress, ProgressFn, extents};
 
 use crate::error::{ReadImageError, VerifyError};
 use crate::image::{Image, READ_SIZE};
@@ -83,9 +83,9 @@ impl Image {
     /// Reads all pages and compares them with the footer's checksums. Also finds nonzero bytes
     /// between the pages of a sealed image, or before the pages of a packed image.
     ///
-    /// `progress` receives the number of checked bytes and the total. The first call reports the
-    /// total. It may cancel. Verification allocates 1 MiB for each thread. The number of threads is
-    /// the number of processors, at most 8.
+    /// `progress` is called before the first byte and after each piece. It may cancel. Verification
+    /// allocates 1 MiB for each thread. The number of threads is the number of processors, at most
+    /// 8.
     ///
     /// # Errors
     /// Returns a [`VerifyError`]. Damage is not an error.
@@ -103,14 +103,11 @@ impl Image {
     /// # writer.write_full(&vec![1; 1 << 20])?;
     /// # writer.commit()?;
     ///
-    /// let found = Image::open(&path)?.verify(&|_done, _total| ControlFlow::Continue(()))?;
+    /// let found = Image::open(&path)?.verify(&mut |_progress| ControlFlow::Continue(()))?;
     /// assert!(found.is_ok());
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    pub fn verify(
-        &self,
-        progress: &(dyn Fn(u64, u64) -> ControlFlow<()> + Sync),
-    ) -> Result<VerifyReport, VerifyError> {
+    pub fn verify(&self, progress: &mut ProgressFn<'_>) -> Result<VerifyReport, VerifyError> {
         let Some(footer) = &self.footer else {
             return Err(VerifyError::NotSealed {
                 path: self.path.clone(),
@@ -128,7 +125,7 @@ impl Image {
             starts.map(move |start| Work::Gap(start..end.min(start + READ_SIZE)))
         });
         let work = footer.chunks().map(Work::Chunk).chain(pieces);
-        if progress(0, total).is_break() {
+        if progress(Progress::new(0, total)).is_break() {
             return Err(VerifyError::Cancelled);
         }
         let (mut found, mut done) = (VerifyReport::default(), 0);
@@ -140,9 +137,9 @@ impl Image {
                 let checked = checked?;
                 done += checked.bytes;
                 found.add(checked);
-                match progress(done, total) {
-                    ControlFlow::Continue(()) => Ok(()),
-                    ControlFlow::Break(()) => Err(VerifyError::Cancelled),
+                match progress(Progress::new(done, total)).is_break() {
+                    true => Err(VerifyError::Cancelled),
+                    false => Ok(()),
                 }
             },
         )?;

@@ -51,7 +51,7 @@ fn claimed_ram_takes_no_memory() {
         });
         let verified = with_little_memory("verifying", ram_size, || {
             let image = Image::open(&path).unwrap();
-            image.verify(&|_, _| ControlFlow::Continue(())).unwrap()
+            image.verify(&mut |_| ControlFlow::Continue(())).unwrap()
         });
         assert!(verified.is_ok());
         for zeros in [false, true] {
@@ -77,7 +77,7 @@ fn claimed_ram_takes_no_memory() {
             }
         }
         let compared = with_little_memory("comparing", ram_size, || {
-            compare(&chain, &chain, ram_size, PAGE, &|_| {
+            compare(&chain, &chain, ram_size, PAGE, &mut |_| {
                 ControlFlow::Continue(())
             })
         });
@@ -89,7 +89,7 @@ fn claimed_ram_takes_no_memory() {
             Err(other) => panic!("{other:?}"),
         }
         let coarse = with_little_memory("comparing in large pages", ram_size, || {
-            compare(&chain, &chain, ram_size, 1 << 30, &|_| {
+            compare(&chain, &chain, ram_size, 1 << 30, &mut |_| {
                 ControlFlow::Continue(())
             })
         });
@@ -105,7 +105,10 @@ fn comparison_without_reads_can_be_cancelled() {
     let _alone = ALONE.lock().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let chain = Chain::open_sealed(&[image_of_zeros(dir.path(), 1 << 40)]).unwrap();
-    let error = compare(&chain, &chain, 1 << 40, PAGE, &|_| ControlFlow::Break(())).unwrap_err();
+    let error = compare(&chain, &chain, 1 << 40, PAGE, &mut |_| {
+        ControlFlow::Break(())
+    })
+    .unwrap_err();
     assert!(
         matches!(error, CompareError::Cancelled { compared } if compared == 1 << 40),
         "{error:?}"

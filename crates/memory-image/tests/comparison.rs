@@ -15,7 +15,7 @@ fn comparing_two_chains_yields_the_pages_of_a_diff() {
     let guest = Guest::with_history(Layout::Packed);
     let older = Chain::open_sealed(&guest.snapshots[..2]).unwrap();
     let newer = guest.chain();
-    let proceed = &|_| ControlFlow::Continue(());
+    let proceed = &mut |_| ControlFlow::Continue(());
     let changed = compare(&older, &newer, SIZE, PAGE, proceed).unwrap();
     let runs: Vec<_> = changed.runs().collect();
     assert_eq!(
@@ -37,18 +37,21 @@ fn comparing_two_chains_yields_the_pages_of_a_diff() {
 fn comparison_reports_progress_cancellation_and_read_errors() {
     let guest = Guest::with_history(Layout::Packed);
     let chain = guest.chain();
-    let seen = std::sync::Mutex::new(Vec::new());
-    compare(&guest.ram, &chain, SIZE, PAGE, &|done| {
-        seen.lock().unwrap().push(done);
+    let mut seen = Vec::new();
+    compare(&guest.ram, &chain, SIZE, PAGE, &mut |progress| {
+        assert_eq!(progress.total, SIZE);
+        seen.push(progress.done);
         ControlFlow::Continue(())
     })
     .unwrap();
-    let seen = seen.into_inner().unwrap();
     assert!(seen.is_sorted() && seen.last() == Some(&SIZE), "{seen:?}");
-    let error = compare(&guest.ram, &chain, SIZE, PAGE, &|_| ControlFlow::Break(())).unwrap_err();
+    let error = compare(&guest.ram, &chain, SIZE, PAGE, &mut |_| {
+        ControlFlow::Break(())
+    })
+    .unwrap_err();
     assert!(matches!(error, CompareError::Cancelled { .. }), "{error:?}");
     let short = &guest.ram[..2 << 20];
-    let proceed = &|_| ControlFlow::Continue(());
+    let proceed = &mut |_| ControlFlow::Continue(());
     let error = compare(&chain, &short, SIZE, PAGE, proceed).unwrap_err();
     let CompareError::Read {
         which: "newer",
@@ -78,7 +81,7 @@ impl PageReader for OneMebibyte {
 
 #[test]
 fn comparison_reads_only_populated_ranges() {
-    let proceed = &|_| ControlFlow::Continue(());
+    let proceed = &mut |_| ControlFlow::Continue(());
     let changed = compare(&OneMebibyte, &OneMebibyte, SIZE, PAGE, proceed).unwrap();
     assert!(changed.is_clean());
 }

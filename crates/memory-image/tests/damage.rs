@@ -50,7 +50,7 @@ fn is_detected(path: &Path) -> bool {
     let Ok(image) = Image::open(path) else {
         return true;
     };
-    let found = image.verify(&|_, _| ControlFlow::Continue(()));
+    let found = image.verify(&mut |_| ControlFlow::Continue(()));
     found.map_or(true, |found| !found.is_ok())
 }
 

@@ -103,7 +103,7 @@ fn chain_of_diffs_is_not_treated_as_full() {
     let full = vec![1; SIZE as usize];
     let sources: [&(dyn PageReader + Sync); 2] = [&full, &chain];
     for (older, newer) in [(sources[0], sources[1]), (sources[1], sources[0])] {
-        let compared = compare(older, newer, SIZE, PAGE, &|_| ControlFlow::Continue(()));
+        let compared = compare(older, newer, SIZE, PAGE, &mut |_| ControlFlow::Continue(()));
         assert!(
             matches!(compared, Err(CompareError::Read { .. })),
             "{compared:?}"

@@ -121,11 +121,11 @@ fn bytes_between_the_header_and_a_large_page_are_damage() {
         &vec![5; 256 << 10],
         64 << 10,
     );
-    let on = |_, _| std::ops::ControlFlow::Continue(());
-    assert!(Image::open(&path).unwrap().verify(&on).unwrap().is_ok());
+    let mut on = |_| std::ops::ControlFlow::Continue(());
+    assert!(Image::open(&path).unwrap().verify(&mut on).unwrap().is_ok());
     let file = fs::File::options().write(true).open(&path).unwrap();
     file.write_all_at(&[1], 5000).unwrap();
-    let found = Image::open(&path).unwrap().verify(&on).unwrap();
+    let found = Image::open(&path).unwrap().verify(&mut on).unwrap();
     assert_eq!(found.damage, [Damage::NotZero { offset: 5000 }]);
 }
 
@@ -173,8 +173,8 @@ fn ram_of_more_pages_than_memory_is_taken_for_is_not_compared() {
             unreachable!("refused before anything is read")
         }
     }
-    let on = |_| std::ops::ControlFlow::Continue(());
-    let error = compare(&Zeros, &Zeros, 1 << 49, 4096, &on).unwrap_err();
+    let mut on = |_| std::ops::ControlFlow::Continue(());
+    let error = compare(&Zeros, &Zeros, 1 << 49, 4096, &mut on).unwrap_err();
     assert!(
         matches!(error, memory_image::CompareError::TooManyPages { .. }),
         "{error:?}"

@@ -48,11 +48,11 @@ fn more_layers_than_descriptors_are_read_in_every_way() {
     chain.flatten(&merged).unwrap();
     assert!(fs::read(&merged).unwrap() == *ram);
     assert!(whole(&MappedImage::open_raw(&merged).unwrap(), ram.len()) == *ram);
-    let go_on = &|_| ControlFlow::Continue(());
+    let go_on = &mut |_| ControlFlow::Continue(());
     let size = ram.len() as u64;
     assert!(compare(ram, &chain, size, PAGE, go_on).unwrap().is_clean());
     for image in sealed.images() {
-        let found = image.verify(&|_, _| ControlFlow::Continue(())).unwrap();
+        let found = image.verify(&mut |_| ControlFlow::Continue(())).unwrap();
         assert!(found.is_ok());
     }
     drop((chain, sealed));

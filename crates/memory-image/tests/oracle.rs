@@ -97,7 +97,7 @@ fn merged(guest: &RandomGuest, chain: &Chain, layout: Layout) -> Vec<u8> {
     };
     let image = image.unwrap();
     if image.footer().is_some() {
-        let found = image.verify(&|_, _| ControlFlow::Continue(())).unwrap();
+        let found = image.verify(&mut |_| ControlFlow::Continue(())).unwrap();
         assert!(found.is_ok(), "{found:?}");
     }
     let merged = Chain::from_image(image, chain.page_size()).unwrap();
@@ -166,7 +166,8 @@ proptest! {
             assert_ram(&how, &merged(&guest, &chain, layout))?;
         }
 
-        let changed = compare(&first, &chain, size, page, &|_| ControlFlow::Continue(())).unwrap();
+        let proceed = &mut |_| ControlFlow::Continue(());
+        let changed = compare(&first, &chain, size, page, proceed).unwrap();
         let differ = wrong(&first, ram, page);
         let marked = (0..size / page).filter(|number| changed.is_dirty(number * page).unwrap());
         prop_assert!(marked.eq(differ.into_iter().map(|number| number as u64)));

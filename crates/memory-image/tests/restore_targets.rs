@@ -6,8 +6,9 @@ mod support;
 
 use std::io;
 use std::num::NonZeroUsize;
+use std::ops::ControlFlow;
 
-use memory_image::{Chain, HostRam, RamTarget, RestoreError, TargetMemory};
+use memory_image::{Chain, HostRam, Progress, RamTarget, RestoreError, TargetMemory};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use support::raw_guest::{Guest, PAGE, SIZE};
 
@@ -36,12 +37,14 @@ impl RamTarget for EverySecondPage {
 #[test]
 fn memory_is_read_into_and_the_rest_is_written() {
     let guest = Guest::with_history();
+    let proceed = &mut |_| ControlFlow::Continue(());
     let mut target = EverySecondPage {
         ram: vec![0xee; SIZE as usize],
         written: 0,
     };
-    let pages = (0..SIZE).step_by(PAGE as usize).map(|at| at..at + PAGE);
-    guest.chain().restore_runs(&mut target, pages).unwrap();
+    let pages = || (0..SIZE).step_by(PAGE as usize).map(|at| at..at + PAGE);
+    let chain = guest.chain();
+    chain.restore_runs(&mut target, pages, proceed).unwrap();
     assert!(target.ram == guest.ram);
     assert_eq!(target.written, SIZE / 2);
 }
@@ -67,14 +70,51 @@ impl RamTarget for WrongLength {
 #[test]
 fn memory_of_a_wrong_length_is_not_used() {
     let guest = Guest::with_history();
+    let proceed = &mut |_| ControlFlow::Continue(());
     let run = 0..SIZE / 2;
     for len in [0, SIZE as usize] {
         let mut target = WrongLength(vec![0; SIZE as usize], len);
-        let runs = std::iter::once(run.clone());
-        guest.chain().restore_runs(&mut target, runs).unwrap();
+        let runs = || std::iter::once(run.clone());
+        let chain = guest.chain();
+        chain.restore_runs(&mut target, runs, proceed).unwrap();
         assert!(target.0[..SIZE as usize / 2] == guest.ram[..SIZE as usize / 2]);
         assert!(target.0[SIZE as usize / 2..].iter().all(|byte| *byte == 0));
     }
+}
+
+/// Bytes that are read into memory count like those that are written.
+#[test]
+fn restoring_reports_progress_and_can_be_cancelled() {
+    let guest = Guest::with_history();
+    let chain = guest.chain();
+    let mut target = EverySecondPage {
+        ram: vec![0xee; SIZE as usize],
+        written: 0,
+    };
+    let runs = || [0..2 * PAGE, 4 * PAGE..5 * PAGE].into_iter();
+    let mut seen = Vec::new();
+    chain
+        .restore_runs(&mut target, runs, &mut |progress| {
+            seen.push(progress);
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    let pages = [0, 1, 2, 3].map(|pages| Progress::new(pages * PAGE, 3 * PAGE));
+    assert_eq!(seen, pages);
+
+    target.ram.fill(0xee);
+    let error = chain
+        .restore_runs(&mut target, runs, &mut |progress| match progress.done {
+            PAGE => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        })
+        .unwrap_err();
+    assert!(
+        matches!(error, RestoreError::Cancelled { restored: PAGE }),
+        "{error:?}"
+    );
+    assert!(target.ram[..PAGE as usize] == guest.ram[..PAGE as usize]);
+    assert!(target.ram[PAGE as usize..].iter().all(|byte| *byte == 0xee));
 }
 
 /// The RAM is a file that another process has truncated.

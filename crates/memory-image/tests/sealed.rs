@@ -319,7 +319,7 @@ proptest! {
         prop_assert_eq!(again.id(), chain.id());
 
         let before = &states[split];
-        let proceed = &|_| ControlFlow::Continue(());
+        let proceed = &mut |_| ControlFlow::Continue(());
         let changed = compare(before, &chain, SIZE, PAGE, proceed).unwrap();
         for page in 0..SIZE / PAGE {
             let bytes = (page * PAGE) as usize..((page + 1) * PAGE) as usize;

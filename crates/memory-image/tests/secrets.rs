@@ -28,11 +28,11 @@ impl RamTarget for Elsewhere {
 fn restored([full, diff]: [PathBuf; 2]) {
     Image::open(&diff)
         .unwrap()
-        .verify(&|_, _| ControlFlow::Continue(()))
+        .verify(&mut |_| ControlFlow::Continue(()))
         .unwrap();
     let chain = Chain::open_sealed(&[&full, &diff]).unwrap();
     chain.restore(&mut Elsewhere).unwrap();
-    let go_on = &|_| ControlFlow::Continue(());
+    let go_on = &mut |_| ControlFlow::Continue(());
     compare(&Secrets, &chain, Secrets::RAM_SIZE, Secrets::PAGE, go_on).unwrap();
     chain
         .merge(MemoryWriter::options(), full.with_extension("merged"))

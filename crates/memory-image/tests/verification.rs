@@ -75,17 +75,16 @@ fn damage_is_named_by_chunk_and_offset() {
 fn verification_reports_progress_and_can_be_cancelled() {
     let guest = Guest::with_history(Layout::Sealed);
     let image = Image::open(&guest.snapshots[0]).unwrap();
-    let seen = std::sync::Mutex::new(Vec::new());
+    let mut seen = Vec::new();
     image
-        .verify(&|done, total| {
-            seen.lock().unwrap().push((done, total));
+        .verify(&mut |progress| {
+            seen.push(progress);
             ControlFlow::Continue(())
         })
         .unwrap();
-    let seen = seen.into_inner().unwrap();
-    let total = seen[0].1;
-    assert_eq!((seen[0].0, seen.last().unwrap().0), (0, total));
-    let error = image.verify(&|_, _| ControlFlow::Break(())).unwrap_err();
+    let (first, last) = (seen[0], seen.last().unwrap());
+    assert_eq!((first.done, last.done), (0, first.total));
+    let error = image.verify(&mut |_| ControlFlow::Break(())).unwrap_err();
     assert!(matches!(error, VerifyError::Cancelled));
 }
 
@@ -107,16 +106,15 @@ fn a_thousand_damages_are_listed_and_all_are_counted() {
         file.write_all_at(&[1], (2 * damage + 1) * PAGE).unwrap();
     }
 
-    let seen = std::sync::Mutex::new((0, 0));
+    let mut seen = memory_image::Progress::default();
     let image = Image::open(&path).unwrap();
     let found = image
-        .verify(&|done, total| {
-            *seen.lock().unwrap() = (done, total);
+        .verify(&mut |progress| {
+            seen = progress;
             ControlFlow::Continue(())
         })
         .unwrap();
     assert_eq!((found.damage_count, found.damage.len()), (DAMAGES, 1000));
-    let (done, total) = seen.into_inner().unwrap();
-    assert_eq!(done, total);
-    assert!(total >= PAGE + DAMAGES * PAGE, "{total}");
+    assert_eq!(seen.done, seen.total);
+    assert!(seen.total >= PAGE + DAMAGES * PAGE, "{seen:?}");
 }

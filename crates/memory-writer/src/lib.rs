@@ -130,7 +130,7 @@ pub use error::{MemoryIoStep, RamError, SnapshotError, WriteAmbiguity};
 pub use image_format::{FooterError, ImageId, Layout};
 pub use options::MemoryWriterOptions;
 pub use seal::Seal;
-pub use sparse_file::{CancelToken, Engine, Progress};
+pub use sparse_file::{CancelGuard, CancelToken, Engine, Progress};
 pub use writer::MemoryWriter;
 
 #[cfg(doctest)]

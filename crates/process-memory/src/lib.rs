@@ -78,6 +78,8 @@ pub use memory::{ProcessMemory, ProcessMemoryError};
 #[cfg(target_os = "linux")]
 pub use page_reader::{MappingsError, Permissions, ProcessRegion};
 #[cfg(target_os = "linux")]
+pub use sparse_file::{CancelGuard, CancelToken};
+#[cfg(target_os = "linux")]
 pub use stop::{ProcessStopError, StoppedProcess, Unresponsive};
 
 /// Compiles the README's example as a test.

@@ -11,6 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
+use sparse_file::CancelToken;
 
 pub use error::{ProcessStopError, Unresponsive};
 
@@ -73,7 +74,7 @@ pub struct StoppedProcess {
 const FIRST_ATTEMPT: Duration = Duration::from_millis(100);
 /// The longest time for which an unsuccessful attempt stops the process.
 const MAX_ATTEMPT: Duration = Duration::from_secs(1);
-/// The interval at which `cancelled` is called between attempts.
+/// The interval at which the token is checked between attempts.
 const CANCEL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Longer timeouts are reduced to one day.
@@ -91,11 +92,11 @@ impl StoppedProcess {
     /// calling process, or if one of its threads waits in the kernel for longer than `within`. The
     /// process keeps running.
     pub fn stop(pid: u32, within: Duration) -> Result<Self, ProcessStopError> {
-        Self::stop_unless(pid, within, &|| false)
+        Self::stop_unless(pid, within, &CancelToken::new())
     }
 
-    /// Stops process `pid` like [`stop`](Self::stop), or gives up when `cancelled` returns `true`.
-    /// `cancelled` is called before each attempt, and regularly between attempts.
+    /// Stops process `pid` like [`stop`](Self::stop), or gives up once `cancel` is cancelled. The
+    /// token is checked before each attempt, and regularly between attempts.
     ///
     /// # Errors
     /// Returns the errors of [`stop`](Self::stop), and [`ProcessStopError::Cancelled`]. The process
@@ -103,20 +104,20 @@ impl StoppedProcess {
     pub fn stop_unless(
         pid: u32,
         within: Duration,
-        cancelled: &dyn Fn() -> bool,
+        cancel: &CancelToken,
     ) -> Result<Self, ProcessStopError> {
         let within = within.min(MAX_TIMEOUT);
         let deadline = Instant::now() + within;
         let left = || deadline.saturating_duration_since(Instant::now());
         let mut attempt = FIRST_ATTEMPT;
         loop {
-            if cancelled() {
+            if cancel.is_cancelled() {
                 return Err(ProcessStopError::Cancelled { pid });
             }
             match Self::attempt(pid, attempt.min(left()), deadline) {
                 Err(ProcessStopError::Unresponsive { .. }) if !left().is_zero() => {
                     let rest_ends = Instant::now() + attempt.min(left());
-                    while Instant::now() < rest_ends && !cancelled() {
+                    while Instant::now() < rest_ends && !cancel.is_cancelled() {
                         thread::sleep(CANCEL_INTERVAL);
                     }
                     attempt = (attempt * 2).min(MAX_ATTEMPT);

@@ -8,14 +8,14 @@ mod support;
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use page_reader::MappingsError;
-use process_memory::{ProcessMaps, ProcessStopError, StoppedProcess, Unresponsive};
+use process_memory::{CancelToken, ProcessMaps, ProcessStopError, StoppedProcess, Unresponsive};
 use support::target::{
     CHILD, PATIENCE, ROLE_THREAD, THREADS, Target, is_free, play_role, states, wait_until,
 };
@@ -104,9 +104,15 @@ fn a_cancelled_stop_leaves_the_process_running() {
     let target = Target::that("waits for a child to run a program");
     let child = target.counts.get(CHILD);
     wait_until("the child exists", || child.load(SeqCst) != 0);
-    let calls = AtomicU64::new(0);
-    let third = || calls.fetch_add(1, SeqCst) >= 2;
-    let error = StoppedProcess::stop_unless(target.pid(), Duration::MAX, &third).unwrap_err();
+    let cancel = CancelToken::new();
+    let error = thread::scope(|scope| {
+        let stop =
+            scope.spawn(|| StoppedProcess::stop_unless(target.pid(), Duration::MAX, &cancel));
+        let guard = cancel.clone().drop_guard();
+        wait_until("a thread is stopped", || states(target.pid()).contains('t'));
+        drop(guard);
+        stop.join().unwrap().unwrap_err()
+    });
     assert!(
         matches!(error, ProcessStopError::Cancelled { .. }),
         "{error}"

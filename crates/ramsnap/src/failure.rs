@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use image_format::FooterError;
 use memory_image::{
-    ChainError, CompareError, MergeError, NotFullError, OpenImageError, VerifyError,
+    ChainError, CompareError, MergeError, NotFullError, OpenImageError, RestoreError, VerifyError,
 };
 use memory_writer::SnapshotError;
 use thiserror::Error;
@@ -375,17 +375,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     if let Some(failure) = cause.downcast_ref::<Failure>() {
         return Some(failure.exit_status());
     }
-    if let Some(SnapshotError::Cancelled { .. }) = cause.downcast_ref() {
-        return Some(interrupt::exit_status());
-    }
-    if let Some(CompareError::Cancelled { .. }) = cause.downcast_ref() {
-        return Some(interrupt::exit_status());
-    }
-    #[cfg(target_os = "linux")]
-    if let Some(process_memory::ProcessStopError::Cancelled { .. }) = cause.downcast_ref() {
-        return Some(interrupt::exit_status());
-    }
-    if let Some(VerifyError::Cancelled) = cause.downcast_ref() {
+    if is_cancellation(cause) {
         return Some(interrupt::exit_status());
     }
     if cause.is::<NotFullError>() {
@@ -409,6 +399,18 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
         | ChainError::AmbiguousDiff { .. } => Some(ExitStatus::CheckFailed),
         _ => None,
     }
+}
+
+/// Returns whether a signal has cancelled the operation.
+fn is_cancellation(cause: &(dyn std::error::Error + 'static)) -> bool {
+    #[cfg(target_os = "linux")]
+    if let Some(process_memory::ProcessStopError::Cancelled { .. }) = cause.downcast_ref() {
+        return true;
+    }
+    matches!(cause.downcast_ref(), Some(SnapshotError::Cancelled { .. }))
+        || matches!(cause.downcast_ref(), Some(CompareError::Cancelled { .. }))
+        || matches!(cause.downcast_ref(), Some(RestoreError::Cancelled { .. }))
+        || matches!(cause.downcast_ref(), Some(VerifyError::Cancelled))
 }
 
 /// Returns the exit status for an image that cannot be opened.

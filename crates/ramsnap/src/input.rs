@@ -137,12 +137,7 @@ pub fn check_sums<'i>(
 /// Runs [`Image::verify`] with a progress bar.
 pub fn sum(session: &Session, image: &Image) -> Result<memory_image::VerifyReport, VerifyError> {
     let name = image.path().file_name().unwrap_or_default().display();
-    let bar = session.bar(&format!("checking {name}"));
-    image.verify(&|done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-        session.flow()
-    })
+    image.verify(&mut session.progress(&format!("checking {name}")))
 }
 
 /// Returns whether `path` is one of `inputs`, by any name.

@@ -233,12 +233,11 @@ impl Interrupt {
 
     /// Records that a file is staged: the next signal cancels the work and does not end the
     /// process.
-    pub fn hold(&self) -> CancelToken {
+    pub fn hold(&self) {
         let mut state = self.locked();
         if state.work == Work::Reading {
             state.work = Work::Staged;
         }
-        self.cancel.clone()
     }
 
     /// Returns a pipe that hangs up once the work is cancelled, for a thread that waits in `poll`.
@@ -260,8 +259,9 @@ impl Interrupt {
         }
     }
 
-    pub fn is_cancelled(&self) -> bool {
-        self.cancel.is_cancelled()
+    /// Returns the token of the work, which a signal cancels while a file is staged.
+    pub fn cancel_token(&self) -> &CancelToken {
+        &self.cancel
     }
 }
 

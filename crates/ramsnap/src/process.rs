@@ -143,12 +143,15 @@ impl ProcessRam {
     /// Stops the process, and checks that its RAM is still at the same addresses.
     pub fn hold(&mut self, session: &Session) -> anyhow::Result<()> {
         if !self.live {
-            let cancelled = || session.is_cancelled();
             self.kept = Some(Kept::from_now_on());
             let not_suspended = NotSuspended::from_now_on();
             let hold = || "cannot hold back the signals that suspend ramsnap";
             self.not_suspended = Some(not_suspended.with_context(hold)?);
-            self.stopped = Some(StoppedProcess::stop_unless(self.pid, PATIENCE, &cancelled)?);
+            self.stopped = Some(StoppedProcess::stop_unless(
+                self.pid,
+                PATIENCE,
+                session.cancel_token(),
+            )?);
         }
         // The process id cannot be reused from here on. It may have belonged to another process
         // before.

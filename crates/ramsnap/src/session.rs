@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
-use memory_writer::{MemoryWriter, MemoryWriterOptions};
+use memory_writer::{CancelToken, MemoryWriter, MemoryWriterOptions, Progress};
 
 use crate::failure::Failure;
 use crate::interrupt::{Critical, Interrupt};
@@ -43,6 +43,16 @@ impl Session {
         }
     }
 
+    /// Returns a progress function that draws a bar, and that a signal breaks if a file is staged.
+    pub fn progress(&self, what: &str) -> impl FnMut(Progress) -> ControlFlow<()> + Send + use<> {
+        let (bar, cancel) = (self.bar(what), self.cancel_token().clone());
+        move |progress| {
+            bar.set_length(progress.total);
+            bar.set_position(progress.done);
+            cancel.flow()
+        }
+    }
+
     /// Returns a progress bar on stderr, which is hidden unless stderr is a terminal.
     pub fn bar(&self, what: &str) -> ProgressBar {
         let target = match self.bars {
@@ -60,14 +70,8 @@ impl Session {
     /// Returns options of a writer with a progress bar, which a signal cancels. From now on,
     /// signals do not end the process at once.
     pub fn options(&self, what: &str) -> MemoryWriterOptions {
-        let bar = self.bar(what);
-        MemoryWriter::options()
-            .cancel(self.interrupt.hold())
-            .progress(move |progress| {
-                bar.set_length(progress.total);
-                bar.set_position(progress.done);
-                std::ops::ControlFlow::Continue(())
-            })
+        self.hold();
+        MemoryWriter::options().progress(self.progress(what))
     }
 
     /// Keeps signals from ending the process. The caller must call [`Self::check`] regularly.
@@ -87,12 +91,9 @@ impl Session {
         self.interrupt.commit(path)
     }
 
-    /// Returns the value that progress callbacks return.
-    pub fn flow(&self) -> ControlFlow<()> {
-        match self.is_cancelled() {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
-        }
+    /// Returns the token that a signal cancels while something is staged.
+    pub fn cancel_token(&self) -> &CancelToken {
+        self.interrupt.cancel_token()
     }
 
     /// Returns a pipe that hangs up once a signal has come while something was staged.
@@ -111,7 +112,7 @@ impl Session {
 
     /// Returns whether a signal has come while something was staged.
     pub fn is_cancelled(&self) -> bool {
-        self.interrupt.is_cancelled()
+        self.cancel_token().is_cancelled()
     }
 
     /// Returns an error if a signal has come. `left` describes the state that is left behind.

@@ -44,14 +44,11 @@
 //!     }
 //! }
 //!
-//! let file = tempfile::tempfile()?;
-//! grow(&file, 1 << 30)?;
-//! let runs = [0..16384, 1 << 20..(1 << 20) + 4096];
-//! match write_runs(&file, runs, &Remote, &WriteOptions::new(), &mut |_| ControlFlow::Continue(())) {
-//!     Ok(bytes) => assert_eq!(bytes, 20480),
-//!     Err(WriteError::Source { offset, source }) => panic!("no memory at {offset}: {source}"),
-//!     Err(error) => return Err(error.into()),
-//! }
+//! let file = tempfile::tempfile()?; grow(&file, 1 << 30)?; let runs = [0..16384, 1 << 20..(1 <<
+//! 20) + 4096]; match write_runs(&file, runs, &Remote, &WriteOptions::new(), &mut |_|
+//! ControlFlow::Continue(())) { Ok(bytes) => assert_eq!(bytes, 20480), Err(WriteError::Source {
+//! offset, source }) => panic!("no memory at {offset}: {source}"), Err(error) => return
+//! Err(error.into()), }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
@@ -81,14 +78,11 @@
 //! use sparse_file::{Engine, WriteError, WriteOptions, write_runs};
 //! use std::ops::ControlFlow;
 //!
-//! let ram = vec![7; 4 << 20];
-//! let file = tempfile::tempfile()?;
-//! let ring = WriteOptions::new().engine(Engine::IoUring);
-//! match write_runs(&file, [0..4 << 20], ram.as_slice(), &ring, &mut |_| ControlFlow::Continue(())) {
-//!     Ok(bytes) => assert_eq!(bytes, 4 << 20),
-//!     Err(WriteError::Engine { engine, source }) => println!("{engine:?}: {source}"),
-//!     Err(error) => return Err(error.into()),
-//! }
+//! let ram = vec![7; 4 << 20]; let file = tempfile::tempfile()?; let ring =
+//! WriteOptions::new().engine(Engine::IoUring); match write_runs(&file, [0..4 << 20],
+//! ram.as_slice(), &ring, &mut |_| ControlFlow::Continue(())) { Ok(bytes) => assert_eq!(bytes, 4 <<
+//! 20), Err(WriteError::Engine { engine, source }) => println!("{engine:?}: {source}"), Err(error)
+//! => return Err(error.into()), }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
@@ -192,7 +186,7 @@ pub use page_holes::{PageHoles, PagesUnknown};
 pub use probe::{
     AlignmentBasis, Capabilities, DirectIo, HoleSupport, ProbeError, Punch, SeekHole, WrittenZeros,
 };
-pub use progress::{CancelToken, Progress};
+pub use progress::{CancelGuard, CancelToken, Progress, ProgressFn};
 pub use space::{SpaceError, allocated_bytes, check_len, grow, punch_hole, reserve, share_blocks};
 pub use write::{Engine, RunSource, WriteError, WriteOptions, write_runs};
 pub use zero::{ZeroError, zero_range, zero_ranges};

@@ -106,7 +106,7 @@ fn full_images_are_read_with_any_reported_holes(#[case] layout: Layout) {
         assert!(std::fs::read(&flat).unwrap() == ram(1), "{report:?}");
         // All pages differ, except for the zeros of both.
         let later = open_chain(&other, layout);
-        let changed = compare(&chain, &later, RAM, PAGE, &|_| ALL).unwrap();
+        let changed = compare(&chain, &later, RAM, PAGE, &mut |_| ALL).unwrap();
         assert_eq!(pages(&changed), RAM / 8 * 7 / PAGE, "{report:?}");
     }
 }
@@ -124,7 +124,7 @@ fn verify_finds_bytes_between_pages_with_any_holes() {
     std::os::unix::fs::FileExt::write_all_at(&file, &[9], RAM - PAGE).unwrap();
     for report in REPORTS {
         fs.set(with_lseek(report));
-        let found = Image::open(&image).unwrap().verify(&|_, _| ALL);
+        let found = Image::open(&image).unwrap().verify(&mut |_| ALL);
         let damage = found.unwrap().damage;
         assert_eq!(damage.len(), 1, "{report:?}");
         assert_eq!(damage[0].offset(), RAM - PAGE, "{report:?}");

@@ -231,7 +231,7 @@ fn verified(paths: &[&PathBuf]) -> Result<(), Violation> {
     for path in paths {
         let image = Image::open(path).map_err(lost("a sealed image"))?;
         let found = image
-            .verify(&|_, _| ControlFlow::Continue(()))
+            .verify(&mut |_| ControlFlow::Continue(()))
             .map_err(lost("a sealed image"))?;
         if let Some(damage) = found.damage.first() {
             return Err(Violation::Torn(format!("{}: {damage:?}", path.display())));

@@ -24,6 +24,12 @@ pub enum RestoreError {
         /// The size of the target in bytes.
         target: u64,
     },
+    /// The progress function returned [`ControlFlow::Break`](std::ops::ControlFlow::Break).
+    #[error("cancelled after {restored} bytes")]
+    Cancelled {
+        /// The number of bytes restored so far.
+        restored: u64,
+    },
     /// An image could not be read.
     #[error(transparent)]
     Read(#[from] ReadImageError),

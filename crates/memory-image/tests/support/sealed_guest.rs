@@ -104,7 +104,7 @@ pub fn whole(reader: &impl PageReader) -> Vec<u8> {
 pub fn verify(path: &Path) -> Result<VerifyReport, VerifyError> {
     Image::open(path)
         .unwrap()
-        .verify(&|_, _| ControlFlow::Continue(()))
+        .verify(&mut |_| ControlFlow::Continue(()))
 }
 
 /// Writes a diff with a hand-made footer: pages 1 and 2 are zeros, page 5 is present.

@@ -56,8 +56,8 @@ pub enum ProcessStopError {
         /// The activity of the thread.
         reason: Unresponsive,
     },
-    /// The function passed to [`StoppedProcess::stop_unless`](crate::StoppedProcess::stop_unless)
-    /// returned `true`.
+    /// The token passed to [`StoppedProcess::stop_unless`](crate::StoppedProcess::stop_unless) was
+    /// cancelled.
     #[error("stopping process {pid} was cancelled")]
     Cancelled {
         /// The process id.

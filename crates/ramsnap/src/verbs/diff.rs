@@ -214,14 +214,9 @@ impl Diff {
     }
 
     fn changed(&self, session: &Session, old: &Chain, new: &New) -> anyhow::Result<DirtyBitmap> {
-        let bar = session.bar("comparing");
-        bar.set_length(old.ram_size());
         let page_size = self.page_size(old);
-        let progress = |done| {
-            bar.set_position(done);
-            session.flow()
-        };
-        let compared = compare(old, &new.reader(), old.ram_size(), page_size, &progress);
+        let progress = &mut session.progress("comparing");
+        let compared = compare(old, &new.reader(), old.ram_size(), page_size, progress);
         compared.context("the two states can't be compared")
     }
 

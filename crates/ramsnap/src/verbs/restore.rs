@@ -158,7 +158,8 @@ impl Restore {
         let begun = Begun::now(&mut target);
         memory.give_back();
         let restored = begun.target.begin(plan).and_then(|runs| {
-            chain.restore_runs(&mut *begun.target, runs.into_iter())?;
+            let progress = &mut session.progress("restoring");
+            chain.restore_runs(&mut *begun.target, || runs.iter().cloned(), progress)?;
             chain.check_unchanged()?;
             begun.written();
             let synced = begun.target.file.sync_all();

@@ -123,7 +123,7 @@ fn carried(fixture: &Fixture, layout: Layout) -> anyhow::Result<Outcome> {
     let expected = "verified, and the RAM's bytes: where it was written, and after copies that punch and fill holes";
     let wrong = |paths: &[PathBuf], ram: &[u8]| -> anyhow::Result<bool> {
         for path in paths {
-            let found = Image::open(path)?.verify(&|_, _| std::ops::ControlFlow::Continue(()))?;
+            let found = Image::open(path)?.verify(&mut |_| std::ops::ControlFlow::Continue(()))?;
             if !found.is_ok() {
                 return Ok(true);
             }

@@ -128,7 +128,7 @@ impl Images {
                 "{} has another id",
                 saved.path.display()
             );
-            let verified = image.verify(&|_, _| ControlFlow::Continue(()))?;
+            let verified = image.verify(&mut |_| ControlFlow::Continue(()))?;
             if let Some(damage) = verified.damage.first() {
                 let torn = Difference {
                     at: damage.offset(),

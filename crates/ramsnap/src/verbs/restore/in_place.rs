@@ -7,7 +7,6 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use anyhow::Context;
-use indicatif::ProgressBar;
 use memory_image::{Chain, RamTarget};
 use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
 #[cfg(target_os = "linux")]
@@ -122,7 +121,6 @@ pub(super) struct InPlace<'s> {
     #[cfg(target_os = "linux")]
     mapping: Option<Mapping>,
     size: u64,
-    bar: ProgressBar,
 }
 
 impl<'s> InPlace<'s> {
@@ -144,8 +142,6 @@ impl<'s> InPlace<'s> {
             }
             .into());
         }
-        let bar = session.bar("restoring");
-        bar.set_length(size);
         Ok(Self {
             session,
             path,
@@ -153,7 +149,6 @@ impl<'s> InPlace<'s> {
             mapping: huge_pages::map(path, &file, size)?,
             file,
             size,
-            bar,
         })
     }
 
@@ -357,12 +352,7 @@ impl RamTarget for InPlace<'_> {
     }
 
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        if self.session.flow().is_break() {
-            return Err(io::Error::other("interrupted"));
-        }
-        self.write_sparse(offset, bytes)?;
-        self.bar.set_position(offset);
-        Ok(())
+        self.write_sparse(offset, bytes)
     }
 }
 
@@ -384,7 +374,6 @@ mod tests {
             #[cfg(target_os = "linux")]
             mapping: None,
             size: 8192,
-            bar: ProgressBar::hidden(),
         };
         let panicked = catch_unwind(AssertUnwindSafe(|| {
             let _begun = Begun::now(&mut target);
