@@ -90,7 +90,7 @@ const CRATES: [(&str, Tiers); 5] = [
     (
         "lazy-restore",
         &[
-            &["filling", "memory", "sharing", "split", "start"],
+            &["filling", "memory", "sharing", "split", "start", "waiting"],
             &["claimed_ram", "kvm", "long_chains", "oracle", "secrets"],
         ],
     ),

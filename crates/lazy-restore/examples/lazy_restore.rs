@@ -62,13 +62,13 @@ mod linux {
         touch(&ram, 0..1)?;
         let first = begun.elapsed();
         touch(&ram, 1..TOUCHED)?;
-        let faults = ram.progress().faults;
+        let faults = ram.faults();
         let useful = begun.elapsed();
         ram.wait()?;
         println!(
             "filled on demand: the first page after {first:?}, {TOUCHED} pages after {useful:?} \
              and {faults} faults, all of {} MiB after {:?}",
-            ram.progress().loaded >> 20,
+            ram.progress().done >> 20,
             begun.elapsed()
         );
 
@@ -85,7 +85,7 @@ mod linux {
         println!(
             "with the working set first: {TOUCHED} pages after {:?} and {} faults",
             begun.elapsed(),
-            ram.progress().faults
+            ram.faults()
         );
         Ok(())
     }

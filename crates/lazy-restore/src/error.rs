@@ -1,11 +1,24 @@
 //! Errors of filling memory on demand.
 
 use std::io;
+use std::sync::Arc;
 
 use memory_image::{NotFullError, ReadImageError};
 use thiserror::Error;
 
 use crate::userfaultfd::UserfaultfdError;
+
+/// A reason why a wait did not end with all pages in memory.
+#[derive(Clone, Debug, Error)]
+#[non_exhaustive]
+pub enum WaitError {
+    /// The progress function returned [`ControlFlow::Break`](std::ops::ControlFlow::Break).
+    #[error("cancelled")]
+    Cancelled,
+    /// A page could not be filled.
+    #[error(transparent)]
+    Fill(Arc<LazyError>),
+}
 
 /// An error returned if a guest's RAM cannot be filled on demand, or can no longer be filled.
 #[derive(Debug, Error)]

@@ -1,13 +1,16 @@
 //! RAM that is read from a chain when the guest touches it.
 
 use std::io;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use host_memory::HostMemory;
+use memory_image::{Progress, ProgressFn};
 use page_reader::PageReader;
 
-use crate::error::LazyError;
+use crate::error::{LazyError, WaitError};
 use crate::fault_handler::PageFaultHandler;
 use crate::options::LazyRamOptions;
 use crate::pages::Pages;
@@ -15,6 +18,9 @@ use crate::prefetcher::Prefetcher;
 use crate::region::Region;
 use crate::userfaultfd::UserfaultfdError;
 use crate::working_set::WorkingSet;
+
+/// The interval at which a wait for the prefetcher reports progress.
+const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Guest RAM that is filled from a chain on demand, so that a guest starts at once, for any size of
 /// the RAM and any layout of the chain (Linux, userfaultfd).
@@ -95,19 +101,6 @@ pub struct LazyRam {
     region: Option<Region>,
 }
 
-/// The progress of a [`LazyRam`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Progress {
-    /// Bytes of the images that are in memory. Pages that were discarded before they were filled
-    /// are not included.
-    pub loaded: u64,
-    /// Total bytes of the images, in whole pages of the host.
-    pub stored: u64,
-    /// Number of handled faults, each of which made an access wait.
-    pub faults: u64,
-}
-
 impl LazyRam {
     /// Returns the default options.
     pub fn options() -> LazyRamOptions {
@@ -133,7 +126,9 @@ impl LazyRam {
         ram.spawn("lazy-ram-faults", move || handler.run())?;
         if prefetching {
             let prefetcher = Arc::clone(&ram.prefetcher);
-            ram.spawn("lazy-ram-ahead", move || prefetcher.run())?;
+            ram.spawn("lazy-ram-ahead", move || {
+                let _ = prefetcher.run(&mut || ControlFlow::Continue(()));
+            })?;
         }
         Ok(ram)
     }
@@ -163,14 +158,18 @@ impl LazyRam {
         self.pages.chain().ram_size()
     }
 
-    /// Returns the progress of filling.
+    /// Returns the progress of filling: the bytes of the images that are in memory, and the total,
+    /// in whole pages of the host. Pages that were discarded before they were filled are never
+    /// done.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        Progress {
-            loaded: self.pages.loaded(),
-            stored: self.prefetcher.stored_bytes(),
-            faults: self.handler.faults(),
-        }
+        Progress::new(self.pages.loaded(), self.prefetcher.stored_bytes())
+    }
+
+    /// Returns the number of handled faults, each of which made an access wait.
+    #[must_use]
+    pub fn faults(&self) -> u64 {
+        self.handler.faults()
     }
 
     /// Waits until all pages are in memory. Without a prefetcher
@@ -179,14 +178,42 @@ impl LazyRam {
     /// # Errors
     /// Returns the first error since the start, as [`error`](Self::error) does.
     pub fn wait(&self) -> Result<(), Arc<LazyError>> {
-        let status = self.pages.status();
-        if status.begin_prefetch() {
-            let guard = AbortOnPanic(&self.pages);
-            self.prefetcher.run();
-            drop(guard);
+        match self.wait_with(&mut |_| ControlFlow::Continue(())) {
+            Err(WaitError::Fill(error)) => Err(error),
+            Ok(()) | Err(WaitError::Cancelled) => Ok(()),
         }
-        status.wait();
-        status.failure().cloned().map_or(Ok(()), Err)
+    }
+
+    /// Waits like [`wait`](Self::wait), with a progress function. It is called first, and then
+    /// after each piece that this call reads, or ten times a second while another thread reads. It
+    /// may cancel the wait. A prefetch thread then continues. Without one, the next wait does.
+    ///
+    /// If `progress` panics, filling may end with an error.
+    ///
+    /// # Errors
+    /// Returns the first error since the start, or [`WaitError::Cancelled`].
+    pub fn wait_with(&self, progress: &mut ProgressFn<'_>) -> Result<(), WaitError> {
+        let status = self.pages.status();
+        let mut report = || progress(self.progress());
+        loop {
+            if report().is_break() {
+                return Err(WaitError::Cancelled);
+            }
+            if status.begin_prefetch() {
+                let guard = AbortOnPanic(&self.pages);
+                let flow = self.prefetcher.run(&mut report);
+                drop(guard);
+                if flow.is_break() {
+                    return Err(WaitError::Cancelled);
+                }
+            }
+            if status.wait(REPORT_INTERVAL) {
+                return match status.failure() {
+                    Some(error) => Err(WaitError::Fill(Arc::clone(error))),
+                    None => Ok(()),
+                };
+            }
+        }
     }
 
     /// Returns the first error since the start, after which some page was not read.

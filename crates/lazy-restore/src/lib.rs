@@ -70,8 +70,9 @@ mod turns;
 mod userfaultfd;
 mod working_set;
 
-pub use error::LazyError;
-pub use lazy_ram::{LazyRam, Progress};
+pub use error::{LazyError, WaitError};
+pub use lazy_ram::LazyRam;
+pub use memory_image::{CancelGuard, CancelToken, Progress, ProgressFn};
 pub use options::LazyRamOptions;
 pub use userfaultfd::UserfaultfdError;
 pub use working_set::{WorkingSet, WorkingSetError};

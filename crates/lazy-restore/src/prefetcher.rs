@@ -1,6 +1,6 @@
 //! The prefetcher: fills the pages of a working set, and then all other pages.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, OnceLock};
 
 use host_memory::SecretBuffer;
@@ -17,6 +17,21 @@ const READ_AHEAD: u64 = 4 << 20;
 /// Runs of a working set for which read-ahead is requested at once. The runs are small, and a disk
 /// is fast only with many requests in flight.
 const RUNS_AHEAD: usize = 256;
+
+/// Why the prefetcher did not try to fill all pages.
+enum Ended {
+    Cancelled,
+    Failed(LazyError),
+}
+
+impl From<LazyError> for Ended {
+    fn from(error: LazyError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// A function that is called after each piece, and may cancel.
+type Report<'r> = &'r mut dyn FnMut() -> ControlFlow<()>;
 
 /// Fills pages in the background.
 #[derive(Debug)]
@@ -45,15 +60,21 @@ impl Prefetcher {
         })
     }
 
-    /// Fills all pages.
-    pub(crate) fn run(&self) {
-        match self.fill_working_set().and_then(|()| self.fill_stored()) {
-            Err(error) => self.pages.status().record_error(error),
+    /// Fills all pages. Returns [`ControlFlow::Break`] if `report` cancelled that.
+    pub(crate) fn run(&self, report: Report<'_>) -> ControlFlow<()> {
+        let working_set = self.fill_working_set(report);
+        match working_set.and_then(|()| self.fill_stored(report)) {
+            Err(Ended::Cancelled) => {
+                self.pages.status().cancel_prefetch();
+                return ControlFlow::Break(());
+            }
+            Err(Ended::Failed(error)) => self.pages.status().record_error(error),
             // Pages that are missing now are zeros in the images, and become zeros on access.
             Ok(()) if !self.is_stopped() => self.pages.finish(),
             Ok(()) => {}
         }
         self.pages.status().end_prefetch();
+        ControlFlow::Continue(())
     }
 
     fn is_stopped(&self) -> bool {
@@ -64,7 +85,7 @@ impl Prefetcher {
     /// zeros, up to the number of bytes that the images store. The limit exists because a page of
     /// zeros takes an entry in the page table, and the working set may contain all of the RAM that
     /// an image merely claims. The other pages become zeros on access.
-    fn fill_working_set(&self) -> Result<(), LazyError> {
+    fn fill_working_set(&self, report: Report<'_>) -> Result<(), Ended> {
         let Some(working_set) = &self.working_set else {
             return Ok(());
         };
@@ -88,9 +109,11 @@ impl Prefetcher {
             for stored in self.pages.stored(start..end).chain([no_more]) {
                 let gap = at..stored.start.min(at.saturating_add(zeros_left));
                 zeros_left -= gap.end - gap.start;
-                self.in_pieces(gap, |piece| self.pages.zero(piece, Role::Prefetcher))?;
+                self.in_pieces(gap, report, |piece| {
+                    self.pages.zero(piece, Role::Prefetcher)
+                })?;
                 at = stored.end;
-                self.in_pieces(stored, |piece| {
+                self.in_pieces(stored, report, |piece| {
                     self.pages.load(piece, &mut buffer, Role::Prefetcher)
                 })?;
             }
@@ -98,12 +121,12 @@ impl Prefetcher {
         Ok(())
     }
 
-    fn fill_stored(&self) -> Result<(), LazyError> {
+    fn fill_stored(&self, report: Report<'_>) -> Result<(), Ended> {
         let mut buffer = SecretBuffer::new();
         let mut advised = 0;
         let stored = self.pages.stored(0..self.pages.memory_size());
         for run in stored.take_while(|_| !self.is_stopped()) {
-            self.in_pieces(run, |piece| {
+            self.in_pieces(run, report, |piece| {
                 advised = piece.start.max(advised);
                 while advised < self.pages.clip(piece.end + READ_AHEAD) {
                     self.pages.chain().read_ahead(advised..advised + READ_SIZE);
@@ -115,15 +138,20 @@ impl Prefetcher {
         Ok(())
     }
 
-    /// Calls `each` for the pieces of a run until an error, or until stopped.
+    /// Calls `each` for the pieces of a run, and `report` after each, until an error, or until
+    /// stopped or cancelled.
     fn in_pieces(
         &self,
         run: Range<u64>,
+        report: Report<'_>,
         mut each: impl FnMut(Range<u64>) -> Result<(), LazyError>,
-    ) -> Result<(), LazyError> {
+    ) -> Result<(), Ended> {
         let starts = run.clone().step_by(READ_SIZE as usize);
         for start in starts.take_while(|_| !self.is_stopped()) {
             each(start..run.end.min(start + READ_SIZE))?;
+            if report().is_break() {
+                return Err(Ended::Cancelled);
+            }
         }
         Ok(())
     }

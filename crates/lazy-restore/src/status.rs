@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -16,7 +17,8 @@ pub(crate) struct Status {
     /// The first error.
     failure: OnceLock<Arc<LazyError>>,
     phase: Mutex<Phase>,
-    ended: Condvar,
+    /// Notified when prefetching ends, or is cancelled.
+    changed: Condvar,
     /// Set to stop the prefetcher.
     stop_prefetch: AtomicBool,
     /// Set once fault handling has ended: all pages were filled, or the memory is inaccessible.
@@ -29,7 +31,7 @@ pub(crate) struct Status {
 /// The state of prefetching.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// Not requested yet.
+    /// Not requested yet, or cancelled.
     Idle,
     /// In progress.
     Running,
@@ -46,7 +48,7 @@ impl Status {
                 true => Phase::Running,
                 false => Phase::Idle,
             }),
-            ended: Condvar::new(),
+            changed: Condvar::new(),
             stop_prefetch: AtomicBool::new(false),
             finished: AtomicBool::new(false),
             stopping: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
@@ -76,14 +78,26 @@ impl Status {
     /// Records that prefetching has ended, and wakes those that wait for it.
     pub(crate) fn end_prefetch(&self) {
         *locked(&self.phase) = Phase::Ended;
-        self.ended.notify_all();
+        self.changed.notify_all();
     }
 
-    /// Waits until prefetching has ended.
-    pub(crate) fn wait(&self) {
+    /// Records that prefetching was cancelled, so that another thread may begin to.
+    pub(crate) fn cancel_prefetch(&self) {
+        let mut phase = locked(&self.phase);
+        // An abort may have ended it.
+        if *phase == Phase::Running {
+            *phase = Phase::Idle;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Waits while a thread prefetches, at most for `limit`. Returns whether prefetching has ended.
+    pub(crate) fn wait(&self, limit: Duration) -> bool {
         let phase = locked(&self.phase);
-        let ended = self.ended.wait_while(phase, |phase| *phase != Phase::Ended);
-        drop(ended.unwrap_or_else(PoisonError::into_inner));
+        let running = |phase: &mut Phase| *phase == Phase::Running;
+        let waited = self.changed.wait_timeout_while(phase, limit, running);
+        let (phase, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        *phase == Phase::Ended
     }
 
     /// Requests that the prefetcher stops.

@@ -129,7 +129,7 @@ fn memory_of_several_mappings_is_filled(
     }
     ram.wait().unwrap();
     let progress = ram.progress();
-    assert_eq!(progress.loaded, progress.stored);
+    assert_eq!(progress.done, progress.total);
     assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
 }
 

@@ -42,7 +42,7 @@ fn working_set_pages_do_not_fault_again() {
             let start = (number * PAGE) as usize;
             assert!(page(ram, number * PAGE).unwrap() == images.ram[start..][..4096]);
         }
-        ram.progress().faults
+        ram.faults()
     };
     let ram = LazyRam::options()
         .record(true)
@@ -66,7 +66,7 @@ fn working_set_pages_do_not_fault_again() {
         .unwrap();
     // Like a VMM that prefers a slightly later start to faults. Two of the pages are zeros, but not
     // the last.
-    while ram.progress().loaded < 5 * PAGE {
+    while ram.progress().done < 5 * PAGE {
         std::thread::yield_now();
     }
     assert_eq!(touch(&ram), 0);

@@ -123,6 +123,6 @@ fn stopped_prefetch_is_not_reported_as_complete() {
     let ram = LazyRam::options().prefetch(false).start(chain).unwrap();
     ram.pages.status().stop_prefetch();
     ram.wait().unwrap();
-    assert_eq!(ram.progress().loaded, 0);
+    assert_eq!(ram.progress().done, 0);
     assert!(!ram.pages.status().is_finished());
 }
