@@ -1,5 +1,6 @@
 //! Reports the progress of writes, and cancels them.
 
+use std::cell::Cell;
 use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,53 +10,67 @@ use sparse_file::{CancelToken, Progress};
 /// A progress function of the caller.
 pub(crate) type Callback = Arc<Mutex<dyn FnMut(Progress) -> ControlFlow<()> + Send>>;
 
-/// Counts written and skipped bytes, reports them, and can cancel the write.
+/// The caller's progress function and token.
 #[derive(Clone, Default)]
 pub(crate) struct Reporter {
     pub(crate) callback: Option<Callback>,
     pub(crate) cancel: CancelToken,
-    total: u64,
-    written: u64,
-    skipped: u64,
-    cancelled: bool,
 }
 
 impl Reporter {
     /// Begins to count a write of `total` bytes.
-    pub(crate) fn begin(&mut self, total: u64) -> ControlFlow<()> {
-        (self.total, self.written, self.skipped) = (total, 0, 0);
-        self.report()
+    pub(crate) fn begin(&self, total: u64) -> WriteProgress {
+        WriteProgress {
+            reporter: self.clone(),
+            total,
+            written: Cell::new(0),
+            skipped: Cell::new(0),
+            cancelled: Cell::new(false),
+        }
     }
+}
 
+/// Counts and reports the written and skipped bytes of one write. The file's writer and the
+/// iterator that finds the runs share it, on one thread.
+#[derive(Debug)]
+pub(crate) struct WriteProgress {
+    reporter: Reporter,
+    total: u64,
+    written: Cell<u64>,
+    skipped: Cell<u64>,
+    cancelled: Cell<bool>,
+}
+
+impl WriteProgress {
     /// Reports that `bytes` were written so far.
-    pub(crate) fn wrote(&mut self, bytes: u64) -> ControlFlow<()> {
-        self.written = bytes;
+    pub(crate) fn wrote(&self, bytes: u64) -> ControlFlow<()> {
+        self.written.set(bytes);
         self.report()
     }
 
     /// Reports that `bytes` more are skipped.
-    pub(crate) fn skipped(&mut self, bytes: u64) -> ControlFlow<()> {
-        self.skipped += bytes;
+    pub(crate) fn skipped(&self, bytes: u64) -> ControlFlow<()> {
+        self.skipped.set(self.skipped.get() + bytes);
         self.report()
     }
 
     /// Returns whether the write was cancelled.
     pub(crate) fn is_cancelled(&self) -> bool {
-        self.cancelled
+        self.cancelled.get()
     }
 
-    fn report(&mut self) -> ControlFlow<()> {
-        let progress = Progress::new(self.written + self.skipped, self.total);
+    fn report(&self) -> ControlFlow<()> {
+        let done = self.written.get() + self.skipped.get();
         let mut flow = ControlFlow::Continue(());
-        if let Some(callback) = &self.callback {
+        if let Some(callback) = &self.reporter.callback {
             let mut callback = callback.lock().unwrap_or_else(PoisonError::into_inner);
-            flow = callback(progress);
+            flow = callback(Progress::new(done, self.total));
         }
-        self.cancelled = flow.is_break() || self.cancel.is_cancelled();
-        match self.cancelled {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
+        if flow.is_continue() {
+            flow = self.reporter.cancel.flow();
         }
+        self.cancelled.set(flow.is_break());
+        flow
     }
 }
 
@@ -64,6 +79,6 @@ impl fmt::Debug for Reporter {
         f.debug_struct("Reporter")
             .field("callback", &self.callback.is_some())
             .field("cancel", &self.cancel)
-            .finish_non_exhaustive()
+            .finish()
     }
 }

@@ -10,7 +10,7 @@ use image_format::{Checksums, WritePlan};
 use page_reader::PageReader;
 use sparse_file::{RunSource, WriteError, WriteOptions, grow, write_runs};
 
-use crate::progress::Reporter;
+use crate::progress::WriteProgress;
 use crate::reader_source::ReaderSource;
 
 /// Bytes by which a packed file grows if its final length is not known: direct writes inside its
@@ -40,8 +40,7 @@ impl Plan {
 pub(crate) struct WritePass<'w> {
     pub(crate) file: &'w File,
     pub(crate) options: &'w WriteOptions,
-    /// Shared with the iterator that finds the runs, which reports what it skips.
-    pub(crate) reporter: &'w RefCell<&'w mut Reporter>,
+    pub(crate) progress: &'w WriteProgress,
 }
 
 impl WritePass<'_> {
@@ -51,7 +50,7 @@ impl WritePass<'_> {
         reader: &R,
         runs: impl Iterator<Item = Range<u64>>,
     ) -> Result<u64, WriteError> {
-        let progress = &mut |bytes| self.reporter.borrow_mut().wrote(bytes);
+        let progress = &mut |bytes| self.progress.wrote(bytes);
         write_runs(
             self.file,
             runs,
@@ -80,7 +79,7 @@ impl WritePass<'_> {
             checksums: RefCell::new(checksums),
         };
         let runs = plan.extents().iter().map(|extent| extent.file_range());
-        let progress = &mut |bytes| self.reporter.borrow_mut().wrote(bytes);
+        let progress = &mut |bytes| self.progress.wrote(bytes);
         let written = write_runs(self.file, runs, &source, self.options, progress);
         written.map_err(|error| at_guest_offset(error, plan))
     }
@@ -119,7 +118,7 @@ impl WritePass<'_> {
                 // If the file cannot get this size, the write reports the error.
                 let _ = grow(self.file, size);
             }
-            self.reporter.borrow_mut().wrote(bytes)
+            self.progress.wrote(bytes)
         };
         let _ = grow(self.file, max_len.min(plan.borrow().file_end() + GROWTH));
         let written = write_runs(self.file, runs, &source, self.options, progress);
@@ -141,7 +140,8 @@ struct PlacedPages<'p, R: ?Sized, L> {
     /// Returns the guest offset of the byte at an offset in the file, and the number of bytes that
     /// follow it in both.
     locate: L,
-    /// A source is read through a shared reference, and the writer reads it on one thread.
+    /// A source is read through a shared reference, because the kernel may still read memory that
+    /// it exposed. The writer reads it on one thread.
     checksums: RefCell<&'p mut Checksums>,
 }
 

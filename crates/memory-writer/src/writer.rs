@@ -17,7 +17,7 @@ use crate::error::SnapshotError;
 use crate::geometry::Geometry;
 use crate::options::{MemoryWriterOptions, Skip};
 use crate::page_record::PageRecord;
-use crate::progress::Reporter;
+use crate::progress::{Reporter, WriteProgress};
 use crate::sealing::FooterBuilder;
 use crate::stale_pages::StalePages;
 
@@ -145,18 +145,23 @@ impl MemoryWriter {
     }
 
     /// Reports the start of a write of `total` bytes.
-    fn report_start(&mut self, total: u64) -> Result<(), SnapshotError> {
-        match self.reporter.begin(total).is_break() {
+    fn report_start(&self, total: u64) -> Result<WriteProgress, SnapshotError> {
+        let progress = self.reporter.begin(total);
+        match progress.wrote(0).is_break() {
             true => Err(self.cancelled(0)),
-            false => Ok(()),
+            false => Ok(progress),
         }
     }
 
     /// Returns the number of bytes that a write has written, or the reason why it is not complete.
-    fn finish_pass(&self, written: Result<u64, WriteError>) -> Result<u64, SnapshotError> {
+    fn finish_pass(
+        &self,
+        progress: &WriteProgress,
+        written: Result<u64, WriteError>,
+    ) -> Result<u64, SnapshotError> {
         let dest = || self.staged.dest_path().to_owned();
         let written = written.map_err(|error| SnapshotError::write_failed(dest(), error))?;
-        match self.reporter.is_cancelled() {
+        match progress.is_cancelled() {
             true => Err(self.cancelled(written)),
             false => Ok(written),
         }

@@ -1,6 +1,5 @@
 //! Writes of all of the RAM.
 
-use std::cell::RefCell;
 use std::fs::File;
 
 use dirty_bitmap::Coverage;
@@ -103,12 +102,11 @@ impl MemoryWriter {
             ram_size,
             page_size,
         } = self.geometry;
-        self.report_start(ram_size)?;
-        let reporter = RefCell::new(&mut self.reporter);
+        let progress = self.report_start(ram_size)?;
         let stale_pages = &mut self.stale_pages;
         let runs = NonzeroRuns::new(reader, ram_size, page_size)
             .find_zeros(self.skip.zeros)
-            .on_skip(|bytes| reporter.borrow_mut().skipped(bytes))
+            .on_skip(|bytes| progress.skipped(bytes))
             .inspect(|run| {
                 if let Some(stale_pages) = stale_pages {
                     stale_pages.remove(run);
@@ -117,7 +115,7 @@ impl MemoryWriter {
         let pass = WritePass {
             file: self.staged.file(),
             options: &self.write,
-            reporter: &reporter,
+            progress: &progress,
         };
         let written = match &mut self.pages {
             PageRecord::Footer(footer) => footer.write_found(&pass, reader, runs),
@@ -127,8 +125,8 @@ impl MemoryWriter {
         };
         match written {
             Ok(Err(source)) => Err(self.cannot_seal(source)),
-            Ok(Ok(written)) => self.finish_pass(Ok(written)).map(drop),
-            Err(error) => self.finish_pass(Err(error)).map(drop),
+            Ok(Ok(written)) => self.finish_pass(&progress, Ok(written)).map(drop),
+            Err(error) => self.finish_pass(&progress, Err(error)).map(drop),
         }
     }
 

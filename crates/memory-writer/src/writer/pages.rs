@@ -1,6 +1,5 @@
 //! Writes of some pages: diffs, runs and zeros.
 
-use std::cell::RefCell;
 use std::ops::Range;
 
 use dirty_bitmap::{DirtyBitmap, whole_pages};
@@ -233,7 +232,7 @@ impl MemoryWriter {
         reader: &R,
         plan: Plan,
     ) -> Result<u64, SnapshotError> {
-        self.report_start(plan.len())?;
+        let progress = self.report_start(plan.len())?;
         if let Some(stale_pages) = &mut self.stale_pages {
             match &plan {
                 Plan::Raw(pages) => stale_pages.remove_pages(pages),
@@ -243,11 +242,10 @@ impl MemoryWriter {
                 }
             }
         }
-        let reporter = RefCell::new(&mut self.reporter);
         let pass = WritePass {
             file: self.staged.file(),
             options: &self.write,
-            reporter: &reporter,
+            progress: &progress,
         };
         let written = match (plan, &mut self.pages) {
             (Plan::Placed(plan), PageRecord::Footer(footer)) => {
@@ -261,6 +259,6 @@ impl MemoryWriter {
             }
             (Plan::Placed(_), _) => unreachable!("only a footer places pages"),
         };
-        self.finish_pass(written)
+        self.finish_pass(&progress, written)
     }
 }
