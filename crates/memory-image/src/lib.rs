@@ -47,8 +47,9 @@
 //!
 //! **Find the pages that changed** between two states: [`compare()`].
 //!
-//! **Progress and cancellation**: [`Image::verify`], [`compare()`] and [`Chain::restore_runs`] call
-//! a [`ProgressFn`], and [`Chain::merge`] that of its options.
+//! **Progress and cancellation**: [`Image::verify`], [`compare()`],
+//! [`MappedChainOptions::map_with`] and [`Chain::restore_runs`] call a [`ProgressFn`], and
+//! [`Chain::merge`] that of its options.
 //!
 //! **Start a guest at once**, without reading or merging its images. The guest's writes never
 //! change the files:

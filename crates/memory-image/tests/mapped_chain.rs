@@ -4,13 +4,14 @@ mod support;
 
 #[cfg(target_os = "linux")]
 use std::fs::File;
+use std::ops::ControlFlow;
 #[cfg(target_os = "linux")]
 use std::ops::Range;
 #[cfg(target_os = "linux")]
 use std::path::Path;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, MapError, MappedChain, ReadImageError};
+use memory_image::{Chain, MapError, MappedChain, Progress, ReadImageError};
 use memory_writer::{Durability, Layout, MemoryWriter};
 use page_reader::PageReader;
 use proptest::prelude::*;
@@ -61,6 +62,27 @@ fn longest_runs_are_mapped_and_others_are_copied(#[case] max_mappings: usize, #[
     assert!(whole(&ram, ram.ram_size() as usize) == images.ram);
     assert_eq!(ram.copied(), copied * PAGE);
     assert_eq!(ram.mapped(), (64 - copied) * PAGE);
+}
+
+#[test]
+fn mapping_reports_copied_bytes_and_can_be_cancelled() {
+    let images = Images::new(256 * PAGE, PAGE).with([0..256]);
+    let (chain, options) = (images.chain(), MappedChain::options().max_mappings(1));
+    let mut seen = Vec::new();
+    let ram = options.map_with(&chain, &mut |progress| {
+        seen.push(progress);
+        ControlFlow::Continue(())
+    });
+    assert_eq!(ram.unwrap().copied(), 4 << 20);
+    let mebibytes = [0, 1, 2, 3, 4].map(|done| Progress::new(done << 20, 4 << 20));
+    assert_eq!(seen, mebibytes);
+    for last in [0, 1 << 20] {
+        let error = options.map_with(&chain, &mut |progress| match progress.done == last {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        });
+        assert!(matches!(error, Err(MapError::Cancelled)), "{error:?}");
+    }
 }
 
 /// A full snapshot leaves a hole where it found zeros.

@@ -52,6 +52,9 @@ pub enum MapError {
         /// The error of the operating system.
         source: io::Error,
     },
+    /// The progress function returned [`ControlFlow::Break`](std::ops::ControlFlow::Break).
+    #[error("cancelled")]
+    Cancelled,
     /// An image could not be read.
     #[error(transparent)]
     Read(#[from] ReadImageError),

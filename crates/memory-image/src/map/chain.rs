@@ -3,9 +3,10 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 
 use page_reader::{HostMemory, PageReader};
+use sparse_file::{Progress, ProgressFn};
 
 use super::data::FileData;
 use super::{Region, host_page};
@@ -126,6 +127,19 @@ impl MappedChainOptions {
     /// # Errors
     /// Returns a [`MapError`].
     pub fn map(&self, chain: &Chain) -> Result<MappedChain, MapError> {
+        self.map_with(chain, &mut |_| ControlFlow::Continue(()))
+    }
+
+    /// Maps the chain like [`map`](Self::map), with a progress function. It is called before the
+    /// first byte is copied and after each piece of at most 1 MiB. It may cancel.
+    ///
+    /// # Errors
+    /// [`MapError`].
+    pub fn map_with(
+        &self,
+        chain: &Chain,
+        progress: &mut ProgressFn<'_>,
+    ) -> Result<MappedChain, MapError> {
         chain.check_full()?;
         let (size, page) = (chain.ram_size(), host_page());
         let ram = Region::zeros(size).map_err(|source| MapError::Reserve { size, source })?;
@@ -139,7 +153,16 @@ impl MappedChainOptions {
         let advised =
             |advised: io::Result<()>| advised.map_err(|source| MapError::Reserve { size, source });
         advised(ram.read_single_pages(true))?;
-        copy(chain, copies, &mut ram.as_target(size))?;
+        let mut done = 0;
+        let report = &mut |bytes| {
+            done += bytes;
+            match progress(Progress::new(done, copied)).is_break() {
+                true => Err(MapError::Cancelled),
+                false => Ok(()),
+            }
+        };
+        report(0)?;
+        copy(chain, copies, &mut ram.as_target(size), report)?;
         advised(ram.read_single_pages(false))?;
         Ok(MappedChain {
             ram,
@@ -197,7 +220,12 @@ struct Copy {
 }
 
 /// Copies in file order, so that each file is opened once, independent of the limit of open files.
-fn copy(chain: &Chain, mut copies: Vec<Copy>, ram: &mut HostRam<'_>) -> Result<(), ReadImageError> {
+fn copy(
+    chain: &Chain,
+    mut copies: Vec<Copy>,
+    ram: &mut HostRam<'_>,
+    report: &mut dyn FnMut(u64) -> Result<(), MapError>,
+) -> Result<(), MapError> {
     copies.sort_unstable_by_key(|copy| (copy.layer, copy.offset));
     for Copy {
         layer,
@@ -212,6 +240,7 @@ fn copy(chain: &Chain, mut copies: Vec<Copy>, ram: &mut HostRam<'_>) -> Result<(
             let mut memory = memory.expect("the run is inside the RAM");
             let read = memory.read_from(0..bytes, &*image.file()?, offset + (at - range.start));
             read.map_err(|(at, source)| image.read_error(at, source))?;
+            report(bytes as u64)?;
         }
     }
     Ok(())
