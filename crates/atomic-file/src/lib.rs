@@ -275,7 +275,7 @@
 //!   else.
 //! - The path of a destination may be longer than `PATH_MAX`: this crate opens its directory in
 //!   steps. System calls do not accept the longer paths that it returns, such as
-//!   [`AtomicWriter::temp_path`]. A file name longer than the file system's limit (mostly 255
+//!   [`AtomicWriter::staged_path`]. A file name longer than the file system's limit (mostly 255
 //!   bytes) is an error.
 //! - A directory without read permission cannot be synced, so it cannot be used.
 //! - Groups need locks, and inode numbers that are stable across mounts. FAT, exFAT and FUSE file

@@ -79,7 +79,7 @@ impl AtomicWriter {
     /// directory or renaming the destination's directory is harmless. The path then leads
     /// elsewhere, but [`file`](Self::file) does not.
     #[must_use]
-    pub fn temp_path(&self) -> &Path {
+    pub fn staged_path(&self) -> &Path {
         self.staged.path()
     }
 

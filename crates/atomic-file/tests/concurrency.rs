@@ -33,7 +33,7 @@ fn child() {
         "single" => support::replace(&AtomicWriter::options(), &dir.join(FILES[0])),
         "staged name" => {
             let writer = AtomicWriter::open(dir.join("dest")).unwrap();
-            let path = writer.temp_path().display().to_string();
+            let path = writer.staged_path().display().to_string();
             writer.discard().unwrap();
             path
         }

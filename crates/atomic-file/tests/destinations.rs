@@ -112,7 +112,7 @@ fn a_staging_directory_of_the_same_file_system_works() {
             .staging_dir(&staging)
             .no_clobber(no_clobber);
         let writer = options.open(&dest).unwrap();
-        assert_eq!(writer.temp_path().parent(), Some(staging.as_path()));
+        assert_eq!(writer.staged_path().parent(), Some(staging.as_path()));
         writer.write_all_at(text, 0).unwrap();
         writer.commit().unwrap();
         assert_eq!(fs::read(&dest).unwrap(), text);

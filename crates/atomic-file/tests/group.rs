@@ -100,7 +100,7 @@ fn a_replaced_staged_file_fails_the_group() {
     let dir = old_files();
     let memory = AtomicWriter::open(dir.path().join("memory")).unwrap();
     let vcpu = AtomicWriter::open(dir.path().join("vcpu")).unwrap();
-    let temp = vcpu.temp_path().to_owned();
+    let temp = vcpu.staged_path().to_owned();
     let mut group = AtomicGroup::new();
     group.add(memory).unwrap();
     group.add(vcpu).unwrap();

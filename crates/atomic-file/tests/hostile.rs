@@ -305,7 +305,7 @@ fn staged_names_are_unique() {
     let mut seen = std::collections::HashSet::new();
     for _ in 0..100 {
         let writer = AtomicWriter::open(&dest).unwrap();
-        assert!(seen.insert(writer.temp_path().to_owned()));
+        assert!(seen.insert(writer.staged_path().to_owned()));
     }
 }
 
@@ -318,7 +318,7 @@ fn other_users_cannot_lock_a_staged_file() {
         .mode(0o666)
         .open(place.path("dir/dest"))
         .unwrap();
-    let opened = as_other_user(|| File::open(writer.temp_path()).map(drop));
+    let opened = as_other_user(|| File::open(writer.staged_path()).map(drop));
     assert_eq!(opened.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
     writer.commit().unwrap();
     as_other_user(|| File::open(place.path("dir/dest")).map(drop)).unwrap();

@@ -25,7 +25,7 @@ fn child() {
         }
         "live" => {
             let writer = AtomicWriter::open(dir.join("dest")).expect("open");
-            println!("\nREPORT {}", writer.temp_path().display());
+            println!("\nREPORT {}", writer.staged_path().display());
             // Wait until the parent closes standard input.
             let _ = std::io::stdin().read_line(&mut String::new());
             writer.write_all_at(b"late", 0).expect("write");
@@ -59,7 +59,7 @@ fn open_removes_the_orphaned_file_of_its_destination() {
     other.discard().unwrap();
     let writer = AtomicWriter::open(&dest).unwrap();
     assert!(!orphaned.exists());
-    assert_ne!(writer.temp_path(), orphaned, "names are never reused");
+    assert_ne!(writer.staged_path(), orphaned, "names are never reused");
     writer.commit().unwrap();
     assert_names(dir.path(), &["dest"]);
 }
@@ -86,7 +86,7 @@ fn a_sweep_removes_only_orphaned_files() {
     for (preview, sweep) in [(true, preview_sweep as fn(_) -> _), (false, sweep)] {
         let report = sweep(dir.path()).unwrap();
         assert_eq!(report.removed, std::slice::from_ref(&orphaned));
-        assert_eq!(report.in_use, [in_use.temp_path()]);
+        assert_eq!(report.in_use, [in_use.staged_path()]);
         assert_eq!(report.skipped.len(), 1);
         assert_eq!(report.skipped[0].path, link);
         assert_eq!(orphaned.exists(), preview);
@@ -116,7 +116,7 @@ fn every_name_of_an_orphaned_file_is_removed() {
     assert_names(dir.path(), &["dest"]);
 
     let in_use = AtomicWriter::open(&dest).unwrap();
-    fs::hard_link(in_use.temp_path(), &more[0]).unwrap();
+    fs::hard_link(in_use.staged_path(), &more[0]).unwrap();
     let report = sweep(dir.path()).unwrap();
     assert_eq!((report.removed.len(), report.in_use.len()), (0, 2));
 }

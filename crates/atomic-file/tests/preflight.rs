@@ -210,7 +210,7 @@ fn a_file_has_its_mode_after_the_last_write(#[case] mode: u32, #[values(false, t
     as_other_user(|| {
         let writer = AtomicWriter::options().mode(mode).open(&dest).unwrap();
         // Direct I/O reopens the file like this.
-        let again = fs::File::options().write(true).open(writer.temp_path());
+        let again = fs::File::options().write(true).open(writer.staged_path());
         again.expect("its owner may write to it until the commit");
         writer.write_all_at(b"new", 0).unwrap();
         if group {

@@ -104,7 +104,7 @@ fn everything_is_preserved_on_request(#[values(false, true)] group: bool) {
         .open(&dest)
         .unwrap();
     assert!(writer.not_preserved().is_empty());
-    let staged = fs::metadata(writer.temp_path()).unwrap();
+    let staged = fs::metadata(writer.staged_path()).unwrap();
     assert_eq!(
         (staged.uid(), staged.mode() & 0o7777),
         (0, 0o600),

@@ -28,7 +28,7 @@ fn two_files_alternate() {
             recycled_files(dir.path()).is_empty(),
             "it is the staged file now"
         );
-        assert_eq!(inode(writer.temp_path()), inodes[turn % 2]);
+        assert_eq!(inode(writer.staged_path()), inodes[turn % 2]);
         assert_eq!(fs::read(&dest).unwrap(), [turn as u8 + 2; SIZE], "the old");
         writer.write_all_at(&[turn as u8 + 3; SIZE], 0).unwrap();
         writer.commit().unwrap();
@@ -47,7 +47,7 @@ fn a_recycled_file_takes_no_name_of_another_writer(#[values(true, false)] in_use
     let _turn = one_at_a_time();
     let dir = recycling_dir();
     let dest = dir.path().join("dest");
-    let first = AtomicWriter::open(&dest).unwrap().temp_path().to_owned();
+    let first = AtomicWriter::open(&dest).unwrap().staged_path().to_owned();
     save(&recycling(), &dest, 1);
     save(&recycling(), &dest, 2);
     let other = File::create(&first).unwrap();
@@ -59,7 +59,7 @@ fn a_recycled_file_takes_no_name_of_another_writer(#[values(true, false)] in_use
     }
     let writer = recycling().open(&dest).unwrap();
     assert!(writer.recycled());
-    assert_ne!(writer.temp_path(), first);
+    assert_ne!(writer.staged_path(), first);
     let kept = fs::read(&first).is_ok_and(|bytes| bytes == b"another's");
     assert_eq!(kept, in_use, "an orphan is removed");
 }
@@ -220,7 +220,11 @@ fn the_mode_is_reset_and_the_recycled_file_is_private(#[case] first: u32, #[case
         assert_eq!(mode(&recycled_file), 0o600);
     }
     let writer = recycling().mode(0o604).open(&dest).unwrap();
-    assert_eq!(mode(writer.temp_path()), 0o600, "the commit sets the mode");
+    assert_eq!(
+        mode(writer.staged_path()),
+        0o600,
+        "the commit sets the mode"
+    );
     assert!(writer.recycled() || !nix::unistd::geteuid().is_root());
 }
 
@@ -340,7 +344,7 @@ fn a_sweep_reports_recycled_files_separately() {
     let report = sweep(dir.path()).unwrap();
     assert_eq!(report.recycled, [recycled_file]);
     assert!(report.removed.is_empty() && report.skipped.is_empty());
-    assert_eq!(report.in_use, [staged.temp_path()]);
+    assert_eq!(report.in_use, [staged.staged_path()]);
     drop(staged);
     assert_names(dir.path(), &["dest"]);
     assert!(!save(&recycling(), &dest, 3));

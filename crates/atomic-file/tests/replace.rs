@@ -36,7 +36,7 @@ fn child() {
         "bare" => {
             std::env::set_current_dir(&dir).expect("chdir");
             let writer = AtomicWriter::open("dest").expect("open");
-            let temp = writer.temp_path().to_owned();
+            let temp = writer.staged_path().to_owned();
             let beside = temp.parent() == Some(Path::new("")) && temp.exists();
             writer.write_all_at(b"new", 0).expect("write");
             // Change the current directory.
@@ -74,7 +74,7 @@ fn a_commit_replaces_the_file_and_leaves_no_other_file(#[case] durability: Durab
         .open(&dest)
         .unwrap();
     assert_eq!(writer.dest_path(), dest);
-    assert_eq!(writer.temp_path().parent(), Some(dir.path()));
+    assert_eq!(writer.staged_path().parent(), Some(dir.path()));
     writer.write_all(b"n-w").unwrap();
     writer.write_all_at(b"e", 1).unwrap();
     writer.seek(SeekFrom::Start(0)).unwrap();
@@ -193,7 +193,7 @@ fn the_last_of_two_commits_wins() {
     let first = AtomicWriter::open(&dest).unwrap();
     first.write_all_at(b"first", 0).unwrap();
     let second = AtomicWriter::open(&dest).unwrap();
-    assert_ne!(first.temp_path(), second.temp_path());
+    assert_ne!(first.staged_path(), second.staged_path());
     second.write_all_at(b"second", 0).unwrap();
     second.commit().unwrap();
     assert_eq!(fs::read(&dest).unwrap(), b"second");
@@ -241,7 +241,7 @@ fn a_commit_follows_its_renamed_directory() {
     fs::rename(&before, &after).unwrap();
     // Another directory replaces it, with a file at the staged name and at the destination's.
     fs::create_dir(&before).unwrap();
-    fs::write(writer.temp_path(), "not ours").unwrap();
+    fs::write(writer.staged_path(), "not ours").unwrap();
     fs::write(before.join("dest"), "not ours").unwrap();
     writer.commit().unwrap();
     assert_eq!(fs::read(after.join("dest")).unwrap(), b"new");
@@ -315,7 +315,7 @@ fn the_descriptors_are_not_inherited() {
         .unwrap();
     let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
     assert!(listed.contains("0 ->"), "{listed}");
-    let name = writer.temp_path().file_name().unwrap().to_str().unwrap();
+    let name = writer.staged_path().file_name().unwrap().to_str().unwrap();
     assert!(!listed.contains(name), "{listed}");
 }
 

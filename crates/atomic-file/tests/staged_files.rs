@@ -46,14 +46,14 @@ fn a_fifo_at_a_staged_name_blocks_no_writer() {
 /// A name of a file staged for `dest`.
 fn staged_path(dest: &Path) -> PathBuf {
     let writer = AtomicWriter::open(dest).unwrap();
-    writer.temp_path().to_owned()
+    writer.staged_path().to_owned()
 }
 
 #[test]
 fn a_replaced_staged_file_is_not_committed() {
     let (dir, dest) = dir_with_old();
     let writer = AtomicWriter::open(&dest).unwrap();
-    let temp = writer.temp_path().to_owned();
+    let temp = writer.staged_path().to_owned();
     fs::remove_file(&temp).unwrap();
     fs::write(&temp, "forged").unwrap();
     let error = writer.commit().unwrap_err();

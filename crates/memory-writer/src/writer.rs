@@ -107,7 +107,7 @@ impl MemoryWriter {
     /// Returns the path of the staged file.
     #[must_use]
     pub fn staged_path(&self) -> &Path {
-        self.staged.temp_path()
+        self.staged.staged_path()
     }
 
     /// Returns whether the staged file is an older snapshot that [`MemoryWriterOptions::recycle`]

@@ -124,7 +124,7 @@ pub(crate) fn as_user<T: Send>(uid: u32, job: impl FnOnce() -> T + Send) -> T {
 /// The hash in the names of the files staged for `dest`.
 pub(crate) fn hash_of(dest: &Path) -> String {
     let writer = AtomicWriter::open(dest).unwrap();
-    let name = writer.temp_path().file_name().unwrap().to_str().unwrap();
+    let name = writer.staged_path().file_name().unwrap().to_str().unwrap();
     name.split('-').nth(2).unwrap().to_owned()
 }
 

@@ -117,7 +117,7 @@ impl Convert {
             false => Some(save::stage_early(session, &self.output)?),
         };
         let dir = match &staged {
-            Some(staged) => save::dir_of(staged.temp_path()).to_owned(),
+            Some(staged) => save::dir_of(staged.staged_path()).to_owned(),
             None => std::env::temp_dir(),
         };
         let as_it_is = self.keeps_pages() && self.layout.is_none_or(|it| it == Layout::Packed);
