@@ -15,9 +15,8 @@ use page_reader::{FlaggedRegion, MappingsError, PageReader, ProcessRegion, print
 use crate::proc_error::is_not_found;
 use crate::sys::mapped_file::MappedFile;
 
-use visibility::hidden_processes;
-
 pub use unexamined::{HiddenProcesses, Unexamined, UnexaminedProcess};
+pub use visibility::hidden_processes;
 
 /// Checks that no process fills the shared memory `file` page by page as it is accessed.
 ///

@@ -69,7 +69,7 @@ mod sys;
 #[cfg(target_os = "linux")]
 pub use lazy_fill::{
     HiddenProcesses, LazyFillError, Unexamined, UnexaminedProcess, check_lazy_fill,
-    check_lazy_fill_of_memory, check_lazy_fill_of_region,
+    check_lazy_fill_of_memory, check_lazy_fill_of_region, hidden_processes,
 };
 #[cfg(target_os = "linux")]
 pub use maps::{FindRegionError, ProcessMaps};

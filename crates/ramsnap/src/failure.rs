@@ -207,17 +207,26 @@ pub enum Failure {
         source: std::io::Error,
     },
     #[error(
-        "another `ramsnap restore` is writing to {path:?}: wait until it has ended, or name another file"
+        "another `ramsnap restore` is writing to {path:?}, or a program has taken its lock ({by}): wait until it has ended, \
+         or name another file; if it is not a ramsnap, end it; nothing was written"
     )]
-    TargetBusy { path: PathBuf },
+    TargetBusy { path: PathBuf, by: String },
+    #[cfg(target_os = "linux")]
     #[error(
-        "another ramsnap is reading the RAM {path:?}: wait until it has ended, or name another file; nothing was written"
+        "another ramsnap is reading the RAM {path:?}, or a program has taken its lock ({by}): wait until it has ended, or \
+         name another file; if it is not a ramsnap, {remedy}; nothing was written"
     )]
-    TargetRead { path: PathBuf },
+    TargetRead {
+        path: PathBuf,
+        by: String,
+        remedy: String,
+    },
+    #[cfg(target_os = "linux")]
     #[error(
-        "`ramsnap restore` is writing to {ram}, which is not complete yet: wait until it has ended, and try again"
+        "`ramsnap restore` is writing to {ram}, which is not complete yet, or a program has taken its lock ({by}): wait until \
+         it has ended, and try again; if it is not a ramsnap, end it"
     )]
-    RamBeingRestored { ram: String },
+    RamBeingRestored { ram: String, by: String },
     #[error(
         "the work is done and in place, but the report of it cannot be written to stdout; it says: {report}"
     )]
@@ -343,8 +352,6 @@ impl Failure {
             | Self::NoMemory { .. }
             | Self::SpoolFull { .. }
             | Self::TargetBusy { .. }
-            | Self::TargetRead { .. }
-            | Self::RamBeingRestored { .. }
             | Self::NotReported { .. }
             | Self::SentResized { .. }
             | Self::TargetReplaced { .. }
@@ -353,6 +360,8 @@ impl Failure {
             #[cfg(target_os = "linux")]
             Self::NothingMapped { .. }
             | Self::UnknownFile { .. }
+            | Self::TargetRead { .. }
+            | Self::RamBeingRestored { .. }
             | Self::RamMoved { .. }
             | Self::NoRoomOver { .. }
             | Self::NoHugePages { .. } => ExitStatus::Failed,

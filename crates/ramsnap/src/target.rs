@@ -13,21 +13,21 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use nix::unistd::geteuid;
 
 use crate::failure::Failure;
-use crate::ram_lock::{self, Holder, Mode as LockMode};
-use crate::save;
+use crate::{ram_lock, save};
 
 /// The largest number of links that are followed, as in Linux.
 const LINKS: usize = 40;
 const STICKY: Mode = Mode::S_ISVTX;
 
-/// Opens the file at `path` to write RAM to it, and [locks](ram_lock) it until it is closed.
+/// Opens the file at `path` to write RAM to it, and [locks](ram_lock) it until it is closed, though
+/// the processes in `ignored` hold the lock.
 ///
 /// A link in a directory that [others may write to](atomic_file::others_may_write) is followed only
 /// if `atomic-file` would follow it: the directory is sticky, and the link is this user's or the
 /// directory owner's. Unless `force` is set, the file must belong to this user, and must be private
 /// if others may write to its directory. A file named by its descriptor in /proc is exempt from
 /// both rules: only its process controls it, and no other user can replace it.
-pub fn open_and_lock(path: &Path, force: bool) -> anyhow::Result<File> {
+pub fn open_and_lock(path: &Path, force: bool, ignored: &[u32]) -> anyhow::Result<File> {
     let opening = || format!("cannot open {path:?} to restore to");
     let mut at = path.to_owned();
     for _ in 0..LINKS {
@@ -60,13 +60,8 @@ pub fn open_and_lock(path: &Path, force: bool) -> anyhow::Result<File> {
             let (path, owner) = (path.to_owned(), stat.st_uid);
             return Err(Failure::TargetNotPrivate { path, owner }.into());
         }
-        let locked = ram_lock::lock(&file, LockMode::Exclusive);
-        let path = path.to_owned();
-        return match locked.with_context(|| format!("cannot lock {path:?}"))? {
-            Holder::Us | Holder::Unknown => Ok(file),
-            Holder::Restore => Err(Failure::TargetBusy { path }.into()),
-            Holder::Reader => Err(Failure::TargetRead { path }.into()),
-        };
+        ram_lock::lock_to_restore(&file, path, ignored)?;
+        return Ok(file);
     }
     Err(Errno::ELOOP).with_context(opening)
 }

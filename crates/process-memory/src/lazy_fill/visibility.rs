@@ -14,8 +14,12 @@ const CAP_SYS_PTRACE: u32 = 19;
 /// `PF_KTHREAD` of the kernel.
 const KERNEL_THREAD: u64 = 0x0020_0000;
 
-/// Returns the reasons why `/proc` may not list all processes to this thread.
-pub(crate) fn hidden_processes() -> io::Result<Vec<HiddenProcesses>> {
+/// Returns the reasons why `/proc` may not list all processes to this thread. Without any, each
+/// process of the machine has its directory there.
+///
+/// # Errors
+/// Returns an error if `/proc` is not mounted or cannot be read.
+pub fn hidden_processes() -> io::Result<Vec<HiddenProcesses>> {
     let mut hidden = Vec::new();
     if !shows_initial_namespace() {
         hidden.push(HiddenProcesses::OutsidePidNamespace);

@@ -58,6 +58,16 @@ pub struct Restore {
     /// Overwrite RAM that is not empty
     #[arg(long)]
     force: bool,
+    /// Restore though this process holds the lock of a ramsnap that reads the RAM; repeat it for
+    /// several
+    ///
+    /// Any process that may read the RAM can take this lock, and the error names those that have.
+    /// Give only those that are not a ramsnap: an image that a ramsnap reads meanwhile would have
+    /// bytes of both states. Processes that are not given still prevent the restore, and so does a
+    /// lock whose holder cannot be found: root, outside of containers, finds all.
+    #[cfg(target_os = "linux")]
+    #[arg(long, value_name = "PID")]
+    ignore_lock: Vec<u32>,
     /// Refuse raw images, which have no checksums
     #[arg(long, conflicts_with = "no_verify")]
     verify: bool,
@@ -92,6 +102,17 @@ impl Restore {
         Ok(ExitStatus::Success)
     }
 
+    /// Returns the processes that may hold the lock of the RAM.
+    #[cfg(target_os = "linux")]
+    fn ignored(&self) -> &[u32] {
+        &self.ignore_lock
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn ignored(&self) -> &[u32] {
+        &[]
+    }
+
     /// Compares the images with their checksums: once there is a place for the RAM, and before it
     /// is written.
     fn check(&self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
@@ -120,7 +141,7 @@ impl Restore {
     /// that look cannot be noticed: no system call compares a file and writes to it in one step.
     fn in_place(&self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
         let path = &self.output;
-        let target = InPlace::open(session, path, chain, self.force)?;
+        let target = InPlace::open(session, path, chain, self.force, self.ignored())?;
         target.check_writable()?;
         let holds = target.holds_anything()?;
         let refused = || Failure::TargetInUse { path: path.clone() };

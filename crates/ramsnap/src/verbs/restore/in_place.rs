@@ -129,8 +129,9 @@ impl<'s> InPlace<'s> {
         path: &'s Path,
         chain: &Chain,
         force: bool,
+        ignored: &[u32],
     ) -> anyhow::Result<Self> {
-        let file = target::open_and_lock(path, force)?;
+        let file = target::open_and_lock(path, force, ignored)?;
         let metadata = file.metadata();
         let metadata = metadata.with_context(|| format!("cannot look at {path:?}"))?;
         let size = metadata.len();
