@@ -242,7 +242,12 @@ pub enum Failure {
         "cannot allocate {bytes} bytes of memory to restore the RAM in {path:?}: raise the limits of this process \
          (ulimit -d, ulimit -v); the RAM is as it was"
     )]
-    NoMemory { path: PathBuf, bytes: usize },
+    NoMemory { path: PathBuf, bytes: u64 },
+    #[error(
+        "cannot allocate {bytes} bytes of memory to write {path:?}: raise the limits of this process (ulimit -d, \
+         ulimit -v); nothing was written"
+    )]
+    NoMemoryForOutput { path: PathBuf, bytes: u64 },
     #[error(
         "{path:?} was replaced or resized while RAM was restored to it: \
          stop the program that does so, and restore again"
@@ -350,6 +355,7 @@ impl Failure {
             | Self::NoRoom { .. }
             | Self::FileLimit { .. }
             | Self::NoMemory { .. }
+            | Self::NoMemoryForOutput { .. }
             | Self::SpoolFull { .. }
             | Self::TargetBusy { .. }
             | Self::NotReported { .. }

@@ -11,6 +11,7 @@ mod exit_status;
 mod failure;
 mod input;
 mod interrupt;
+mod memory_reserve;
 mod print;
 #[cfg(target_os = "linux")]
 mod process;

@@ -15,12 +15,14 @@ use crate::failure::Failure;
 use crate::session::Session;
 use crate::verbs::info::Info;
 use crate::zeros::without_zeros;
-use crate::{input, room};
+use crate::{input, memory_reserve, room};
 
-/// Refuses an output that exists, or is an input by any name, before anything is read.
+/// Refuses an output that exists, or is an input by any name, or that there is too little memory to
+/// write, before anything is read.
 ///
 /// `inputs` are all files that the verb reads, including metadata and parents.
 pub fn check_output(output: &Output, inputs: &[PathBuf]) -> Result<(), Failure> {
+    memory_reserve::check_new(&output.path)?;
     check_is_no_input(&output.path, inputs)?;
     let path = output.path.clone();
     if !output.force && path.symlink_metadata().is_ok() {
@@ -48,6 +50,7 @@ pub fn stage(
     ram_size: u64,
     page_size: u64,
 ) -> anyhow::Result<MemoryWriter> {
+    memory_reserve::check_image(&output.path, ram_size, page_size)?;
     let options = for_output(options, output);
     let staged = stage_with(session, output, &options)?;
     Ok(options.open_on(staged, ram_size, page_size)?)

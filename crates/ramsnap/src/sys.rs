@@ -23,6 +23,7 @@ static USABLE: AtomicU8 = AtomicU8::new(0);
 static AT_START: extern "C" fn() = look_at_streams;
 
 extern "C" fn look_at_streams() {
+    use_one_arena();
     let mut usable = 0;
     for (stream, unusable) in [libc::O_WRONLY, libc::O_RDONLY, libc::O_RDONLY]
         .into_iter()
@@ -35,6 +36,17 @@ extern "C" fn look_at_streams() {
         }
     }
     USABLE.store(usable, Ordering::Relaxed);
+}
+
+/// Lets all threads allocate from one arena. Others reserve 64 MiB of addresses each, which count
+/// against `RLIMIT_AS` and would take the memory that is
+/// [set aside](crate::memory_reserve). Threads allocate little but large buffers.
+fn use_one_arena() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: changes a parameter of the allocator, before any other thread exists.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
 }
 
 /// Returns whether stdin was open for reading when the process started.

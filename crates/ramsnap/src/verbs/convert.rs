@@ -16,7 +16,7 @@ use crate::failure::Failure;
 use crate::session::Session;
 use crate::stream::{self, Incoming, is_stream};
 use crate::verbs::merge::layout_of_first;
-use crate::{input, room, save};
+use crate::{input, memory_reserve, room, save};
 
 /// Write an image in another layout, or as a stream
 ///
@@ -218,6 +218,7 @@ impl Convert {
             if self.layout.is_some_and(|layout| layout != Layout::Packed) {
                 return Err(Failure::StreamLayout);
             }
+            memory_reserve::check_new(&self.output.path)?;
             return stream::check_stdout();
         }
         if let Some(layout) = self.layout {
@@ -279,7 +280,10 @@ impl Convert {
         self.check_records(layout)?;
         let options = self.options(session, chain, layout, extras)?;
         let mut writer = match staged {
-            Some(staged) => options.open_on(staged, size, page_size)?,
+            Some(staged) => {
+                memory_reserve::check_image(&self.output.path, size, page_size)?;
+                options.open_on(staged, size, page_size)?
+            }
             None => save::stage(session, &self.output, options, size, page_size)?,
         };
         save::check_room(&writer, chain)?;
@@ -342,6 +346,8 @@ impl Convert {
         extras: ReadExtras,
         check: impl FnOnce() -> anyhow::Result<()>,
     ) -> anyhow::Result<ExitStatus> {
+        let (size, page_size) = (chain.ram_size(), self.page_size_of(chain)?);
+        memory_reserve::check_image(&self.output.path, size, page_size)?;
         let options = self.options(session, chain, Layout::Packed, extras)?;
         // Another user could create a file of a fixed name first.
         let dir = tempfile::Builder::new()
@@ -349,7 +355,7 @@ impl Convert {
             .tempdir_in(std::env::temp_dir())
             .context("cannot make a directory to pack the stream in")?;
         let dest = dir.path().join("image");
-        let mut writer = options.open(dest, chain.ram_size(), self.page_size_of(chain)?)?;
+        let mut writer = options.open(dest, size, page_size)?;
         save::check_room(&writer, chain)?;
         check()?;
         save::write_chain(&mut writer, chain)?;

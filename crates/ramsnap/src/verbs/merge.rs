@@ -8,7 +8,7 @@ use crate::args::{Formats, ImageFile, Layout, Output, RawImages};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::session::Session;
-use crate::{input, save};
+use crate::{input, memory_reserve, save};
 
 /// Make one image of a full image and its diffs, or one diff of diffs
 ///
@@ -99,6 +99,7 @@ impl Merge {
     fn checked_output(&self) -> Result<Output, Failure> {
         let Some(path) = &self.output else {
             let path = self.files[0].path.clone();
+            memory_reserve::check_new(&path)?;
             return Ok(Output { path, force: true });
         };
         if input::is_one_of(path, &input::paths(&self.files)) {

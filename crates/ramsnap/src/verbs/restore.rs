@@ -3,7 +3,6 @@
 #[cfg(target_os = "linux")]
 mod huge_pages;
 mod in_place;
-mod memory;
 #[cfg(target_os = "linux")]
 mod reserve;
 mod writable;
@@ -17,13 +16,13 @@ use memory_image::Chain;
 use crate::args::{Formats, ImageFile, Output, RawImages};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
+use crate::memory_reserve::{self, MemoryReserve};
 use crate::print::size;
 use crate::session::Session;
 use crate::{input, save};
 #[cfg(not(target_os = "linux"))]
 use in_place::Plan;
 use in_place::{Begun, InPlace};
-use memory::MemoryReserve;
 #[cfg(target_os = "linux")]
 use reserve::Plan;
 
@@ -87,6 +86,10 @@ impl Restore {
 
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         save::check_is_no_input(&self.output, &input::paths(&self.files))?;
+        let in_place = self.output.exists();
+        if !in_place {
+            memory_reserve::check_new(&self.output)?;
+        }
         let chain = input::full_chain(session, &self.files, self.formats, &self.raw)?;
         if self.verify
             && let Some(raw) = chain.images().find(|image| image.footer().is_none())
@@ -94,7 +97,7 @@ impl Restore {
             let path = raw.path().to_owned();
             return Err(Failure::NothingToVerify { path }.into());
         }
-        if self.output.exists() {
+        if in_place {
             self.in_place(session, &chain)?;
         } else {
             self.new_file(session, &chain)?;
@@ -153,7 +156,7 @@ impl Restore {
         target.check_room(chain, holds)?;
         self.check(session, chain)?;
         session.check("the output was not written to")?;
-        let memory = MemoryReserve::take(path)?;
+        let memory = MemoryReserve::in_place(path)?;
         let plan = target.reserve(chain, holds)?;
         // A guest may have been started with the file during the checks.
         if !self.force && target.holds_anything()? {
