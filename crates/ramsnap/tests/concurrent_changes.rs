@@ -66,14 +66,17 @@ fn a_merge_onto_a_locked_file_names_the_lock() {
     let words = [
         "full.mem",
         "a process holds an flock",
-        "`flock FILE ramsnap",
+        "`lslocks` lists it",
+        "`flock FILE ramsnap ...` locks the file against ramsnap itself: lock another file",
     ];
     work.fails(merge, 3, &words);
     let mut flock = Command::new("flock");
     flock.args(["full.mem", support::RAMSNAP]);
     flock.args(merge.split(' ')).current_dir(work.path(""));
     locked.unlock().unwrap();
+    let before = work.contents();
     support::Ended::of(&mut flock).fails(3, &words);
+    assert!(work.contents() == before, "{:?}", work.files());
     work.good(merge);
 }
 
