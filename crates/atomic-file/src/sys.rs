@@ -20,6 +20,9 @@ use crate::stat::stat_of;
 mod linux;
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 mod others;
+mod restrictions;
+#[cfg(any(target_vendor = "apple", test))]
+mod unsupported;
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
 use linux as platform;
@@ -32,14 +35,7 @@ pub(crate) use platform::{
     has_lasting_inode_numbers, is_acl, is_exclusively_open, is_swap, lease_for_reading,
     may_rename_in_sticky, release_lease, remove_acl, rename_new, restrictions, supports_leases,
 };
-
-/// Attributes that forbid replacing a file.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Restrictions {
-    pub(crate) immutable: bool,
-    pub(crate) append_only: bool,
-    pub(crate) mount_point: bool,
-}
+pub(crate) use restrictions::Restrictions;
 
 /// Sets exactly these permission bits. A new file has 0600 without the bits of the umask.
 ///
@@ -72,30 +68,6 @@ pub(crate) fn sync(fd: impl AsFd, durability: Durability) -> io::Result<()> {
     match durability {
         Durability::None => Ok(()),
         Durability::Barrier | Durability::Full => flush(fd, durability),
-    }
-}
-
-/// Calls `weaker` if `first` failed because the file system does not support the call, and only
-/// then.
-///
-/// `F_FULLFSYNC` and `F_BARRIERFSYNC` fail with `ENOTTY` on exFAT, `ENOTSUP` on SMB, `EINVAL` or
-/// `ENOTTY` on FUSE. `EIO` or `ENOSPC` mean that data was lost, and a second, weaker call might
-/// report success over the loss.
-#[cfg(any(target_vendor = "apple", test))]
-fn fall_back_if_unsupported(
-    first: io::Result<()>,
-    weaker: impl FnOnce() -> io::Result<()>,
-) -> io::Result<()> {
-    match first {
-        Err(error)
-            if matches!(
-                Errno::from_raw(error.raw_os_error().unwrap_or(0)),
-                Errno::ENOTTY | Errno::ENOTSUP | Errno::EINVAL
-            ) =>
-        {
-            weaker()
-        }
-        result => result,
     }
 }
 
@@ -204,32 +176,5 @@ pub(crate) fn copy_xattr(from: &File, to: &File, name: &OsStr) -> io::Result<()>
         Some(value) => to.set_xattr(name, &value),
         None if there.is_some() => to.remove_xattr(name),
         None => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use rstest::rstest;
-
-    #[rstest]
-    #[case::not_a_terminal(Errno::ENOTTY, true)]
-    #[case::not_supported(Errno::ENOTSUP, true)]
-    #[case::invalid(Errno::EINVAL, true)]
-    #[case::lost_data(Errno::EIO, false)]
-    #[case::no_space(Errno::ENOSPC, false)]
-    #[case::quota(Errno::EDQUOT, false)]
-    #[case::stale(Errno::ESTALE, false)]
-    #[case::not_permitted(Errno::EPERM, false)]
-    fn a_sync_falls_back_only_if_unsupported(#[case] errno: Errno, #[case] falls_back: bool) {
-        let result = fall_back_if_unsupported(Err(errno.into()), || Ok(()));
-        assert_eq!(result.is_ok(), falls_back);
-        if let Err(error) = result {
-            assert_eq!(
-                error.raw_os_error(),
-                Some(errno as i32),
-                "the first error is returned"
-            );
-        }
     }
 }

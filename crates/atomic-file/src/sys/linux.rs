@@ -4,6 +4,7 @@
 
 mod acl;
 mod lease;
+mod magic;
 
 use std::ffi::{CStr, OsStr, OsString};
 use std::fs::File;
@@ -19,12 +20,13 @@ use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::unistd::{Uid, geteuid, setfsuid};
 
-use super::Restrictions;
-
+use super::restrictions::Restrictions;
 use crate::durability::Durability;
 use crate::ids::UserId;
 use crate::retry::retry;
 use crate::stat::{FROM_HANDLE, FileId, Stat};
+
+use magic::magic_of;
 
 pub(crate) use acl::{acl_of, copy_acl, has_acl, is_acl, remove_acl};
 pub(crate) use lease::{is_exclusively_open, lease_for_reading, release_lease, supports_leases};
@@ -235,14 +237,6 @@ pub(crate) fn has_lasting_inode_numbers(fd: impl AsFd) -> io::Result<bool> {
     const MSDOS: u32 = libc::MSDOS_SUPER_MAGIC as u32;
     const FUSE: u32 = libc::FUSE_SUPER_MAGIC as u32;
     Ok(!matches!(magic_of(fd)?, EXFAT | MSDOS | FUSE))
-}
-
-/// Returns the magic number of the file system.
-fn magic_of(fd: impl AsFd) -> io::Result<u32> {
-    let fd = fd.as_fd();
-    let statfs = retry(|| nix::sys::statfs::fstatfs(fd))?;
-    // Magic numbers are 32 bits wide. The width and sign of the field differ between architectures.
-    Ok(statfs.filesystem_type().0 as u32)
 }
 
 /// Returns whether `file` has extended attributes that a new file would lack, including an access

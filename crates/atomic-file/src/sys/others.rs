@@ -12,8 +12,7 @@ use nix::fcntl::AtFlags;
 use nix::sys::stat::{fstat, fstatat};
 use nix::unistd::geteuid;
 
-use super::Restrictions;
-
+use super::restrictions::Restrictions;
 use crate::acl::Acl;
 use crate::durability::Durability;
 use crate::ids::UserId;
@@ -23,7 +22,7 @@ use crate::stat::{FileId, Stat};
 /// Syncs `fd` to the medium, or orders its writes before later ones.
 #[cfg(target_vendor = "apple")]
 pub(super) fn flush(fd: BorrowedFd<'_>, durability: Durability) -> io::Result<()> {
-    use super::fall_back_if_unsupported;
+    use super::unsupported::fall_back_if_unsupported;
     use nix::fcntl::{FcntlArg, fcntl};
     let full = || {
         let flushed = retry(|| fcntl(fd, FcntlArg::F_FULLFSYNC).map(drop));
