@@ -97,7 +97,7 @@ fn run(sh: &Shell, task: Task) -> anyhow::Result<()> {
         Task::Adaptive(arguments) => arguments.run("adaptive"),
         Task::Bench(bench) => bench.run(sh),
         Task::CheckMacos(arguments) => arguments.run("check-macos"),
-        Task::Ci(ci) => ci.run(sh),
+        Task::Ci(ci) => steps::record(sh, &ci.run(sh)?),
         #[cfg(target_os = "linux")]
         Task::Crash(arguments) => arguments.run("crash-states"),
         Task::Demo(arguments) => arguments.run("demo"),
@@ -108,13 +108,13 @@ fn run(sh: &Shell, task: Task) -> anyhow::Result<()> {
         Task::FsMatrix(arguments) => arguments.run("fs-matrix"),
         Task::Fuzz(fuzz) => fuzz.run(sh),
         Task::Mutants(mutants) => mutants.run(sh),
-        Task::Prove(prove) => prove.run(sh),
+        Task::Prove(prove) => steps::record(sh, &prove.run(sh)?),
         #[cfg(target_os = "linux")]
         Task::QemuE2e(arguments) => arguments.run("qemu-e2e"),
         #[cfg(target_os = "linux")]
         Task::Sanitize(sanitize) => sanitize.run(sh),
         #[cfg(target_os = "linux")]
         Task::Soak(arguments) => arguments.run("soak"),
-        Task::Test(test) => test.run(sh),
+        Task::Test(test) => steps::record(sh, &test.run(sh)?),
     }
 }

@@ -10,221 +10,39 @@ mod page;
 mod prose;
 mod prove;
 mod signals;
+mod suite;
 mod test;
 
-use std::path::PathBuf;
-use std::time::Instant;
+use xshell::Shell;
 
-use anyhow::{Context as _, ensure};
-use harness::packages::Install;
-use harness::process::this_program;
-use test_machine::{Need, REQUIRE};
-use xshell::{Cmd, Shell, cmd};
-
-use durations::Durations;
-use left_out::LeftOut;
+use suite::{Suite, Times};
 
 pub(crate) use ci::Ci;
 pub(crate) use prove::Prove;
 pub(crate) use test::Test;
 
-/// One of the three commands that run steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Suite {
-    /// As in `cargo xtask NAME`.
-    pub name: &'static str,
-    pub steps: &'static [Step],
-}
-
 /// Every suite, in the order in which a change meets them.
-pub(crate) const SUITES: [Suite; 3] = [test::SUITE, ci::SUITE, prove::SUITE];
+const SUITES: [Suite; 3] = [test::SUITE, ci::SUITE, prove::SUITE];
 
-/// A part of a suite that is run, timed and reported by itself.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Step {
-    pub name: &'static str,
-    /// The claim that a pass supports, for docs/testing.md.
-    pub proves: &'static str,
-    /// Files and directories whose change calls for this step in `prove --changed`.
-    pub paths: &'static [&'static str],
-    run: fn(&Context<'_>) -> anyhow::Result<()>,
-}
-
-impl PartialEq for Step {
-    fn eq(&self, other: &Self) -> bool {
-        self.name == other.name
+/// Puts the times of a suite's steps into the page that lists all steps.
+pub(crate) fn record(sh: &Shell, times: &Times) -> anyhow::Result<()> {
+    if times.seconds.is_empty() {
+        return Ok(());
     }
-}
-
-impl Eq for Step {}
-
-/// Options of all three commands.
-#[derive(clap::Args, Clone, Debug)]
-pub(crate) struct Options {
-    /// Only these steps [default: all]
-    #[arg(value_name = "STEP")]
-    steps: Vec<String>,
-    /// List the steps and the claim that each tests, and run nothing
-    #[arg(long)]
-    list: bool,
-    #[command(flatten)]
-    install: Install,
-    /// Write the time of each step that was run to docs/testing.md
-    #[arg(long)]
-    record: bool,
-}
-
-/// The context of a step.
-pub(crate) struct Context<'a> {
-    pub sh: &'a Shell,
-    pub install: Install,
-    /// `CI=true` is set: what this machine lacks is an error.
-    pub ci: bool,
-    /// Figures go into the pages under docs/.
-    pub record: bool,
-    /// The crates to which a step that can be limited to some is limited; all where it is empty.
-    pub crates: Vec<String>,
-    left_out: LeftOut,
-    /// This program, for steps that are tasks by themselves.
-    program: PathBuf,
-}
-
-impl Context<'_> {
-    /// Returns the command `cargo xtask ARGUMENTS`.
-    pub(crate) fn xtask(&self, arguments: &str) -> Cmd<'_> {
-        println!("$ cargo xtask {arguments}");
-        let (sh, program) = (self.sh, &self.program);
-        cmd!(sh, "{program}").args(arguments.split(' ')).quiet()
-    }
-
-    /// Reports that `what` is not run. An error in CI.
-    pub(crate) fn leave_out(&self, what: &str, why: &str) -> anyhow::Result<()> {
-        ensure!(!self.ci, "{what} was not run: {why}");
-        println!("NOT RUN {what}: {why}");
-        self.left_out.add(what, why)
-    }
-
-    /// Returns whether this machine has `need`, and reports that `what` is not run where it has
-    /// not.
-    pub(crate) fn has(&self, need: Need, what: &str) -> anyhow::Result<bool> {
-        if need.is_met() {
-            return Ok(true);
-        }
-        self.leave_out(what, &format!("this machine has no {need}"))?;
-        Ok(false)
-    }
-}
-
-impl Suite {
-    fn step(&self, name: &str) -> anyhow::Result<&'static Step> {
-        let found = self.steps.iter().find(|step| step.name == name);
-        found.with_context(|| {
-            let names: Vec<_> = self.steps.iter().map(|step| step.name).collect();
-            format!(
-                "cargo xtask {} has no step {name}; its steps are: {}",
-                self.name,
-                names.join(", ")
-            )
-        })
-    }
-
-    fn list(steps: &[&Step]) {
-        for step in steps {
-            println!("{:14} {}", step.name, step.proves);
-        }
-    }
-
-    /// Runs the steps that are asked for.
-    pub(crate) fn run(&self, sh: &Shell, options: &Options) -> anyhow::Result<()> {
-        let mut steps = Vec::new();
-        for name in &options.steps {
-            steps.push(self.step(name)?);
-        }
-        if steps.is_empty() {
-            steps.extend(self.steps);
-        }
-        if options.list {
-            Self::list(&steps);
-            return Ok(());
-        }
-        self.run_steps(sh, options, &steps, Vec::new())
-    }
-
-    /// Runs `steps` in turn until one fails, and sums up what was run, and what was not.
-    fn run_steps(
-        &self,
-        sh: &Shell,
-        options: &Options,
-        steps: &[&'static Step],
-        crates: Vec<String>,
-    ) -> anyhow::Result<()> {
-        let ci = sh.var_os("CI").is_some_and(|ci| ci == "true");
-        if ci && sh.var_os(REQUIRE).is_none() {
-            sh.set_var(REQUIRE, "all");
-        }
-        options.install.pass_on(sh);
-        let left_out = LeftOut::begin(sh)?;
-        let context = Context {
-            sh,
-            install: options.install,
-            ci,
-            record: options.record,
-            crates,
-            left_out,
-            program: this_program()?.to_owned(),
-        };
-        let interrupt = signals::pass_on()?;
-        let mut durations = Durations::load(sh);
-        let mut times = Vec::new();
-        let start = Instant::now();
-        for (number, step) in steps.iter().enumerate() {
-            interrupt.check()?;
-            let key = format!("{} {}", self.name, step.name);
-            match durations.last(&key) {
-                Some(last) => println!("\n== {} (last time: {last} s)", step.name),
-                None => println!("\n== {}", step.name),
-            }
-            let start = Instant::now();
-            let done = (step.run)(&context);
-            let seconds = start.elapsed().as_secs();
-            if let Err(error) = done {
-                context.left_out.print()?;
-                let (suite, name) = (self.name, step.name);
-                let again = format!("run it again with `cargo xtask {suite} {name}`");
-                let rest: Vec<_> = steps[number + 1..].iter().map(|step| step.name).collect();
-                if !rest.is_empty() {
-                    println!("not started: {}", rest.join(", "));
-                }
-                return Err(error.context(format!("{name} failed after {seconds} s; {again}")));
-            }
-            if context.crates.is_empty() && !harness::is_step() {
-                durations.set(sh, &key, seconds)?;
-            }
-            times.push((step.name, seconds));
-        }
-        // The times of steps that were limited to some crates are not theirs.
-        if options.record && context.crates.is_empty() {
-            page::record(sh, self, &times)?;
-        }
-        context.left_out.print()?;
-        println!("\ncargo xtask {} passed:", self.name);
-        for (name, seconds) in &times {
-            println!("  {seconds:>5} s  {name}");
-        }
-        println!("  {:>5} s  in all", start.elapsed().as_secs());
-        Ok(())
-    }
-}
-
-/// Returns whether `program` can be run.
-fn is_installed(sh: &Shell, program: &str, arguments: &[&str]) -> bool {
-    let found = cmd!(sh, "{program} {arguments...}");
-    found.quiet().ignore_stdout().ignore_stderr().run().is_ok()
+    page::record(sh, &SUITES, times)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_page_lists_every_step_as_it_is() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/testing.md");
+        let page = std::fs::read_to_string(path).expect("the page");
+        let expected = page::with_steps(&page, &SUITES).expect("a page");
+        assert_eq!(page, expected, "run `cargo xtask test formatting --record`");
+    }
 
     #[test]
     fn step_names_are_unique_within_a_suite() {

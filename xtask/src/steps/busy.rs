@@ -4,8 +4,8 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::Context as _;
 
-use super::Context;
 use super::durations::UNDER_LOAD;
+use super::suite::Context;
 
 /// How often both suites must pass in a row.
 const TIMES: u32 = 3;

@@ -3,7 +3,7 @@
 use anyhow::anyhow;
 use xshell::{Shell, cmd};
 
-use super::Step;
+use super::suite::Step;
 
 /// A change to one of these may change what any step does.
 const EVERYTHING: [&str; 3] = ["Cargo.toml", "Cargo.lock", ".cargo"];

@@ -4,7 +4,7 @@ use harness::debian_rust::OLDEST_RUST;
 use test_machine::Need;
 use xshell::{Shell, cmd};
 
-use super::{Context, Options, Step, Suite, is_installed};
+use super::suite::{Context, Options, Step, Suite, Times, is_installed};
 use crate::cargo_tool::CARGO_DENY;
 use crate::interleavings::{self, Bound};
 use crate::packages;
@@ -119,7 +119,8 @@ pub(crate) struct Ci {
 }
 
 impl Ci {
-    pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<()> {
+    /// Runs the steps, and returns the times to record.
+    pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<Times> {
         SUITE.run(sh, &self.options)
     }
 }

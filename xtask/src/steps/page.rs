@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Context;
 use xshell::{Shell, cmd};
 
-use super::{SUITES, Suite};
+use super::suite::{Suite, Times as Measured};
 
 const PAGE: &str = "docs/testing.md";
 const BEGIN: &str = "<!-- begin of the table that `--record` writes -->\n";
@@ -14,15 +14,18 @@ const END: &str = "<!-- end of the table that `--record` writes -->\n";
 /// Seconds as the page has them, by command.
 type Times = BTreeMap<String, String>;
 
-/// Writes the times of the steps of `suite` that were run, and keeps those of the others.
-pub(super) fn record(sh: &Shell, suite: &Suite, times: &[(&str, u64)]) -> anyhow::Result<()> {
+/// Writes the times of the steps that were run, and keeps those of the others.
+pub(super) fn record(sh: &Shell, suites: &[Suite], measured: &Measured) -> anyhow::Result<()> {
     let page = sh.read_file(PAGE)?;
     let mut all = recorded(&page)?;
     let date = cmd!(sh, "date --utc +%F").quiet().read()?;
-    for (step, seconds) in times {
-        all.insert(command(suite.name, step), format!("{seconds} s, {date}"));
+    for (step, seconds) in &measured.seconds {
+        all.insert(
+            command(measured.suite, step),
+            format!("{seconds} s, {date}"),
+        );
     }
-    sh.write_file(PAGE, with_table(&page, &all)?)
+    sh.write_file(PAGE, with_table(&page, suites, &all)?)
         .with_context(|| format!("can't record times in {PAGE}"))
 }
 
@@ -53,10 +56,10 @@ fn recorded(page: &str) -> anyhow::Result<Times> {
 }
 
 /// Returns `page` with a table of every step.
-fn with_table(page: &str, times: &Times) -> anyhow::Result<String> {
+fn with_table(page: &str, suites: &[Suite], times: &Times) -> anyhow::Result<String> {
     let (before, _, after) = parts(page)?;
     let mut table = "| command | time | what it proves |\n|---|---|---|\n".to_owned();
-    for suite in SUITES {
+    for suite in suites {
         for step in suite.steps {
             let command = command(suite.name, step.name);
             let time = times.get(&command).map_or("not recorded", String::as_str);
@@ -66,29 +69,38 @@ fn with_table(page: &str, times: &Times) -> anyhow::Result<String> {
     Ok(format!("{before}{BEGIN}{table}{END}{after}"))
 }
 
+/// Returns `page` with the steps of these suites, and the times that it has.
+#[cfg(test)]
+pub(super) fn with_steps(page: &str, suites: &[Suite]) -> anyhow::Result<String> {
+    with_table(page, suites, &recorded(page)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::steps::suite::Step;
 
-    fn page() -> String {
-        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/testing.md");
-        std::fs::read_to_string(page).expect("the page")
-    }
+    const STEPS: [Step; 2] = [step("lints"), step("tests")];
 
-    #[test]
-    fn the_page_lists_every_step_as_it_is() {
-        let page = page();
-        let times = recorded(&page).expect("a table");
-        let expected = with_table(&page, &times).expect("a page");
-        assert_eq!(page, expected, "run `cargo xtask test formatting --record`");
+    const fn step(name: &'static str) -> Step {
+        Step {
+            name,
+            proves: "it works",
+            paths: &[],
+            run: |_| Ok(()),
+        }
     }
 
     #[test]
     fn a_recorded_time_is_read_again_and_the_rest_of_the_page_stays() {
         let page = format!("# Page\n{BEGIN}{END}\nMore.\n");
+        let suite = Suite {
+            name: "test",
+            steps: &STEPS,
+        };
         let mut times = Times::new();
         times.insert("cargo xtask test lints".into(), "7 s, today".into());
-        let page = with_table(&page, &times).expect("a page");
+        let page = with_table(&page, &[suite], &times).expect("a page");
         assert!(page.starts_with("# Page\n") && page.ends_with("\nMore.\n"));
         let read = recorded(&page).expect("a table");
         assert_eq!(read["cargo xtask test lints"], "7 s, today");

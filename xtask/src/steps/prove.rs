@@ -2,7 +2,8 @@
 
 use xshell::{Shell, cmd};
 
-use super::{Context, Options, Step, Suite, busy, changed, test};
+use super::suite::{Context, Options, Step, Suite, Times};
+use super::{busy, changed, test};
 use crate::{interleavings, packages};
 
 pub(super) const SUITE: Suite = Suite {
@@ -182,7 +183,8 @@ pub(crate) struct Prove {
 }
 
 impl Prove {
-    pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<()> {
+    /// Runs the steps, and returns the times to record.
+    pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<Times> {
         let Some(rev) = &self.changed else {
             return SUITE.run(sh, &self.options);
         };
@@ -193,11 +195,11 @@ impl Prove {
                 "no step is affected by the changes since {}",
                 selection.since
             );
-            return Ok(());
+            return Ok(SUITE.no_times());
         }
         println!("changed since {}: {}", selection.since, names.join(", "));
         if self.options.list {
-            return Ok(());
+            return Ok(SUITE.no_times());
         }
         SUITE.run_steps(sh, &self.options, &selection.steps, selection.crates)
     }

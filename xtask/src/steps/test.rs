@@ -5,7 +5,8 @@ use harness::file_systems;
 use harness::packages::{Install, Package};
 use xshell::{Shell, cmd};
 
-use super::{Context, Options, Step, Suite, is_installed, prose};
+use super::prose;
+use super::suite::{Context, Options, Step, Suite, Times, is_installed};
 
 /// What the tests use besides the Rust toolchain,
 /// beside the tools of the file systems.
@@ -72,7 +73,8 @@ pub(crate) struct Test {
 }
 
 impl Test {
-    pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<()> {
+    /// Runs the steps, and returns the times to record.
+    pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<Times> {
         SUITE.run(sh, &self.options)
     }
 }
