@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn compatible_versions_share_their_first_number_that_is_not_zero() {
+    fn compatible_versions_share_their_first_nonzero_number() {
         assert!(is_compatible("1.2.3", "1.0.0"));
         assert!(is_compatible("0.31.3", "0.31.0"));
         assert!(!is_compatible("0.31.3", "0.30.0"));

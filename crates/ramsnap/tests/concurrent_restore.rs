@@ -201,7 +201,7 @@ fn a_process_whose_ram_is_being_restored_is_not_read(#[case] on_btrfs: bool) {
 /// The kernel has a link to the file for each part of the mapping. The file has another name by
 /// now.
 #[test]
-fn a_process_with_a_split_mapping_of_ram_being_restored_is_not_read() {
+fn split_mapping_of_ram_being_restored_is_refused() {
     needs!(Strace, Root);
     let work = Work::with_chain();
     let guest = work.create("mapped", RAM);

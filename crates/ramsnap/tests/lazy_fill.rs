@@ -149,8 +149,8 @@ fn ram_that_another_process_fills_is_not_captured() {
 
 /// A process that fills the RAM outside of the PID namespace cannot be found there.
 #[test]
-fn processes_outside_of_the_pid_namespace_are_named_in_a_warning() {
-    let test = "processes_outside_of_the_pid_namespace_are_named_in_a_warning";
+fn processes_outside_the_pid_namespace_cause_a_warning() {
+    let test = "processes_outside_the_pid_namespace_cause_a_warning";
     if !met(test) || !Need::Ptrace.met(test) {
         return;
     }

@@ -226,7 +226,7 @@ fn manual_pages_replace_nothing_unless_forced() {
 /// ext4 reports pages of such files as a hole until they are written back.
 #[cfg(target_os = "linux")]
 #[test]
-fn ram_in_a_file_without_extents_is_captured_and_not_taken_for_empty() {
+fn ram_in_a_file_without_extents_is_not_taken_for_empty() {
     use test_machine::{FileSystem, LoopMount, needs};
 
     needs!(Root, Mount(FileSystem::EXT4_NO_EXTENTS));

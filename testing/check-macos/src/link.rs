@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_linked_has_the_features_of_the_programs_that_tasks_run() {
+    fn linked_crates_have_the_features_of_the_task_programs() {
         let features = format!("--features {}", harness::FEATURES);
         assert!(PROGRAMS.arguments.ends_with(&features));
     }

@@ -262,7 +262,7 @@ mod tests {
     #[rstest]
     #[case("_hv_vm_map", MacOs(11, 0))]
     #[case("_hv_gic_create", MacOs(15, 0))]
-    fn an_executable_needs_the_macos_of_the_newest_function_that_it_calls(
+    fn executable_requires_the_macos_of_its_newest_function(
         #[case] function: &'static str,
         #[case] calls_need: MacOs,
     ) {

@@ -32,8 +32,8 @@ fn runs_here(test: &str) -> bool {
 }
 
 #[test]
-fn a_commit_that_lacks_a_sync_tears_a_file_and_the_state_that_shows_it_can_be_looked_at_again() {
-    if !runs_here("a_commit_that_lacks_a_sync_tears_a_file") {
+fn commit_without_sync_tears_a_file_in_a_reproducible_state() {
+    if !runs_here("commit_without_sync_tears_a_file_in_a_reproducible_state") {
         return;
     }
     let of = ["--only=no-file-sync", "--fs=ext4-noauto_da_alloc"];

@@ -53,7 +53,7 @@ fn the_first_line_names_the_guest_and_the_last_says_verified() {
 }
 
 #[test]
-fn a_reader_who_leaves_after_the_first_line_does_not_end_the_demo() {
+fn closed_output_pipe_does_not_end_the_demo() {
     let dir = tempfile::tempdir().unwrap();
     let mut demo = command(dir.path(), &[])
         .stdout(Stdio::piped())

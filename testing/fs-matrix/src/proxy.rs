@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_to_the_call_with_the_marks_is_lost_with_the_connection_and_no_other() {
+    fn only_the_answer_to_the_marked_call_is_lost() {
         let proxy = Proxy::start(echo()).expect("a proxy");
         let call = |message: &[u8]| -> io::Result<Vec<u8>> {
             let mut stream = TcpStream::connect(("127.0.0.1", proxy.port))?;

@@ -62,7 +62,7 @@ fn selection(named: &[&str]) -> Vec<String> {
     "written by positioned writes",
     "written by the automatic engine",
 ])]
-fn a_broken_library_is_caught_by_the_check_named_for_it_and_by_no_other(
+fn each_mutant_is_caught_only_by_the_check_named_for_it(
     #[case] mutant: &str,
     #[case] caught_by: &[&str],
 ) {

@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn debians_own_sources_get_the_components_and_others_are_left_out() {
+    fn only_sources_of_debian_get_the_components() {
         let stanzas = "Types: deb\nURIs: http://mirror/debian\nSuites: bookworm\nComponents: main\n\nTypes: deb\nURIs: https://other/node\nSuites: x\nComponents: main\n";
         let with = with_components(stanzas);
         assert!(

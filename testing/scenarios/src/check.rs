@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn before_a_commit_returns_old_and_new_are_right_and_then_the_new_one_alone() {
+    fn old_version_is_allowed_only_until_the_commit_returns() {
         let dir = tempfile::tempdir().expect("a directory");
         let allowed = |returned| after(dir.path(), returned).allowed(1, 3);
         assert_eq!(allowed(0), [1, 2]);
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_old_or_missing_is_lost_and_what_is_of_two_versions_torn() {
+    fn old_or_missing_pages_are_lost_and_mixed_ones_are_torn() {
         let dir = tempfile::tempdir().expect("a directory");
         let after = after(dir.path(), 1);
         let look = || after.version("vm.mem", SIZE, &[2]);

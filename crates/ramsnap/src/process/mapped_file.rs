@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_not_found_may_be_one_with_the_same_inode_number() {
+    fn missing_file_may_be_one_with_the_same_inode_number() {
         let dir = tempfile::tempdir().unwrap();
         let [ram, other] = ["ram", "other"].map(|name| dir.path().join(name));
         File::create_new(&ram).unwrap();

@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn every_subset_of_the_writes_that_no_flush_has_followed_is_a_state() {
+    fn each_subset_of_unflushed_writes_is_a_post_crash_state() {
         let log = log();
         let mut found: Vec<_> = log
             .states(1, 1000)
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_commit_has_returned_in_the_states_after_its_mark_and_the_mark_is_no_write() {
+    fn commit_has_returned_after_its_mark_which_is_not_a_write() {
         let log = log();
         assert_eq!(log.len(), 5);
         for state in log.states(1, 1000) {

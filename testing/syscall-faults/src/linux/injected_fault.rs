@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn each_error_each_lost_answer_each_short_count_and_the_death_of_a_call_are_faults() {
+    fn errors_lost_answers_short_counts_and_kills_are_faults() {
         let all = texts(all_of(&[call("pwrite64", 16384, 16384)]));
         for one in [
             "EIO", "ENOSPC", "EDQUOT", "EINTR", "EAGAIN", "ESTALE", "kill", "lost:EIO",

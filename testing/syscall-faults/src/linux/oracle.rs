@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn marks_of_a_save_that_failed_are_all_there_and_of_one_that_returned_none() {
+    fn failed_save_restores_all_marks_and_successful_save_none() {
         let save = |before: &[Range], after: &[Range], returned| {
             judge_save(&Save {
                 before: before.to_vec(),

@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_error_of_the_library_says_nothing_that_could_be_true() {
+    fn errors_of_other_code_leave_the_state_unknown() {
         let said = Reported::of(&anyhow::anyhow!("something"));
         assert_eq!(
             (said.next, said.next()),

@@ -139,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn present_zero_and_clean_are_of_different_colors_and_a_page_shows() {
+    fn page_states_have_different_colors_and_one_page_is_visible() {
         let colors = legend().map(|(_, cell)| color(&cell));
         for (index, one) in colors.iter().enumerate() {
             assert!(!colors[index + 1..].contains(one), "{one:?}");
