@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use sparse_file::{HostMemory, RunSource};
+use sparse_file::{ExtentKind, HostMemory, RunSource, extents};
 use test_machine::{FileSystem, LoopMount, Need, TinyTmpfs};
 
 /// A file system to run a test on.
@@ -205,4 +205,14 @@ pub fn expect_success(mut command: Command) {
         "{:?}\n{stdout}\n{stderr}",
         output.status
     );
+}
+
+/// Returns the ranges of the file that are data.
+pub fn data(file: &File) -> Vec<Range<u64>> {
+    let listed = extents(file).expect("listed");
+    let listed = listed.map(|extent| extent.expect("listed"));
+    listed
+        .filter(|extent| extent.kind == ExtentKind::Data)
+        .map(|extent| extent.range)
+        .collect()
 }
