@@ -1,4 +1,4 @@
-//! Reads, merges and restores chains of snapshots that the writer has taken.
+//! Reads, merges and flattens chains of snapshots that the writer has taken.
 
 mod support;
 
@@ -6,10 +6,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use atomic_file::{AtomicWriter, CommitError};
-use memory_image::{
-    Chain, ChainError, HostRam, MappedImage, MergeError, RamTarget, ReadAmbiguity, ReadImageError,
-    RestoreError,
-};
+use memory_image::{Chain, ChainError, MappedImage, MergeError, ReadAmbiguity, ReadImageError};
 use memory_writer::{CancelToken, MemoryWriter, SnapshotError};
 use page_reader::PageReader;
 use proptest::prelude::*;
@@ -208,78 +205,6 @@ fn cancelled_flatten_keeps_the_destination_and_no_other_file() {
     );
     assert_eq!(std::fs::read(&flat).unwrap(), b"old");
     assert_eq!(std::fs::read_dir(guest.dir.path()).unwrap().count(), before);
-}
-
-#[test]
-fn restore_overwrites_previous_bytes_with_zeros() {
-    let guest = Guest::with_history();
-    let mut ram = vec![0xee; SIZE as usize];
-    guest.chain().restore(ram.as_mut_slice()).unwrap();
-    assert!(ram == guest.ram);
-}
-
-#[test]
-fn restore_to_zeroed_memory_writes_only_stored_pages() {
-    struct Counting(Vec<u8>, u64);
-    impl RamTarget for Counting {
-        fn ram_size(&self) -> u64 {
-            SIZE
-        }
-        fn write_at(&mut self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
-            self.1 += bytes.len() as u64;
-            self.0.as_mut_slice().write_at(offset, bytes)
-        }
-    }
-    let mut guest = Guest::new();
-    let base = guest.path("base");
-    let file = std::fs::File::create(&base).unwrap();
-    file.set_len(SIZE).unwrap();
-    file.write_all_at(&[1; PAGE as usize], 2 * PAGE).unwrap();
-    guest.snapshots.push(base);
-    guest.write(2 * PAGE, PAGE, 1);
-    guest.write(9 * PAGE, 1, 5);
-    guest.save();
-    let mut target = Counting(vec![0; SIZE as usize], 0);
-    guest.chain().restore_zeroed(&mut target).unwrap();
-    assert!(target.0 == guest.ram);
-    assert_eq!(target.1, 2 * PAGE);
-}
-
-#[test]
-fn guest_of_two_regions_is_restored_in_place() {
-    let mut guest = Guest::with_history();
-    let split = 5 * 4096 + 1;
-    let mut ram = vec![0xee_u8; SIZE as usize];
-    let (low, high) = ram.split_at_mut(split);
-    // SAFETY: both halves live until the end of the block, and nothing else accesses them in it.
-    #[allow(unsafe_code)]
-    let mut target = unsafe {
-        HostRam::new([
-            (low.as_mut_ptr(), low.len()),
-            (high.as_mut_ptr(), high.len()),
-        ])
-    };
-    assert_eq!(target.ram_size(), SIZE);
-    guest.chain().restore(&mut target).unwrap();
-    // Only in the second region.
-    target.write_at(9 * PAGE, &[7; 3]).unwrap();
-    guest.write(9 * PAGE, 3, 7);
-    assert!(target.write_at(SIZE - 1, &[0, 0]).is_err());
-    assert!(ram[..SIZE as usize - 1] == guest.ram[..SIZE as usize - 1]);
-}
-
-#[test]
-fn restore_to_memory_of_another_size_is_refused() {
-    let mut ram = vec![7; SIZE as usize / 2];
-    let error = Guest::with_history()
-        .chain()
-        .restore(ram.as_mut_slice())
-        .unwrap_err();
-    assert!(
-        matches!(error, RestoreError::TargetSize { image: SIZE, target } if target == SIZE / 2),
-        "{error:?}"
-    );
-    assert!(ram.iter().all(|byte| *byte == 7));
 }
 
 /// Overwrites the file that a guest was restored from: a commit replaces it, and the mapping keeps
