@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
 use image_format::{Checksums, Footer, ImageId, ImageKind, Run, Version, packed_start};
-use memory_writer::{Durability, Layout, MemoryWriter, Seal, WriterOptions};
+use memory_writer::{Durability, Layout, MemoryWriter, MemoryWriterOptions, Seal};
 use proptest::prelude::*;
 
 /// The way in which a layer's pages are written to its file.
@@ -239,7 +239,7 @@ impl RandomGuest {
     }
 }
 
-fn options(layout: Layout, seal: Seal) -> WriterOptions {
+fn options(layout: Layout, seal: Seal) -> MemoryWriterOptions {
     MemoryWriter::options()
         .layout(layout)
         .seal(seal)

@@ -85,3 +85,12 @@ impl<F: Fn() -> io::Error> PageReader for Until<F> {
         self.ram.read_at(offset, buf)
     }
 }
+
+/// Returns a reader of `ram` that lends no memory.
+pub(crate) fn without_memory(ram: &[u8]) -> impl PageReader + use<> {
+    Until {
+        ram: ram.to_vec(),
+        offset: ram.len() as u64,
+        then: || unreachable!("nothing is read past the end"),
+    }
+}
