@@ -1,12 +1,7 @@
-//! Errors of the tool itself, and the exit statuses of failures.
+//! Errors of the tool itself.
 
 use std::path::PathBuf;
 
-use image_format::FooterError;
-use memory_image::{
-    ChainError, CompareError, MergeError, NotFullError, OpenImageError, RestoreError, VerifyError,
-};
-use memory_writer::SnapshotError;
 use thiserror::Error;
 
 use crate::exit_status::ExitStatus;
@@ -307,7 +302,8 @@ pub enum Failure {
 }
 
 impl Failure {
-    fn exit_status(&self) -> ExitStatus {
+    /// Returns the exit status of the tool.
+    pub fn exit_status(&self) -> ExitStatus {
         match self {
             Self::OutputExists { .. }
             | Self::OutputIsInput { .. }
@@ -375,69 +371,5 @@ impl Failure {
             Self::NoRegion { .. } | Self::RegionTwice { .. } => ExitStatus::Usage,
             Self::Interrupted { .. } => interrupt::exit_status(),
         }
-    }
-}
-
-/// Returns the exit status for `error`: that of the first cause that has one.
-pub fn exit_status(error: &anyhow::Error) -> ExitStatus {
-    error
-        .chain()
-        .find_map(code_of)
-        .unwrap_or(ExitStatus::Failed)
-}
-
-fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
-    if let Some(failure) = cause.downcast_ref::<Failure>() {
-        return Some(failure.exit_status());
-    }
-    if is_cancellation(cause) {
-        return Some(interrupt::exit_status());
-    }
-    if cause.is::<NotFullError>() {
-        return Some(ExitStatus::CheckFailed);
-    }
-    if let Some(MergeError::NotFull(_)) = cause.downcast_ref() {
-        return Some(ExitStatus::CheckFailed);
-    }
-    if let Some(error) = cause.downcast_ref() {
-        return of_opening(error);
-    }
-    match cause.downcast_ref()? {
-        ChainError::Open(error) => of_opening(error),
-        // Properties of an image.
-        ChainError::NotFull(_)
-        | ChainError::NotWholePages { .. }
-        | ChainError::SizeDiffers { .. }
-        | ChainError::PageSizeDiffers { .. }
-        | ChainError::RegionsDiffer { .. }
-        | ChainError::Link { .. }
-        | ChainError::AmbiguousDiff { .. } => Some(ExitStatus::CheckFailed),
-        _ => None,
-    }
-}
-
-/// Returns whether a signal has cancelled the operation.
-fn is_cancellation(cause: &(dyn std::error::Error + 'static)) -> bool {
-    #[cfg(target_os = "linux")]
-    if let Some(process_memory::ProcessStopError::Cancelled { .. }) = cause.downcast_ref() {
-        return true;
-    }
-    matches!(cause.downcast_ref(), Some(SnapshotError::Cancelled { .. }))
-        || matches!(cause.downcast_ref(), Some(CompareError::Cancelled { .. }))
-        || matches!(cause.downcast_ref(), Some(RestoreError::Cancelled { .. }))
-        || matches!(cause.downcast_ref(), Some(VerifyError::Cancelled))
-}
-
-/// Returns the exit status for an image that cannot be opened.
-fn of_opening(error: &OpenImageError) -> Option<ExitStatus> {
-    match error {
-        OpenImageError::Empty { .. } | OpenImageError::NotRaw { .. } => {
-            Some(ExitStatus::CheckFailed)
-        }
-        OpenImageError::Footer { source, .. } => match source {
-            FooterError::Io { .. } | FooterError::Append => Some(ExitStatus::Failed),
-            _ => Some(ExitStatus::CheckFailed),
-        },
-        _ => None,
     }
 }

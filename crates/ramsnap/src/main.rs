@@ -6,6 +6,7 @@
 )]
 
 mod args;
+mod cause;
 mod cli;
 mod exit_status;
 mod failure;
@@ -59,7 +60,7 @@ fn run() -> anyhow::Result<ExitStatus> {
 fn main() -> ExitCode {
     let status = run().unwrap_or_else(|error| {
         words::print_error(&error);
-        failure::exit_status(&error)
+        cause::exit_status(&error)
     });
     status.into()
 }
