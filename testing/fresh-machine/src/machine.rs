@@ -3,33 +3,28 @@
 //! The machine is a minimal Debian in a directory, with an empty cargo home and package lists that
 //! are out of date. The kernel, its devices and the way to the registries are this machine's.
 
-use std::collections::VecDeque;
-use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::thread;
-use std::time::{Duration, Instant};
+mod archive;
+mod runner;
 
-use anyhow::{Context, bail, ensure};
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
 use clap::Parser;
-use harness::interrupt::Interrupt;
 use harness::packages::{Install, Package};
-use harness::process::Process;
 use harness::record::Record;
 use xshell::{Shell, cmd};
 
-/// The Debian release.
-const SUITE: &str = "bookworm";
+use archive::{Archive, SUITE};
+use runner::Runner;
 
 /// What is installed beside the minimal system.
 const EXTRA: &str = "ca-certificates,gcc,git,libc6-dev";
 
 const PACKAGES: [Package; 1] = [Package::new("debootstrap", "debootstrap")];
-
-/// A command that prints nothing for this long hangs.
-const SILENCE: Duration = Duration::from_mins(30);
 
 /// Where the toolchain and the clone are on the fresh machine.
 const TOOLCHAIN: &str = "opt/rust";
@@ -100,106 +95,6 @@ fn commands(readme: &str) -> anyhow::Result<[String; 2]> {
         );
     }
     Ok(["cargo xtask demo".into(), "cargo xtask test".into()])
-}
-
-/// How this machine reaches Debian's package archive.
-struct Archive {
-    mirror: String,
-    sources: String,
-    /// Proxies, timeouts and the like.
-    settings: String,
-}
-
-impl Archive {
-    fn of_this_machine(sh: &Shell) -> anyhow::Result<Self> {
-        let format = "$(CODENAME) $(REPO_URI) $(RELEASE) $(COMPONENT)";
-        let debian = ["Created-By: Packages", "Origin: Debian"];
-        let targets = cmd!(sh, "apt-get indextargets --format {format} {debian...}");
-        let targets = targets.quiet().read()?;
-        let format = "%f \"%v\";%n";
-        let settings = cmd!(sh, "apt-config dump --format {format} Acquire");
-        let settings = settings.quiet().read()?;
-        // What is fetched depends on the packages that are installed, not on the network.
-        let settings = settings
-            .lines()
-            .filter(|line| !line.starts_with("Acquire::IndexTargets"))
-            .flat_map(|line| [line, "\n"])
-            .collect();
-        let (mirror, sources) = sources(&targets).with_context(|| {
-            format!("no Debian {SUITE} archive is configured for apt; run apt-get update")
-        })?;
-        Ok(Self {
-            mirror,
-            sources,
-            settings,
-        })
-    }
-}
-
-/// Returns the mirror of the suite, and apt's sources with its updates.
-fn sources(targets: &str) -> Option<(String, String)> {
-    let mut mirror = None;
-    let mut sources = String::new();
-    for line in targets.lines() {
-        let mut words = line.split(' ');
-        let (codename, source) = (words.next()?, words.collect::<Vec<_>>());
-        if codename == SUITE {
-            mirror = source.first().map(|uri| (*uri).to_owned());
-        }
-        if codename.starts_with(SUITE) {
-            sources += &format!("deb {}\n", source.join(" "));
-        }
-    }
-    Some((mirror?, sources))
-}
-
-/// Runs commands in mount and process namespaces of their own, which end with the commands, and
-/// keeps a log of what they print.
-struct Runner {
-    log: File,
-    interrupt: Interrupt,
-}
-
-impl Runner {
-    fn new(log: &Path) -> anyhow::Result<Self> {
-        println!("all output goes to {}", log.display());
-        Ok(Self {
-            log: File::create(log)?,
-            interrupt: Interrupt::catch()?,
-        })
-    }
-
-    fn run<S: AsRef<OsStr>>(&mut self, script: &str, arguments: &[S]) -> anyhow::Result<Duration> {
-        const END: &str = "exit status: ";
-        let script = format!("(set -e\n{script}\n) 2>&1 </dev/null; echo \"{END}$?\"");
-        let mut command = Command::new("unshare");
-        command
-            .args(["--mount", "--pid", "--fork", "--kill-child"])
-            .args(["sh", "-c", &script, "sh"])
-            .args(arguments);
-        let start = Instant::now();
-        let process = Process::start(command, &self.interrupt)?;
-        let mut printed = start;
-        let mut last = VecDeque::new();
-        while let Some(line) = process.next(SILENCE)? {
-            self.log.write_all(line.as_bytes())?;
-            let line = line.trim_end();
-            if line.starts_with("== ") || printed.elapsed() > Duration::from_secs(10) {
-                println!("  {:>4} s: {line}", start.elapsed().as_secs());
-                printed = Instant::now();
-            }
-            last.push_back(line.to_owned());
-            if last.len() > 40 {
-                last.pop_front();
-            }
-        }
-        let status = last.pop_back().unwrap_or_default();
-        if status != format!("{END}0") {
-            let last = Vec::from(last).join("\n");
-            bail!("{status}; the last lines are:\n{last}");
-        }
-        Ok(start.elapsed())
-    }
 }
 
 /// Directories of a minimal system with old package lists, packed. Made once.
@@ -418,21 +313,6 @@ mod tests {
     #[case("```sh\nmake\n```\n```sh\ncargo xtask demo\ncargo xtask test\n```\n")]
     fn a_readme_with_other_first_commands_is_refused(#[case] readme: &str) {
         commands(readme).expect_err("other commands");
-    }
-
-    #[test]
-    fn sources_are_those_of_the_suite_and_its_updates() {
-        let targets = "trixie http://a/debian trixie main\n\
-            bookworm http://a/debian bookworm main\n\
-            bookworm-security http://a/security bookworm-security main\n";
-        let (mirror, lines) = sources(targets).expect("a mirror");
-        assert_eq!(mirror, "http://a/debian");
-        assert_eq!(
-            lines,
-            "deb http://a/debian bookworm main\n\
-             deb http://a/security bookworm-security main\n"
-        );
-        assert_eq!(sources("bookworm-security http://a/security s main"), None);
     }
 
     #[rstest]

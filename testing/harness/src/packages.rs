@@ -2,6 +2,7 @@
 
 mod package;
 mod plan;
+mod problem;
 mod version;
 
 use std::collections::{HashMap, HashSet};
@@ -15,7 +16,8 @@ use anyhow::{Context, ensure};
 use xshell::{Shell, cmd};
 
 pub use package::Package;
-use plan::{Lists, Machine, Problem, State, Step};
+use plan::{Lists, Machine, Step};
+use problem::{Problem, State};
 
 /// The option that limits what a task may install.
 #[derive(clap::Args, Clone, Copy, Debug)]

@@ -12,6 +12,7 @@ mod outcome;
 mod report;
 mod ring;
 mod traced_call;
+mod tracee;
 mod tracer;
 
 use std::hash::{BuildHasher, RandomState};

@@ -8,7 +8,7 @@ use anyhow::Context;
 use scenarios::random::Random;
 use scenarios::write_log::{self, Cut, Fate};
 
-use super::Cache;
+use super::state::Cache;
 
 /// Brings `image` from the state it had when logging began to one in which a loss of power may
 /// leave it: all writes before the last flush; and of the later ones all, if there is no cache, or

@@ -1,10 +1,9 @@
 //! What is done about the packages that a task needs.
 
-use std::fmt::{self, Display, Formatter, Write as _};
+use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::package::Package;
-use super::version::at_least;
+use super::problem::{Problem, State, is_offered, problem};
 
 /// Lists older than this are updated before anything is installed.
 const RECENT: Duration = Duration::from_hours(24);
@@ -50,55 +49,6 @@ pub(super) struct Machine {
 impl Machine {
     pub(super) fn can_install(&self) -> bool {
         self.root && self.has_apt && self.allowed
-    }
-}
-
-/// A package and its versions.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct State {
-    pub package: Package,
-    /// Whether the file that shows it exists.
-    pub present: bool,
-    /// Known only where the package must have some version.
-    pub installed: Option<String>,
-    /// What apt would install, by the lists as they are.
-    pub offered: Option<String>,
-    /// Whether this process attempted to install it, with or without success.
-    pub attempted: bool,
-}
-
-/// What is wrong with a package.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Problem {
-    Missing,
-    TooOld {
-        found: String,
-        needed: &'static str,
-    },
-    /// Another package of the same family has another version.
-    Differs {
-        found: String,
-        other: &'static str,
-        version: String,
-    },
-}
-
-impl Display for Problem {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Missing => f.write_str("not installed"),
-            Self::TooOld { found, needed } => {
-                write!(f, "{found} is installed, {needed} or newer is needed")
-            }
-            Self::Differs {
-                found,
-                other,
-                version,
-            } => write!(
-                f,
-                "{found} is installed, the version of {other}, {version}, is needed"
-            ),
-        }
     }
 }
 
@@ -159,46 +109,6 @@ pub(super) fn decide(machine: &Machine, packages: &[State]) -> Step {
     Step::Install(install)
 }
 
-fn family<'a>(of: &State, packages: &'a [State]) -> impl Iterator<Item = &'a State> {
-    let family = of.package.family;
-    packages
-        .iter()
-        .filter(move |other| family.is_some() && other.package.family == family)
-}
-
-fn problem(state: &State, packages: &[State]) -> Option<Problem> {
-    let package = state.package;
-    if !state.present {
-        return Some(Problem::Missing);
-    }
-    if !package.has_version() {
-        return None;
-    }
-    let Some(found) = state.installed.clone() else {
-        return Some(Problem::Missing);
-    };
-    if let Some(needed) = package.oldest.filter(|needed| !at_least(&found, needed)) {
-        return Some(Problem::TooOld { found, needed });
-    }
-    let first = family(state, packages).find_map(|other| Some((other, other.installed.clone()?)));
-    let (other, version) = first.filter(|(_, version)| *version != found)?;
-    Some(Problem::Differs {
-        found,
-        other: other.package.name,
-        version,
-    })
-}
-
-/// Whether apt would install what is needed: of a family, all in one version.
-fn is_offered(state: &State, packages: &[State]) -> bool {
-    let enough = |state: &State| match (&state.offered, state.package.oldest) {
-        (Some(offered), Some(oldest)) => at_least(offered, oldest),
-        (offered, _) => offered.is_some(),
-    };
-    let same = |other: &State| other.offered == state.offered;
-    enough(state) && family(state, packages).all(|other| enough(other) && same(other))
-}
-
 /// States what is missing and how to install it.
 pub(super) fn report(machine: &Machine, why: &str, problems: &[(State, Problem)]) -> String {
     let mut text = format!("missing for {why}:\n");
@@ -228,6 +138,7 @@ mod tests {
     use rstest::rstest;
 
     use super::*;
+    use crate::packages::package::Package;
 
     const STRACE: Package = Package::new("strace", "strace");
     const QEMU_UTILS: Package = Package::new("qemu-utils", "qemu-img");

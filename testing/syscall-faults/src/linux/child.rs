@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::case::Case;
 use super::outcome::Reported;
-use super::tracer;
+use super::tracee;
 
 /// In which a run ends, also on a machine that is very slow.
 pub(super) const WITHIN: Duration = Duration::from_secs(120);
@@ -92,13 +92,13 @@ impl Child {
         if let Some(limit) = self.limit {
             setrlimit(Resource::RLIMIT_FSIZE, limit, hard)?;
         }
-        tracer::ask()?;
+        tracee::ask()?;
         // What an error holds is given back with it, before the end.
         let said = match (case.scenario.act)(&self.dir, &eyes) {
             Ok(()) => Reported::done(),
             Err(error) => Reported::of(&error),
         };
-        tracer::pause()?;
+        tracee::pause()?;
         setrlimit(Resource::RLIMIT_FSIZE, soft, hard)?;
         let report = Report {
             said,
@@ -124,7 +124,7 @@ impl CommitObserver for Eyes {
         if let Some(last) = self.seen().last_mut() {
             last.returned = true;
         }
-        tracer::mark()
+        tracee::mark()
     }
 
     fn saving(&self, marks: &Arc<DirtyBitmap>) {

@@ -16,7 +16,7 @@ use anyhow::Context;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::ptrace::{self, Options};
-use nix::sys::signal::{Signal, kill, killpg, raise};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use scenarios::start::start;
@@ -48,22 +48,6 @@ pub(super) struct Trace {
     pub unknown: BTreeSet<i64>,
     /// Whether there was an io_uring, and the kernel does not show it.
     pub blind: bool,
-}
-
-/// In the child: from here on it is traced, until [`pause`] is called a second time.
-pub(super) fn ask() -> anyhow::Result<()> {
-    ptrace::traceme().context("can't be traced")?;
-    pause()
-}
-
-/// In the child: says that the traced part is over.
-pub(super) fn pause() -> anyhow::Result<()> {
-    Ok(raise(Signal::SIGSTOP)?)
-}
-
-/// In the child: a mark.
-pub(super) fn mark() -> anyhow::Result<()> {
-    Ok(kill(Pid::this(), None)?)
 }
 
 /// Runs `command` to its end, all by this thread, which must have no other children.
