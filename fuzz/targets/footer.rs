@@ -13,7 +13,8 @@ use ramsnap_fuzz::Sealed;
 
 fuzz_target!(|bytes: &[u8]| {
     // As a whole file.
-    for format in [None, Some(Layout::Sealed), Some(Layout::Packed)] {
+    let layouts = Layout::ALL.into_iter().filter(|layout| layout.has_footer());
+    for format in layouts.map(Some).chain([None]) {
         let read = Footer::read_from(bytes.len() as u64, format, |buf, offset| {
             let from = bytes
                 .get(offset as usize..)

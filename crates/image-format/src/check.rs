@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::checksums::CHUNK_SIZE;
 use crate::error::InvalidFooter;
 use crate::footer::{Footer, ImageKind};
-use crate::layout::Layout;
+use crate::layout::Placement;
 use crate::run::{Run, Storage};
 use crate::version::{MAX_RAM_SIZE, Version};
 
@@ -30,9 +30,9 @@ impl Footer {
             totals.add(&run, self)?;
         }
         totals.check_end(self)?;
-        match self.layout {
-            Layout::Raw | Layout::Sealed => {}
-            Layout::Packed => self.check_packed(runs)?,
+        match self.layout.placement() {
+            Placement::ByOffset => {}
+            Placement::Appended => self.check_packed(runs)?,
         }
         let (checksums, chunks) = (self.checksums.len() as u64, totals.chunks);
         if checksums != chunks {
@@ -46,7 +46,7 @@ impl Footer {
     /// # Errors
     /// Returns the first inconsistency as [`InvalidFooter`].
     pub fn check_head(&self) -> Result<(), InvalidFooter> {
-        if self.layout == Layout::Raw {
+        if !self.layout.has_footer() {
             return Err(InvalidFooter::Raw);
         }
         check_sizes(self.version, self.ram_size, self.page_size)?;
@@ -195,12 +195,16 @@ pub(crate) fn check_run(
     if run.start < last || footer.kind == ImageKind::Full && run.start != last {
         return Err(InvalidFooter::Order { index });
     }
-    match (run.stored, footer.layout) {
-        (Storage::Zeros, _) => Ok(()),
-        (Storage::At(offset), Layout::Raw | Layout::Sealed) if offset == run.start => Ok(()),
-        (Storage::At(offset), Layout::Packed) if whole(offset) && offset >= footer.data_start() => {
-            Ok(())
-        }
-        (Storage::At(offset), _) => Err(InvalidFooter::StoredAt { index, offset }),
+    let Storage::At(offset) = run.stored else {
+        return Ok(());
+    };
+    let start = footer.data_start();
+    let fits = match footer.layout.placement() {
+        Placement::ByOffset => offset == start + run.start,
+        Placement::Appended => whole(offset) && offset >= start,
+    };
+    match fits {
+        true => Ok(()),
+        false => Err(InvalidFooter::StoredAt { index, offset }),
     }
 }

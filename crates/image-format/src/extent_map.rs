@@ -27,18 +27,21 @@ use crate::write_plan::WritePlan;
 #[derive(Clone, Debug)]
 pub struct ExtentMap {
     layout: Layout,
+    /// The offset of the first page.
+    start: u64,
     /// In ascending order of guest offsets, not overlapping.
     extents: Vec<Extent>,
-    /// The offset of the next page in a packed file.
+    /// The offset of the next page that is appended.
     next: u64,
 }
 
 impl ExtentMap {
-    /// Creates an empty map. The first page of a packed file is placed at `start`.
+    /// Creates an empty map of a file whose pages begin at `start`.
     #[must_use]
     pub fn new(layout: Layout, start: u64) -> Self {
         Self {
             layout,
+            start,
             extents: Vec::new(),
             next: start,
         }
@@ -86,7 +89,8 @@ impl ExtentMap {
         // If this allocation fails, the list grows as runs are added.
         let _ = extents.try_reserve_exact(usize::try_from(count).unwrap_or(0));
         let mut plan = WritePlan {
-            layout: self.layout,
+            placement: self.layout.placement(),
+            start: self.start,
             extents,
             next: self.next,
             last_new: None,

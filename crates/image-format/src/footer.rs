@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::checksums::{CHUNK_SIZE, Checksum};
 use crate::id::ImageId;
-use crate::layout::{Layout, packed_start};
+use crate::layout::{Layout, Placement};
 use crate::run::{Run, Storage};
 use crate::version::Version;
 
@@ -79,9 +79,9 @@ impl Footer {
     /// of the header: that of a page, at least 4096 bytes. Otherwise it is 0.
     #[must_use]
     pub fn data_start(&self) -> u64 {
-        match (self.version, self.layout) {
-            (Version::V1, _) | (_, Layout::Raw | Layout::Sealed) => 0,
-            (Version::V2, Layout::Packed) => packed_start(self.page_size),
+        match self.version {
+            Version::V1 => 0,
+            Version::V2 => self.layout.data_start(self.page_size),
         }
     }
 
@@ -92,10 +92,11 @@ impl Footer {
     }
 
     pub(crate) fn data_end_for(&self, present: u64) -> u64 {
-        match self.layout {
-            Layout::Raw | Layout::Sealed => self.ram_size,
-            Layout::Packed => self.data_start().saturating_add(present),
-        }
+        self.data_start()
+            .saturating_add(match self.layout.placement() {
+                Placement::ByOffset => self.ram_size,
+                Placement::Appended => present,
+            })
     }
 
     /// Returns the number of present bytes, those in the file.

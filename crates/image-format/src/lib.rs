@@ -118,7 +118,7 @@ pub use extent_map::ExtentMap;
 pub use footer::{Chunk, Footer, ImageKind};
 pub use header::{HEADER_PAGE, Header};
 pub use id::{ImageId, ParseIdError};
-pub use layout::{Layout, packed_start};
+pub use layout::{Layout, Placement, packed_start};
 pub use run::{Run, Storage};
 pub use version::{MAX_RAM_SIZE, RAW_UNIT, Version};
 pub use wire::MAX_FOOTER;

@@ -79,7 +79,7 @@ impl Footer {
         let trailer = Trailer::new(&trailer, len)?;
         let footer = trailer.footer(&mut read_at)?;
         if matches!(header, FileStart::Header(_))
-            && footer.layout == Layout::Sealed
+            && footer.layout.is_in_place()
             && !first_page_is_ram(&footer, &mut read_at)?
         {
             return Err(header.into_error(len));

@@ -10,7 +10,6 @@ use crate::check::RunTotals;
 use crate::error::FooterError;
 use crate::footer::{Footer, ImageKind};
 use crate::header::Header;
-use crate::layout::Layout;
 use crate::run::{Run, Storage};
 use crate::wire::{END_MAGIC, MAGIC, MAX_FOOTER, PADDING, PartCounts, TRAILER, ZERO_RUN, padding};
 
@@ -152,10 +151,8 @@ impl Footer {
         out.write_all(MAGIC)?;
         out.write_all(&self.version.to_wire().to_le_bytes())?;
         out.write_all(&[
-            match self.layout {
-                Layout::Raw | Layout::Sealed => 0,
-                Layout::Packed => 1,
-            },
+            // A footer of a layout without one was refused before.
+            self.layout.number().unwrap_or(0),
             u8::from(self.kind != ImageKind::Full),
             u8::from(parent.is_some()),
             0,

@@ -3,17 +3,19 @@
 use std::ops::Range;
 
 use crate::extent::{Extent, push};
-use crate::layout::Layout;
+use crate::layout::Placement;
 
 /// The offsets in the file of the pages of one write.
 ///
 /// Takes 24 bytes for each extent.
 #[derive(Clone, Debug)]
 pub struct WritePlan {
-    pub(crate) layout: Layout,
+    pub(crate) placement: Placement,
+    /// The offset of the first page.
+    pub(crate) start: u64,
     /// In ascending order of file offsets.
     pub(crate) extents: Vec<Extent>,
-    /// The offset of the next new page in a packed file.
+    /// The offset of the next page that is appended.
     pub(crate) next: u64,
     /// The last extent that the map does not have.
     pub(crate) last_new: Option<Extent>,
@@ -29,9 +31,9 @@ impl WritePlan {
     /// no runs.
     pub fn append(&mut self, pages: Range<u64>) -> Extent {
         let len = pages.end.saturating_sub(pages.start);
-        let file = match self.layout {
-            Layout::Raw | Layout::Sealed => pages.start,
-            Layout::Packed => self.next,
+        let file = match self.placement {
+            Placement::ByOffset => self.start + pages.start,
+            Placement::Appended => self.next,
         };
         let extent = Extent {
             guest: pages.start,

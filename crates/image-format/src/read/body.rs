@@ -104,11 +104,9 @@ impl<R: FnMut(&mut [u8], u64) -> io::Result<()>> BodyReader<R> {
         }
         let [layout, kind, has_parent, zero] = self.read_array()?;
         let field = |field, value| InvalidFooter::Field { field, value };
-        let layout = match layout {
-            0 => Layout::Sealed,
-            1 => Layout::Packed,
-            other => return Err(self.damaged(field("layout", other))),
-        };
+        let number = layout;
+        let layout = Layout::from_number(number);
+        let layout = layout.ok_or_else(|| self.damaged(field("layout", number)))?;
         if zero != 0 {
             return Err(self.damaged(field("reserved byte", zero)));
         }
