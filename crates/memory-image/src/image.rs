@@ -96,9 +96,8 @@ impl Image {
     /// Returns an [`OpenImageError`], such as [`Footer`](OpenImageError::Footer) for another
     /// format.
     pub fn open_as(path: impl AsRef<Path>, layout: Layout) -> Result<Self, OpenImageError> {
-        match layout {
-            Layout::Raw => return Self::open_raw(path),
-            Layout::Sealed | Layout::Packed => {}
+        if !layout.has_footer() {
+            return Self::open_raw(path);
         }
         Self::open_file(path.as_ref(), |file| {
             Footer::read_as(file, layout).map(Some)
@@ -205,10 +204,7 @@ impl Image {
 
     /// Returns whether present pages are at their guest offsets in the file.
     pub(crate) fn in_place(&self) -> bool {
-        match self.layout() {
-            Layout::Raw | Layout::Sealed => true,
-            Layout::Packed => false,
-        }
+        self.layout().is_in_place()
     }
 
     /// Returns the version of its file that was opened, for a writer that may [replace

@@ -122,7 +122,7 @@ pub use error::{
     ReadImageError, RestoreError, VerifyError,
 };
 pub use image::Image;
-pub use image_format::{Footer, FooterError, ImageId, Layout};
+pub use image_format::{Footer, FooterError, ImageId, Layout, Placement};
 pub use map::{MappedChain, MappedChainOptions, MappedImage};
 pub use restore::{HostRam, RamTarget, TargetMemory};
 pub use sparse_file::{CancelGuard, CancelToken, Progress, ProgressFn};

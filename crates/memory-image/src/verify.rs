@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use image_format::{Chunk, ChunkSum, Footer, packed_start};
+use image_format::{Chunk, ChunkSum, Footer, HEADER_PAGE, Placement};
 use page_reader::{HostMemory, SecretBuffer};
 use sparse_file::{ExtentKind, Progress, ProgressFn, extents};
 
@@ -61,10 +61,10 @@ pub enum Damage {
         /// The offset of its first present byte in the file.
         offset: u64,
     },
-    /// Nonzero bytes where nothing was written, in a file with pages at their guest offsets.
-    /// Restoring does not read them. Mapping the file as it is would expose them.
+    /// Nonzero bytes where nothing was written: between pages, or before the first one. Restoring
+    /// does not read them. Mapping the file as it is would expose them.
     NotZero {
-        /// The offset in RAM and in the file of the first byte.
+        /// The offset in the file of the first byte.
         offset: u64,
     },
 }
@@ -148,21 +148,26 @@ impl Image {
     }
 
     /// Returns the ranges of the file that are data and in no present run. They are zeros unless
-    /// the file was modified. A packed image has such bytes only between its header, which was read
-    /// with the footer, and its first page.
+    /// the file was modified. They begin behind the header, which was read with the footer. A
+    /// packed image has such bytes only before its first page.
     fn gaps(&self, footer: &Footer) -> Result<Vec<Range<u64>>, ReadImageError> {
-        let all = match self.in_place() {
-            true => 0..self.size,
-            false => packed_start(0).min(footer.data_start())..footer.data_start(),
+        let start = footer.data_start();
+        let (end, by_offset) = match footer.layout.placement() {
+            Placement::ByOffset => (footer.data_end(), true),
+            Placement::Appended => (start, false),
         };
+        let all = start.min(HEADER_PAGE as u64)..end;
         if all.is_empty() {
             return Ok(Vec::new());
         }
         let mut present = footer
             .runs
             .iter()
-            .filter(|run| self.in_place() && run.stored_at(run.start).is_some())
-            .map(|run| run.range())
+            .filter(|_| by_offset)
+            .filter_map(|run| {
+                let at = run.stored_at(run.start)?;
+                Some(at..at + run.len)
+            })
             .peekable();
         let mut gaps = Vec::new();
         let failed = |source| self.read_error(0, source);

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use dirty_bitmap::DirtyBitmap;
 use memory_image::Image;
 use memory_writer::{Durability, Layout, MemoryWriter, Seal};
-use rstest::rstest;
 use test_machine::rounds;
 
 /// Writes a full image with few small pages, and a diff with written pages, zeros and gaps.
@@ -60,12 +59,22 @@ fn flip(file: &File, at: u64, bits: u8) {
     file.write_all_at(&[byte[0] ^ bits], at).unwrap();
 }
 
-#[rstest]
-#[case::sealed(Layout::Sealed)]
-#[case::packed(Layout::Packed)]
-fn every_flipped_bit_is_detected(#[case] layout: Layout) {
-    let (_dir, paths) = small(layout);
-    for path in &paths {
+/// Calls `check` with the images of each layout that has checksums.
+fn of_each_layout(check: impl Fn(&[PathBuf; 2])) {
+    for layout in Layout::ALL.into_iter().filter(|layout| layout.has_footer()) {
+        println!("{layout}");
+        let (_dir, paths) = small(layout);
+        check(&paths);
+    }
+}
+
+#[test]
+fn every_flipped_bit_is_detected() {
+    of_each_layout(flip_every_bit);
+}
+
+fn flip_every_bit(paths: &[PathBuf; 2]) {
+    for path in paths {
         let file = File::options().read(true).write(true).open(path).unwrap();
         let len = file.metadata().unwrap().len();
         // Two or three bits of each byte, or all of them.
@@ -79,12 +88,13 @@ fn every_flipped_bit_is_detected(#[case] layout: Layout) {
     }
 }
 
-#[rstest]
-#[case::sealed(Layout::Sealed)]
-#[case::packed(Layout::Packed)]
-fn every_truncation_is_detected(#[case] layout: Layout) {
-    let (_dir, paths) = small(layout);
-    for path in &paths {
+#[test]
+fn every_truncation_is_detected() {
+    of_each_layout(cut_everywhere);
+}
+
+fn cut_everywhere(paths: &[PathBuf; 2]) {
+    for path in paths {
         let file = File::options().write(true).open(path).unwrap();
         let len = file.metadata().unwrap().len();
         for len in (0..len).rev() {

@@ -127,7 +127,7 @@ pub use atomic_file::{
     CommitError, Durability, FileVersion, NotPreserved, OpenError, Preserve, Symlinks,
 };
 pub use error::{MemoryIoStep, RamError, SnapshotError, WriteAmbiguity};
-pub use image_format::{FooterError, ImageId, Layout};
+pub use image_format::{FooterError, ImageId, Layout, Placement};
 pub use options::MemoryWriterOptions;
 pub use seal::Seal;
 pub use sparse_file::{CancelGuard, CancelToken, Engine, Progress};

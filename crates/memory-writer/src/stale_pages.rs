@@ -5,8 +5,11 @@ use std::io;
 use std::ops::Range;
 
 use dirty_bitmap::PageSet;
+use image_format::{Layout, Placement};
 use page_reader::PageReader;
 use sparse_file::{WriteOptions, ZeroError, zero_ranges};
+
+use crate::geometry::Geometry;
 
 /// The pages of a file whose old bytes are not overwritten yet.
 #[derive(Debug)]
@@ -23,7 +26,20 @@ impl StalePages {
         }
     }
 
-    /// Removes a run of bytes that is being written. It consists of whole pages.
+    /// Creates the set of all pages of a file, if pages that are not written leave gaps in it.
+    pub(crate) fn of_new_writes(layout: Layout, geometry: Geometry) -> Option<Self> {
+        let Geometry {
+            ram_size,
+            page_size,
+        } = geometry;
+        let start = layout.data_start(page_size);
+        match layout.placement() {
+            Placement::ByOffset => Some(Self::all(start..start + ram_size, page_size)),
+            Placement::Appended => None,
+        }
+    }
+
+    /// Removes a run of bytes of the file that is being written. It consists of whole pages.
     pub(crate) fn remove(&mut self, run: &Range<u64>) {
         self.written.add(run);
     }

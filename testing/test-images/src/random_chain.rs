@@ -6,19 +6,15 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::{Checksums, Footer, ImageId, ImageKind, Run, Version, packed_start};
+use image_format::{Checksums, Footer, ImageId, ImageKind, Placement, Run, Version};
 use memory_writer::{Durability, Layout, MemoryWriter, MemoryWriterOptions, Seal};
 use proptest::prelude::*;
 
 /// The way in which a layer's pages are written to its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// By `MemoryWriter`, as a raw image.
-    Raw,
-    /// By `MemoryWriter`, as a sealed image.
-    Sealed,
-    /// By `MemoryWriter`, as a packed image.
-    Packed,
+    /// By `MemoryWriter`.
+    Written(Layout),
     /// A hand-made footer that records zeros, which no writer of diffs does. In a packed file the
     /// pages are in reverse order.
     ByHand(Layout),
@@ -41,15 +37,13 @@ pub struct Layer {
 
 /// Returns a strategy for the full image of a chain, or for a diff.
 pub fn layer(base: bool) -> impl Strategy<Value = Layer> {
-    let forms = [
-        Form::Packed,
-        Form::Packed,
-        Form::Sealed,
-        Form::Raw,
-        Form::ByHand(Layout::Packed),
-        Form::ByHand(Layout::Sealed),
-    ];
-    let forms = &forms[..if base { 4 } else { 6 }];
+    let mut forms: Vec<_> = Layout::ALL.map(Form::Written).into();
+    // Twice as often: its pages are the most scattered.
+    forms.push(Form::Written(Layout::Packed));
+    if !base {
+        let with_footer = Layout::ALL.into_iter().filter(|layout| layout.has_footer());
+        forms.extend(with_footer.map(Form::ByHand));
+    }
     // Mostly single pages, so that adjacent pages of the RAM are scattered in a packed file.
     let write = (
         0..64_u64,
@@ -57,7 +51,7 @@ pub fn layer(base: bool) -> impl Strategy<Value = Layer> {
         prop::sample::select(vec![0, 1, 2, 3_u8]),
     );
     (
-        prop::sample::select(forms.to_vec()),
+        prop::sample::select(forms),
         0..3_u32,
         prop::collection::vec(prop::collection::vec(write, 0..3), 1..20),
         any::<prop::sample::Index>(),
@@ -135,9 +129,7 @@ impl RandomGuest {
         let path = self.path(&format!("{}.mem", self.images.len()));
         let page = self.page << layer.coarser;
         let runs = match layer.form {
-            Form::Raw => self.take_in_passes(layer, &path, page, (Layout::Raw, self.seal())),
-            Form::Sealed => self.take_in_passes(layer, &path, page, (Layout::Sealed, self.seal())),
-            Form::Packed => self.take_in_passes(layer, &path, page, (Layout::Packed, self.seal())),
+            Form::Written(layout) => self.take_in_passes(layer, &path, page, (layout, self.seal())),
             Form::ByHand(layout) => {
                 layer.passes.iter().for_each(|writes| self.write(writes));
                 self.take_by_hand(&path, layout)
@@ -199,7 +191,7 @@ impl RandomGuest {
             .flat_map(pages)
             .filter(|at| !is_zero(*at))
             .count() as u64;
-        let start = packed_start(page);
+        let start = layout.data_start(page);
         let end = start + present * page;
         let mut described = Vec::new();
         for at in runs.iter().flat_map(pages) {
@@ -208,15 +200,15 @@ impl RandomGuest {
                 continue;
             }
             present -= 1;
-            let offset = match layout {
-                Layout::Raw | Layout::Sealed => at,
-                Layout::Packed => start + present * page,
+            let offset = match layout.placement() {
+                Placement::ByOffset => start + at,
+                Placement::Appended => start + present * page,
             };
             file.write_all_at(bytes(at), offset).unwrap();
             checksums.update(at, bytes(at));
             described.push(Run::present(at..at + page, offset));
         }
-        if layout == Layout::Packed {
+        if layout.placement() == Placement::Appended {
             file.set_len(end).unwrap();
         }
         let footer = Footer {

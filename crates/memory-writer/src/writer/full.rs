@@ -3,7 +3,6 @@
 use std::fs::File;
 
 use dirty_bitmap::Coverage;
-use image_format::Layout;
 use page_reader::{NonzeroRuns, PageReader, Touched};
 use sparse_file::{SpaceError, share_blocks};
 
@@ -34,13 +33,9 @@ impl MemoryWriter {
         let began = Coverage::begin_full();
         self.pages.begin_full();
         let skip = self.skip;
-        if skip.is_enabled() && written_before && self.in_place() {
+        if skip.is_enabled() && written_before {
             // A full dump that skips zeros must not leave bytes of an earlier write.
-            let Geometry {
-                ram_size,
-                page_size,
-            } = self.geometry;
-            self.stale_pages = Some(StalePages::all(0..ram_size, page_size));
+            self.stale_pages = StalePages::of_new_writes(self.layout, self.geometry);
         }
         let ram_size = self.geometry.ram_size;
         let reader = &match self.read_untouched && !skip.untouched {
@@ -104,12 +99,13 @@ impl MemoryWriter {
         } = self.geometry;
         let progress = self.report_start(ram_size)?;
         let stale_pages = &mut self.stale_pages;
+        let start = self.layout.data_start(page_size);
         let runs = NonzeroRuns::new(reader, ram_size, page_size)
             .find_zeros(self.skip.zeros)
             .on_skip(|bytes| progress.skipped(bytes))
             .inspect(|run| {
                 if let Some(stale_pages) = stale_pages {
-                    stale_pages.remove(run);
+                    stale_pages.remove(&(start + run.start..start + run.end));
                 }
             });
         let pass = WritePass {
@@ -127,13 +123,6 @@ impl MemoryWriter {
             Ok(Err(source)) => Err(self.cannot_seal(source)),
             Ok(Ok(written)) => self.finish_pass(&progress, Ok(written)).map(drop),
             Err(error) => self.finish_pass(&progress, Err(error)).map(drop),
-        }
-    }
-
-    fn in_place(&self) -> bool {
-        match self.layout {
-            Layout::Raw | Layout::Sealed => true,
-            Layout::Packed => false,
         }
     }
 }

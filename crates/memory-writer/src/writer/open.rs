@@ -5,7 +5,7 @@ use std::path::Path;
 
 use atomic_file::AtomicWriter;
 use dirty_bitmap::Coverage;
-use image_format::{Layout, packed_start};
+use image_format::{HEADER_PAGE, Placement};
 use sparse_file::{SpaceError, WriteOptions, ZeroError, grow};
 
 use super::{MemoryWriter, State};
@@ -87,10 +87,10 @@ impl MemoryWriterOptions {
         } = geometry;
         let layout = self.layout;
         let dest = || staged.dest_path().to_owned();
-        let footer = match layout {
-            Layout::Raw if self.seal.metadata.is_empty() => None,
-            Layout::Raw => return Err(SnapshotError::NotSealed { dest: dest() }),
-            Layout::Sealed | Layout::Packed => {
+        let footer = match layout.has_footer() {
+            false if self.seal.metadata.is_empty() => None,
+            false => return Err(SnapshotError::NotSealed { dest: dest() }),
+            true => {
                 let ram_start = self.ram_start.unwrap_or(0);
                 Some(FooterBuilder::new(
                     self.seal.clone(),
@@ -108,21 +108,23 @@ impl MemoryWriterOptions {
             None if self.allow_ambiguous => PageRecord::Caller,
             None => PageRecord::Empty,
         };
-        let stale_pages = match layout {
-            Layout::Raw | Layout::Sealed => {
-                resize(staged.file(), ram_size)
-                    .map_err(|error| SnapshotError::set_size_failed(dest(), ram_size, error))?;
-                let all = || StalePages::all(0..ram_size, page_size);
-                staged.recycled().then(all)
+        let start = layout.data_start(page_size);
+        match layout.placement() {
+            Placement::ByOffset => {
+                let len = start.saturating_add(ram_size);
+                resize(staged.file(), len)
+                    .map_err(|error| SnapshotError::set_size_failed(dest(), len, error))?;
             }
-            Layout::Packed => {
-                if staged.recycled() {
-                    // Packed pages leave one gap: between the header and the first page.
-                    wipe_header(staged.file(), packed_start(page_size), &self.write)
-                        .map_err(|error| SnapshotError::wipe_failed(dest(), error))?;
-                }
-                None
-            }
+            // The file grows while pages are appended.
+            Placement::Appended => {}
+        }
+        if staged.recycled() && layout.has_header() {
+            wipe_header(staged.file(), start, &self.write)
+                .map_err(|error| SnapshotError::wipe_failed(dest(), error))?;
+        }
+        let stale_pages = match staged.recycled() {
+            true => StalePages::of_new_writes(layout, geometry),
+            false => None,
         };
         Ok(MemoryWriter {
             staged,
@@ -157,8 +159,8 @@ fn resize(file: &File, len: u64) -> Result<(), SpaceError> {
     grow(file, len)
 }
 
-/// Overwrites a recycled file with zeros between the header of a packed image and its first page.
+/// Overwrites a recycled file with zeros between the header of an image and its first page.
 fn wipe_header(file: &File, data_start: u64, options: &WriteOptions) -> Result<(), ZeroError> {
-    let header = packed_start(0);
+    let header = HEADER_PAGE as u64;
     StalePages::all(header..data_start.max(header), header).wipe(file, options)
 }

@@ -238,7 +238,7 @@ impl MemoryWriter {
                 Plan::Raw(pages) => stale_pages.remove_pages(pages),
                 Plan::Placed(plan) => {
                     let extents = plan.extents().iter();
-                    extents.for_each(|extent| stale_pages.remove(&extent.guest_range()));
+                    extents.for_each(|extent| stale_pages.remove(&extent.file_range()));
                 }
             }
         }
