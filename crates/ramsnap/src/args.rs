@@ -1,5 +1,6 @@
 //! Arguments that several verbs share.
 
+mod format;
 mod in_process;
 
 use std::ffi::{OsStr, OsString};
@@ -10,104 +11,16 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use clap::{Args, ValueEnum};
 use image_format::Footer;
 use memory_image::Image;
 use memory_writer::Seal;
-use serde::Serialize;
 
 use crate::failure::Failure;
-use crate::ram_lock;
 
+pub use format::{Format, check_records, kept_seal, layouts};
 pub use in_process::InProcess;
-
-/// The arrangement of the pages in a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Layout {
-    /// Pages at their guest offsets, nothing else
-    Raw,
-    /// The same, and a footer: ids, map, checksums
-    Sealed,
-    /// The footer, and pages one after another
-    Packed,
-}
-
-impl Layout {
-    pub fn of(image: &Image) -> Self {
-        match image.layout() {
-            memory_image::Layout::Raw => Self::Raw,
-            memory_image::Layout::Sealed => Self::Sealed,
-            memory_image::Layout::Packed => Self::Packed,
-        }
-    }
-
-    /// Refuses a raw image at `output` if it is to record `more` than pages.
-    pub fn check_records(self, more: bool, output: &Path) -> Result<(), Failure> {
-        match (self, more) {
-            (Self::Raw, true) => Err(Failure::RawHasNoSeal {
-                path: output.to_owned(),
-            }),
-            (Self::Raw | Self::Sealed | Self::Packed, _) => Ok(()),
-        }
-    }
-
-    /// Returns `seal`, or the default one for a raw file, which stores none.
-    pub fn kept(self, seal: Seal) -> Seal {
-        match self {
-            Self::Raw => Seal::new(),
-            Self::Sealed | Self::Packed => seal,
-        }
-    }
-}
-
-impl From<Layout> for memory_writer::Layout {
-    fn from(layout: Layout) -> Self {
-        match layout {
-            Layout::Raw => Self::Raw,
-            Layout::Sealed => Self::Sealed,
-            Layout::Packed => Self::Packed,
-        }
-    }
-}
-
-/// The arrangement of the pages in an image that is read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// Sealed or packed, as the file says; never raw
-    #[default]
-    Auto,
-    /// Bytes of RAM and nothing else
-    Raw,
-    /// The same, and a footer
-    Sealed,
-    /// Pages one after another, and a footer
-    Packed,
-}
-
-impl Format {
-    const ALL: [(&'static str, Self); 4] = [
-        ("auto:", Self::Auto),
-        ("raw:", Self::Raw),
-        ("sealed:", Self::Sealed),
-        ("packed:", Self::Packed),
-    ];
-
-    fn open(self, path: &Path) -> anyhow::Result<Image> {
-        let image = match self {
-            Self::Auto => Image::open(path)?,
-            Self::Raw => Image::open_as(path, memory_image::Layout::Raw)?,
-            Self::Sealed => Image::open_as(path, memory_image::Layout::Sealed)?,
-            Self::Packed => Image::open_as(path, memory_image::Layout::Packed)?,
-        };
-        if image.footer().is_none() {
-            // It may be RAM.
-            ram_lock::check_not_restored(image.version()?.file(), &format!("{path:?}"))?;
-        }
-        Ok(image)
-    }
-}
 
 /// An image to read: a path, and the format if it stands before it, as in `raw:full.mem`.
 #[derive(Clone, Debug)]
@@ -124,9 +37,10 @@ impl ImageFile {
 
     /// A file whose name begins like a format is given with its directory: `./raw:full.mem`.
     fn parse(text: &OsStr) -> Self {
-        let prefixed = Format::ALL.iter().find_map(|(prefix, format)| {
-            let path = text.as_bytes().strip_prefix(prefix.as_bytes())?;
-            Some((OsStr::from_bytes(path), Some(*format)))
+        let prefixed = Format::all().find_map(|format| {
+            let path = text.as_bytes().strip_prefix(format.name().as_bytes())?;
+            let path = path.strip_prefix(b":")?;
+            Some((OsStr::from_bytes(path), Some(format)))
         });
         let (path, format) = prefixed.unwrap_or((text, None));
         let path = path.into();
@@ -153,7 +67,7 @@ pub struct Formats {
     /// Raw images say nothing of themselves, and all that they hold was written by the guest, so
     /// they are never recognized. The first image of a chain is taken for a full one if it is raw,
     /// unless an option says that it is a diff, and every later one for a diff.
-    #[arg(long, default_value = "auto")]
+    #[arg(long, default_value = "auto", value_parser = Format::parser())]
     pub format: Format,
 }
 
@@ -314,6 +228,7 @@ pub fn range(text: &str) -> Result<Range<u64>, String> {
 
 #[cfg(test)]
 mod tests {
+    use memory_image::Layout;
     use rstest::rstest;
 
     use super::*;
@@ -340,8 +255,8 @@ mod tests {
 
     #[rstest]
     #[case::plain("full.mem", "full.mem", None)]
-    #[case::raw("raw:full.mem", "full.mem", Some(Format::Raw))]
-    #[case::with_a_directory("packed:/a/b:c", "/a/b:c", Some(Format::Packed))]
+    #[case::raw("raw:full.mem", "full.mem", Some(Format::Layout(Layout::Raw)))]
+    #[case::with_a_directory("packed:/a/b:c", "/a/b:c", Some(Format::Layout(Layout::Packed)))]
     #[case::a_name_that_begins_like_one("./raw:full.mem", "./raw:full.mem", None)]
     #[case::of_no_format("tar:full.mem", "tar:full.mem", None)]
     fn a_format_may_stand_before_a_path(

@@ -42,7 +42,7 @@ pub fn full_chain(
 
 /// Opens raw diffs as one chain. A raw diff does not record that it is a diff.
 pub fn raw_diffs(session: &Session, files: &[ImageFile], raw: &RawImages) -> anyhow::Result<Chain> {
-    put_together(session, open(files, Format::Raw)?, raw, true)
+    put_together(session, open(files, Format::RAW)?, raw, true)
 }
 
 fn open(files: &[ImageFile], format: Format) -> anyhow::Result<Vec<Image>> {

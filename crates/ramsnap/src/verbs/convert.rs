@@ -6,11 +6,13 @@ use anyhow::Context;
 use atomic_file::AtomicWriter;
 use clap::Args;
 use image_format::{Footer, Header, Version};
-use memory_image::{Chain, Image};
+use memory_image::{Chain, Image, Layout};
 use memory_writer::{MemoryWriterOptions, SnapshotError};
 use sparse_file::PageHoles;
 
-use crate::args::{Extras, Format, Formats, ImageFile, Layout, Output, RawImages, ReadExtras};
+use crate::args::{
+    self, Extras, Format, Formats, ImageFile, Output, RawImages, ReadExtras, kept_seal, layouts,
+};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::session::Session;
@@ -41,7 +43,7 @@ pub struct Convert {
     #[command(flatten)]
     output: Output,
     /// The layout of the result; by default that of the image
-    #[arg(long)]
+    #[arg(long, value_parser = layouts())]
     layout: Option<Layout>,
     /// `-` is a compressed stream
     #[arg(long)]
@@ -130,7 +132,7 @@ impl Convert {
         incoming.write_to(&file, &dir)?;
 
         let from_stdin = || "the image that came by stdin is not usable";
-        let image = Image::open_as(stream::path_of(&file), memory_image::Layout::Packed);
+        let image = Image::open_as(stream::path_of(&file), Layout::Packed);
         let image = image.with_context(from_stdin)?;
         let found = input::sum(session, &image)
             .with_context(from_stdin)?
@@ -196,7 +198,7 @@ impl Convert {
             let path = self.input.path.clone();
             return Err(Failure::NotARawDiff { path }.into());
         }
-        self.input.open(Format::Raw)
+        self.input.open(Format::RAW)
     }
 
     fn check(&self) -> Result<(), Failure> {
@@ -207,7 +209,8 @@ impl Convert {
             _ => {}
         }
         let format = self.input.format(self.formats.format);
-        let is_packed = matches!(format, Format::Auto | Format::Packed) && !self.raw_diff;
+        let packed = [Format::Auto, Format::Layout(Layout::Packed)];
+        let is_packed = packed.contains(&format) && !self.raw_diff;
         if streams[0] {
             stream::check_stdin()?;
             if !is_packed {
@@ -233,7 +236,7 @@ impl Convert {
     /// Refuses a layout that does not record what the command line adds.
     fn check_records(&self, layout: Layout) -> Result<(), Failure> {
         let more = !self.extras.is_empty() || self.parent.is_some();
-        layout.check_records(more, &self.output.path)
+        args::check_records(layout, more, &self.output.path)
     }
 
     /// Returns all files that are read.
@@ -326,8 +329,8 @@ impl Convert {
         let seal = extras.add_to(seal, chain.ram_size())?;
         Ok(session
             .options("converting")
-            .layout(layout.into())
-            .seal(layout.kept(seal))
+            .layout(layout)
+            .seal(kept_seal(layout, seal))
             .skip_untouched(true)
             .ram_start(0))
     }

@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::Args;
 use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, Image, compare};
+use memory_image::{Chain, Image, Layout, compare};
 use memory_writer::{ImageId, MemoryWriter, Seal, SnapshotError};
 use page_reader::{PageReader, Touched};
 
 use crate::args::{
-    Extras, Format, Formats, ImageFile, InProcess, Layout, Output, RawImages, text_of,
+    self, Extras, Format, Formats, ImageFile, InProcess, Output, RawImages, kept_seal, layouts,
+    text_of,
 };
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
@@ -70,7 +71,7 @@ pub struct Diff {
     #[arg(long, requires = "output")]
     force: bool,
     /// The layout of the diff
-    #[arg(long, default_value = "packed", requires = "output")]
+    #[arg(long, default_value = "packed", value_parser = layouts(), requires = "output")]
     layout: Layout,
     /// Don't compare the images with their checksums first
     #[arg(long)]
@@ -105,7 +106,7 @@ impl Diff {
             let files = images.into_iter().chain(self.ram.clone());
             save::check_output(output, &self.extras.and_inputs(files))?;
             let more = !self.extras.is_empty();
-            self.layout.check_records(more, &output.path)?;
+            args::check_records(self.layout, more, &output.path)?;
         }
         let old = input::full_chain(session, old_files, self.formats, &self.raw)?;
         let mut new = match (&self.ram, self.process.find()?) {
@@ -167,7 +168,7 @@ impl Diff {
     /// Returns whether the command line declares a raw first image of the new state to be a diff.
     /// `None` if that image is not raw, or if there is none.
     fn new_is_diff(&self, new: &[ImageFile]) -> Result<Option<bool>, Failure> {
-        let is_raw = |file: &&ImageFile| file.format(self.formats.format) == Format::Raw;
+        let is_raw = |file: &&ImageFile| file.format(self.formats.format) == Format::RAW;
         let raw = new.first().filter(is_raw);
         match (raw, self.raw_full, self.raw_diff) {
             (None, false, false) => Ok(None),
@@ -264,14 +265,14 @@ impl Diff {
         if let Some(regions) = input::regions(old) {
             seal = seal.regions(regions.iter().cloned());
         }
-        if let (New::Images(chain), true) = (new, self.layout != Layout::Raw) {
+        if let (New::Images(chain), true) = (new, self.layout.has_footer()) {
             input::warn_of_old_metadata(session, chain);
         }
         let seal = self.extras.add_to(seal, old.ram_size())?;
         let options = session
             .options("saving")
-            .layout(self.layout.into())
-            .seal(self.layout.kept(seal))
+            .layout(self.layout)
+            .seal(kept_seal(self.layout, seal))
             .ram_start(0);
         save::stage(
             session,

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use memory_writer::Seal;
+use memory_writer::{Layout, Seal};
 
-use crate::args::{Extras, InProcess, Layout, Output};
+use crate::args::{self, Extras, InProcess, Output, kept_seal, layouts};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::ram::{self, Ram, RamFile};
@@ -33,7 +33,7 @@ pub struct Dump {
     #[command(flatten)]
     output: Output,
     /// The layout of the image
-    #[arg(long, default_value = "packed")]
+    #[arg(long, default_value = "packed", value_parser = layouts())]
     layout: Layout,
     /// The page size of the image; by default that of the host
     #[arg(long, value_name = "SIZE", value_parser = crate::args::page_size)]
@@ -57,15 +57,15 @@ impl Dump {
         let inputs = self.extras.and_inputs(self.ram.clone());
         save::check_output(&self.output, &inputs)?;
         let more = !self.extras.is_empty();
-        self.layout.check_records(more, &self.output.path)?;
+        args::check_records(self.layout, more, &self.output.path)?;
         let mut ram = self.open()?;
         ram.check_output(&self.output.path)?;
         let page_size = self.page_size.unwrap_or_else(ram::host_page);
         let seal = self.extras.add_to(Seal::new(), ram.size())?;
         let options = session
             .options("saving")
-            .layout(self.layout.into())
-            .seal(self.layout.kept(seal))
+            .layout(self.layout)
+            .seal(kept_seal(self.layout, seal))
             .skip_zeros(!self.keep_zeros)
             .skip_untouched(!self.keep_zeros);
         let mut writer = save::stage(session, &self.output, options, ram.size(), page_size)?;

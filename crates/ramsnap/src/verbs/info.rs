@@ -10,7 +10,7 @@ use memory_image::Image;
 use serde::Serialize;
 use sparse_file::{PageHoles, PagesUnknown, allocated_bytes, extents, file_system_name};
 
-use crate::args::{Formats, ImageFile, Layout};
+use crate::args::{Formats, ImageFile};
 use crate::exit_status::ExitStatus;
 use crate::print::{self, JsonPath, count, size};
 use crate::{input, words};
@@ -66,7 +66,7 @@ impl InfoArgs {
 #[derive(Debug, Serialize)]
 pub struct Info {
     file: JsonPath,
-    layout: Layout,
+    layout: &'static str,
     /// `None` for a raw image, which does not record it.
     kind: Option<&'static str>,
     id: Option<String>,
@@ -115,7 +115,7 @@ impl Info {
         let looking = || format!("cannot look at {path:?}");
         let common = Self {
             file: path.to_owned().into(),
-            layout: Layout::of(image),
+            layout: image.layout().name(),
             kind: None,
             id: None,
             parent: None,
@@ -205,10 +205,9 @@ impl Info {
     }
 
     fn layout_and_kind(&self) -> String {
-        match (self.layout, self.kind) {
-            (Layout::Sealed, Some(kind)) => format!("sealed {kind} image"),
-            (Layout::Packed, Some(kind)) => format!("packed {kind} image"),
-            _ => "raw image".to_owned(),
+        match self.kind {
+            Some(kind) => format!("{} {kind} image", self.layout),
+            None => format!("{} image", self.layout),
         }
     }
 

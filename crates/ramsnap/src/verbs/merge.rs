@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
+use memory_image::{Chain, Image, Layout};
 
-use crate::args::{Formats, ImageFile, Layout, Output, RawImages};
+use crate::args::{Formats, ImageFile, Output, RawImages, kept_seal, layouts};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::session::Session;
@@ -45,7 +46,7 @@ pub struct Merge {
     #[arg(long, requires = "output")]
     force: bool,
     /// The layout of the result; by default that of the first file
-    #[arg(long)]
+    #[arg(long, value_parser = layouts())]
     layout: Option<Layout>,
     /// The files are raw, and all of them diffs
     #[arg(long, conflicts_with = "format")]
@@ -73,8 +74,8 @@ impl Merge {
         let layout = self.layout.unwrap_or_else(|| layout_of_first(&chain));
         let mut options = session
             .options("merging")
-            .layout(layout.into())
-            .seal(layout.kept(chain.seal()))
+            .layout(layout)
+            .seal(kept_seal(layout, chain.seal()))
             .skip_untouched(true)
             .ram_start(0);
         if let (true, Some(first)) = (self.in_place, chain.images().next()) {
@@ -82,7 +83,7 @@ impl Merge {
             options = options.replace_only(first.version()?);
         }
         let page_size = save::page_size(&chain)?;
-        if layout != Layout::Raw {
+        if layout.has_footer() {
             input::warn_of_old_metadata(session, &chain);
         }
         let mut writer = save::stage(session, &output, options, chain.ram_size(), page_size)?;
@@ -115,6 +116,6 @@ impl Merge {
     }
 }
 
-pub fn layout_of_first(chain: &memory_image::Chain) -> Layout {
-    chain.images().next().map_or(Layout::Raw, Layout::of)
+pub fn layout_of_first(chain: &Chain) -> Layout {
+    chain.images().next().map_or(Layout::Raw, Image::layout)
 }
