@@ -125,7 +125,7 @@ impl Demo {
             say(format_args!("guest: {kind}, {ram} of RAM (as requested)"))?;
             return Ok(kind);
         }
-        let (kind, why_not) = Kind::best();
+        let (kind, why_not) = Kind::best()?;
         let why = match why_not.as_slice() {
             [] => "the best available on this machine".to_owned(),
             reasons => format!("others are not available: {}", reasons.join("; ")),

@@ -7,7 +7,6 @@ use guests::guest::Guest;
 use guests::kind::Kind;
 use guests::ledger::{ENTRY, Layout, NO_PAGE, PAGE};
 use rstest::rstest;
-use test_machine::Need;
 
 use super::report::Progress;
 use super::restore::Files;
@@ -23,12 +22,7 @@ const MACHINE: Kind = if cfg!(target_os = "macos") {
 };
 
 fn here(kind: Kind, test: &str) -> bool {
-    match kind {
-        Kind::Kvm => Need::Kvm.met(test),
-        Kind::Hvf => Need::Hypervisor.met(test),
-        Kind::Userfaultfd => Need::Userfaultfd.met(test),
-        Kind::Mprotect => true,
-    }
+    kind.need().is_none_or(|need| need.met(test))
 }
 
 fn booted(kind: Kind, layout: Layout) -> Box<dyn Guest> {

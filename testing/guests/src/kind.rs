@@ -4,6 +4,7 @@ use std::fmt;
 
 use anyhow::Context;
 use clap::ValueEnum;
+use test_machine::Need;
 
 use super::embedded::{Embedded, Tracking};
 use super::guest::Guest;
@@ -25,15 +26,35 @@ pub enum Kind {
 
 impl Kind {
     /// Returns the best kind of guest on this host, and why the better ones are not available.
-    pub fn best() -> (Self, Vec<String>) {
+    pub fn best() -> anyhow::Result<(Self, Vec<String>)> {
         let mut why_not = Vec::new();
-        for kind in [Self::Kvm, Self::Hvf, Self::Userfaultfd] {
+        for kind in Self::value_variants() {
             match kind.available() {
-                Ok(()) => return (kind, why_not),
+                Ok(()) => return Ok((*kind, why_not)),
                 Err(error) => why_not.push(format!("{error:#}")),
             }
         }
-        (Self::Mprotect, why_not)
+        anyhow::bail!("no kind of guest is available: {}", why_not.join("; "))
+    }
+
+    /// Returns the capability that a machine must have, or `None` if every machine has it.
+    pub fn need(self) -> Option<Need> {
+        match self {
+            Self::Kvm => Some(Need::Kvm),
+            Self::Hvf => Some(Need::Hypervisor),
+            Self::Userfaultfd => Some(Need::Userfaultfd),
+            Self::Mprotect => None,
+        }
+    }
+
+    /// Returns whether this system can have this kind of guest.
+    pub const fn is_supported(self) -> bool {
+        match self {
+            Self::Kvm => cfg!(all(target_os = "linux", target_arch = "x86_64")),
+            Self::Hvf => cfg!(all(target_os = "macos", target_arch = "aarch64")),
+            Self::Userfaultfd => cfg!(target_os = "linux"),
+            Self::Mprotect => true,
+        }
     }
 
     /// Creates a guest of this kind with empty memory.
@@ -50,8 +71,13 @@ impl Kind {
             Self::Mprotect => {
                 Embedded::new(layout, Tracking::Mprotect).map(|guest| Box::new(guest) as _)
             }
-            // The kinds of other hosts; no host has all kinds.
-            kind => kind.available().and_then(|()| unreachable!()),
+            // The kinds of other systems.
+            #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+            Self::Kvm => Err(self.of_other_system()),
+            #[cfg(not(all(target_os = "macos", target_arch = "aarch64")))]
+            Self::Hvf => Err(self.of_other_system()),
+            #[cfg(not(target_os = "linux"))]
+            Self::Userfaultfd => Err(self.of_other_system()),
         };
         guest.with_context(|| format!("failed to create a guest in {self}"))
     }
@@ -62,20 +88,30 @@ impl Kind {
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
             Self::Kvm => super::kvm::available(),
             #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-            Self::Kvm => anyhow::bail!("KVM guests require Linux on x86-64"),
+            Self::Kvm => Err(self.of_other_system()),
             #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
             Self::Hvf => super::hvf::available(),
             #[cfg(not(all(target_os = "macos", target_arch = "aarch64")))]
-            Self::Hvf => anyhow::bail!("the Hypervisor framework requires macOS on Apple silicon"),
+            Self::Hvf => Err(self.of_other_system()),
             #[cfg(target_os = "linux")]
             Self::Userfaultfd => {
                 write_faults::open_userfaultfd()?;
                 Ok(())
             }
             #[cfg(not(target_os = "linux"))]
-            Self::Userfaultfd => anyhow::bail!("userfaultfd requires Linux"),
+            Self::Userfaultfd => Err(self.of_other_system()),
             Self::Mprotect => Ok(()),
         }
+    }
+
+    /// Returns why this system cannot have this kind of guest.
+    fn of_other_system(self) -> anyhow::Error {
+        anyhow::anyhow!(match self {
+            Self::Kvm => "KVM guests require Linux on x86-64",
+            Self::Hvf => "the Hypervisor framework requires macOS on Apple silicon",
+            Self::Userfaultfd => "userfaultfd requires Linux",
+            Self::Mprotect => "mprotect requires Unix",
+        })
     }
 }
 
@@ -90,5 +126,34 @@ impl fmt::Display for Kind {
             Self::Userfaultfd => "this process, tracked by userfaultfd write-protection",
             Self::Mprotect => "this process, tracked by mprotect and its signal",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_is_created_or_refused_with_a_reason() {
+        for kind in Kind::value_variants() {
+            let available = kind.available().is_ok();
+            assert!(kind.is_supported() || !available, "{kind}");
+            assert_eq!(
+                kind.create(Layout::of(8 << 20)).is_ok(),
+                available,
+                "{kind}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_best_kind_is_the_first_that_is_available() {
+        let (best, why_not) = Kind::best().unwrap();
+        let mut better = Kind::value_variants()
+            .iter()
+            .take_while(|kind| **kind != best);
+        assert!(better.all(|kind| kind.available().is_err()));
+        let place = Kind::value_variants().iter().position(|kind| *kind == best);
+        assert_eq!(place, Some(why_not.len()));
     }
 }

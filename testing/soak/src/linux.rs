@@ -25,7 +25,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use guests::kind::Kind;
 use harness::interrupt::Interrupt;
 use harness::namespace::keep_private;
@@ -219,13 +219,15 @@ impl Soak {
 /// Returns the kinds of guests that this machine supports.
 fn kinds() -> anyhow::Result<Vec<Kind>> {
     let ci = std::env::var_os("CI").is_some_and(|ci| ci == "true");
-    let mut kinds = vec![Kind::Mprotect];
-    for (need, kind) in [
-        (Need::Userfaultfd, Kind::Userfaultfd),
-        (Need::Kvm, Kind::Kvm),
-    ] {
-        if runs_here(need, &format!("soak with {kind}"), "", ci)? {
-            kinds.push(kind);
+    let mut kinds = Vec::new();
+    let supported = Kind::value_variants().iter().rev();
+    for kind in supported.filter(|kind| kind.is_supported()) {
+        let runs = match kind.need() {
+            Some(need) => runs_here(need, &format!("soak with {kind}"), "", ci)?,
+            None => true,
+        };
+        if runs {
+            kinds.push(*kind);
         }
     }
     Ok(kinds)

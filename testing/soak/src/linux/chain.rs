@@ -10,7 +10,7 @@ use std::thread;
 use anyhow::{Context, ensure};
 use lazy_restore::LazyRam;
 use memory_image::{Chain, ChainError, Image, MappedChain, MappedImage, OpenImageError};
-use memory_writer::{ImageId, Layout};
+use memory_writer::ImageId;
 use page_reader::PageReader;
 use scenarios::random::Random;
 use test_machine::Need;
@@ -229,10 +229,10 @@ fn merged(
 ) -> anyhow::Result<()> {
     let options = plan.sealed(chain.seal());
     chain.merge(options, scratch)?;
-    let compared = match plan.layout {
-        Layout::Raw => expected.compare(&MappedImage::open_raw(scratch)?),
-        Layout::Sealed => expected.compare(&MappedImage::open(scratch)?),
-        Layout::Packed => expected.compare(&Chain::open(scratch, chain.page_size())?),
+    let compared = match (plan.layout.has_footer(), plan.layout.is_in_place()) {
+        (false, _) => expected.compare(&MappedImage::open_raw(scratch)?),
+        (true, true) => expected.compare(&MappedImage::open(scratch)?),
+        (true, false) => expected.compare(&Chain::open(scratch, chain.page_size())?),
     };
     fs::remove_file(scratch)?;
     compared

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
+use image_format::Placement;
 use scenarios::random::Random;
 
 use super::chain::{Expected, Images, Saved, names};
@@ -245,9 +246,10 @@ fn flip(saved: &Saved) -> anyhow::Result<()> {
     let file = File::options().read(true).write(true).open(&saved.path)?;
     let image = saved.open()?;
     let first = saved.pages.first().map_or(0, |run| run.start);
-    let at = match image.footer().map_or(0, |footer| footer.data_start()) {
-        0 => first / saved.page * saved.page,
-        packed => packed,
+    let start = image.footer().map_or(0, |footer| footer.data_start());
+    let at = match image.layout().placement() {
+        Placement::ByOffset => start + first / saved.page * saved.page,
+        Placement::Appended => start,
     };
     let mut byte = [0];
     file.read_exact_at(&mut byte, at)?;

@@ -165,7 +165,7 @@ impl Plan {
         Self {
             kind,
             passes: [0, 0, 1, 2, 3][random.below(5) as usize],
-            layout: Layout::ALL[random.below(3) as usize],
+            layout: Layout::ALL[random.below(Layout::ALL.len() as u64) as usize],
             page: [4096, 4096, 16384, UNIT][random.below(4) as usize],
             engine: Engine::ALL[random.below(Engine::ALL.len() as u64) as usize],
             chunk: 4096 << random.below(10),
@@ -197,18 +197,18 @@ impl Plan {
 
     /// Opens an image that was written in this layout.
     pub(super) fn open(&self, path: &Path) -> Result<Image, OpenImageError> {
-        match self.layout {
-            Layout::Raw => Image::open_raw(path),
-            Layout::Sealed | Layout::Packed => Image::open(path),
+        match self.layout.has_footer() {
+            true => Image::open(path),
+            false => Image::open_raw(path),
         }
     }
 
     /// Returns the options of a file with `seal`, as far as its layout stores one.
     pub(super) fn sealed(&self, seal: Seal) -> MemoryWriterOptions {
         let options = self.tuned().layout(self.layout);
-        match self.layout {
-            Layout::Raw => options,
-            Layout::Sealed | Layout::Packed => options.seal(seal),
+        match self.layout.has_footer() {
+            true => options.seal(seal),
+            false => options,
         }
     }
 

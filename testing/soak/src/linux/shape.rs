@@ -39,13 +39,13 @@ impl Shape {
     pub(super) fn choose(kind: Kind, random: &mut Random) -> Self {
         let ram = match kind {
             Kind::Kvm => [4 << 20, 6 << 20, 8 << 20, 16 << 20][random.below(4) as usize],
-            _ => (16 + random.below(240)) * UNIT,
+            Kind::Hvf | Kind::Userfaultfd | Kind::Mprotect => (16 + random.below(240)) * UNIT,
         };
         let low = match kind {
             // The ledger's machine page lies in the first 2 MiB.
             Kind::Kvm => (2 << 20) + random.below((ram - (2 << 20)) / UNIT) * UNIT,
-            Kind::Mprotect => 0,
-            _ => random.below(ram / UNIT) * UNIT,
+            Kind::Hvf | Kind::Mprotect => 0,
+            Kind::Userfaultfd => random.below(ram / UNIT) * UNIT,
         };
         const HIGH: u64 = 4 << 30;
         let regions = match low {
@@ -83,7 +83,12 @@ impl Shape {
         let guarded = match self.kind {
             Kind::Userfaultfd => Guarded::Userfaultfd,
             Kind::Mprotect => Guarded::Mprotect,
-            _ => return Ok(Box::new(Ledger::new(machine(self)?)?)),
+            Kind::Kvm => return Ok(Box::new(Ledger::new(machine(self)?)?)),
+            // Any other guest, in RAM of one region.
+            Kind::Hvf => {
+                let guest = self.kind.create(Layout::of(self.ram()))?;
+                return Ok(Box::new(Ledger::new(guest)?));
+            }
         };
         let sizes = self.regions.iter().map(|range| range.end - range.start);
         let writers = Writers::new(sizes, self.device, self.threads, seed)?;
@@ -96,7 +101,8 @@ impl fmt::Display for Shape {
         let name = match self.kind {
             Kind::Kvm => "a KVM guest",
             Kind::Userfaultfd => "threads tracked by userfaultfd",
-            _ => "threads tracked by mprotect",
+            Kind::Mprotect => "threads tracked by mprotect",
+            Kind::Hvf => "a guest of the Hypervisor framework",
         };
         write!(f, "{name}, {self:?}")
     }
