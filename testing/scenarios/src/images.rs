@@ -96,6 +96,15 @@ pub const MERGE: Scenario = Scenario {
     },
 };
 
+/// Returns the scenario of a diff in this layout.
+pub const fn of(layout: Layout) -> &'static Scenario {
+    match layout {
+        Layout::Raw => &DIFF,
+        Layout::Sealed => &SEALED,
+        Layout::Packed => &PACKED,
+    }
+}
+
 /// The sealed or packed images that were prepared.
 pub fn chain_in(dir: &Path) -> [PathBuf; 2] {
     [dir.join(FULL), dir.join(DIFF_NAME)]
@@ -259,4 +268,17 @@ fn bytes_of(chain: &Chain) -> Result<Vec<u8>, Violation> {
         .restore(bytes.as_mut_slice())
         .map_err(lost("the bytes of a chain"))?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layouts_have_scenarios() {
+        for scenario in Layout::ALL.map(of) {
+            let listed = crate::ALL.iter().filter(|all| all.name == scenario.name);
+            assert_eq!(listed.count(), 1, "{}", scenario.name);
+        }
+    }
 }

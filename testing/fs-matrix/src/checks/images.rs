@@ -30,6 +30,9 @@ pub(super) const CHECKS: &[Check] = &[
     Check::new(Bytes, "raw chain copied to here", raw),
 ];
 
+/// A new layout needs a check of its own.
+const _: () = assert!(CHECKS.len() == Layout::ALL.len());
+
 const PAGE: u64 = 16 << 10;
 const RAM: u64 = 2 << 20;
 

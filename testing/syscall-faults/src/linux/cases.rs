@@ -205,3 +205,16 @@ const RESTORE: Scenario = Scenario {
     },
     ..images::PACKED
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_shared_scenario_is_a_case() {
+        for scenario in scenarios::ALL {
+            let same = |case: &&Case| case.scenario.name == scenario.name;
+            assert_eq!(ALL.iter().filter(same).count(), 1, "{}", scenario.name);
+        }
+    }
+}
