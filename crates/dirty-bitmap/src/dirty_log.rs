@@ -8,8 +8,12 @@ use crate::kind::Markable;
 use crate::ranges::runs_of_word;
 
 impl<K: Markable> DirtyBitmap<K> {
-    /// Marks the pages in a dirty log that begins at the guest-physical `address`. Returns the
-    /// number of pages in the log.
+    /// Marks the pages in a dirty log that begins at `address`, an address of the bitmap. Returns
+    /// the number of pages in the log.
+    ///
+    /// A bitmap of RAM with several regions covers the memory file, without the gaps between the
+    /// regions. The log of such a region begins at [`ram_start`](Self::ram_start) and the offset of
+    /// the region in the memory file, not at the guest-physical address of the region.
     ///
     /// Bit `i` of little-endian word `w` stands for the page of `page_size` bytes at
     /// `address + (64 * w + i) * page_size`. The page size of the log is independent of that of the

@@ -86,3 +86,29 @@ macro_rules! conformance {
         }
     };
 }
+
+/// Makes a module with the tests of the suite for a backend with a log of dirty pages. The calling
+/// crate needs `rstest`.
+#[macro_export]
+macro_rules! log_conformance {
+    ($name:ident, $backend:ty) => {
+        mod $name {
+            use super::*;
+
+            #[rstest::rstest]
+            fn the_images_equal_the_ram_at_every_pause(#[values(512, 4096, 16384)] page_size: u64) {
+                $crate::suite::logs::images_equal_the_ram::<$backend>(page_size);
+            }
+
+            #[test]
+            fn saves_while_all_vcpus_write_lose_no_page() {
+                $crate::suite::logs::saves_while_all_vcpus_write::<$backend>();
+            }
+
+            #[test]
+            fn a_page_written_after_a_harvest_is_logged_again() {
+                $crate::suite::logs::next_write::<$backend>();
+            }
+        }
+    };
+}

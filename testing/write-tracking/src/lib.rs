@@ -1,11 +1,14 @@
-//! A conformance suite for backends that track a guest's writes by write faults.
+//! Conformance suites for backends that track a guest's writes: by write faults, or by a log of
+//! dirty pages.
 //!
-//! A tracker that misses one write loses a page of a snapshot, and nothing reports it. The suite
-//! runs guests with real write faults under [`Stage2Tracker`](hvf_backend::Stage2Tracker), makes
-//! saves in every way that the tracker offers, and compares the images with the RAM.
+//! A tracker that misses one write loses a page of a snapshot, and nothing reports it. The suites
+//! run guests, make saves in every way that the backend offers, and compare the images with the
+//! RAM.
 //!
-//! # What a backend is
-//! A backend is what a hypervisor has to provide so that the tracker can work. It implements one
+//! # What a backend with write faults is
+//! The suite tests the backend's write protection and faults under
+//! [`Stage2Tracker`](hvf_backend::Stage2Tracker). A backend that drives a
+//! [`WriteTracker`](dirty_bitmap::WriteTracker) itself is tested in the same way. It implements one
 //! trait, [`Backend`]:
 //!
 //! 1. **RAM** of several regions, which the host can read while the guest runs
@@ -20,9 +23,14 @@
 //! 5. **vCPUs** that write ([`Backend::increment`]), each counted by
 //!    [`enter`](hvf_backend::Stage2Tracker::enter) while it is in the guest.
 //!
+//! # What a backend with a log is
+//! It implements the trait [`LoggedBackend`]: RAM that is a [`GuestRam`](guest_ram::GuestRam),
+//! vCPUs that write, a harvest while they run, and a last harvest while they are paused.
+//!
 //! # Adding a backend
-//! Implement [`Backend`] in a test of your crate or in `tests/conformance` of this one, and add one
-//! line:
+//! Implement [`Backend`] or [`LoggedBackend`] in a test of your crate, or in `tests/conformance` of
+//! this one if your crate has no test that runs guests. Add `rstest` and, for [`conformance!`],
+//! `dirty-bitmap` to the dependencies of that test, and one line to it:
 //! ```text
 //! write_tracking::conformance!(my_hypervisor, MyGuest);
 //! ```
@@ -30,6 +38,10 @@
 //! while a vCPU runs passes those of a stopped guest:
 //! ```text
 //! write_tracking::conformance!(my_hypervisor, MyGuest, stopped);
+//! ```
+//! For a log, the line is:
+//! ```text
+//! write_tracking::log_conformance!(my_hypervisor, MyGuest);
 //! ```
 //! A test whose [needs](Backend::NEEDS) the machine does not meet prints `NOT RUN`.
 //!
@@ -40,10 +52,12 @@
 mod backend;
 mod conformance;
 mod images;
+mod logged;
 mod machine;
 mod protection;
 pub mod suite;
 
 pub use backend::{Backend, HIGH, HIGH_SIZE, LOW_SIZE, Tracker, handle_fault};
+pub use logged::LoggedBackend;
 pub use machine::Machine;
 pub use protection::Protection;

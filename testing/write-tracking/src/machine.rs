@@ -14,7 +14,7 @@ use crate::backend::{Backend, Tracker};
 use crate::protection::Protection;
 
 /// The end of the programs and tables of those guests that have them. The suite's pages are above.
-const PROGRAM_END: u64 = 0x20000;
+pub(crate) const PROGRAM_END: u64 = 0x20000;
 
 /// The error of a checkpoint.
 pub(crate) type CheckpointError = Stage2CheckpointError<io::Error>;

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 #[path = "../../../../crates/kvm-backend/tests/support/mod.rs"]
-mod support;
+pub(super) mod support;
 
 use std::fs::File;
 use std::io;

@@ -1,0 +1,34 @@
+//! What a hypervisor with a log of dirty pages has to provide.
+
+use guest_ram::GuestRam;
+use test_machine::Need;
+
+/// A guest that increments words, whose writes a hypervisor logs. Each vCPU has its own word in
+/// every page.
+pub trait LoggedBackend: Send + Sync + Sized + 'static {
+    /// What the machine must offer.
+    const NEEDS: &'static [Need];
+
+    /// Creates a guest whose RAM has these regions (guest-physical start, size), and switches the
+    /// log on. No log has what was written before: all of the RAM is marked, now or by the first
+    /// harvest.
+    fn new(regions: [(u64, u64); 2]) -> Self;
+
+    /// Returns the RAM. Its bitmap receives the log, and its host writes mark pages.
+    fn ram(&self) -> &GuestRam;
+
+    /// Returns the number of vCPUs: at least two.
+    fn vcpus(&self) -> usize;
+
+    /// Makes a vCPU increment the word at each of these guest-physical addresses, on the calling
+    /// thread. The addresses are above the first 128 KiB.
+    fn increment(&self, vcpu: usize, addresses: &[u64]);
+
+    /// Moves the log into the bitmap while vCPUs may run. Every page that was written before the
+    /// call is marked when it returns.
+    fn harvest_live(&self);
+
+    /// Does the same while no vCPU runs, and calls `copy` before one may run again: the last
+    /// harvest of a save. No vCPU [increments](Self::increment) during the call.
+    fn harvest_paused(&self, copy: impl FnOnce());
+}

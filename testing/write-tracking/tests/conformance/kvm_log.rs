@@ -1,0 +1,104 @@
+//! KVM guests, whose writes KVM logs.
+
+use std::sync::{Arc, Mutex};
+
+use kvm_backend::{DirtyLog, Reprotect, Vcpu, Vcpus, long_mode};
+use test_machine::Need;
+use write_tracking::LoggedBackend;
+
+use super::kvm::support::{self, CODE, Guest, INPUT, INPUT_SIZE, Program, STACK, TABLES};
+
+const VCPUS: u64 = 4;
+
+/// A KVM guest, and its log.
+pub(super) struct Logged {
+    vcpus: Vec<Mutex<Vcpu>>,
+    all: Vcpus,
+    log: DirtyLog,
+    ram: Arc<kvm_backend::GuestRam>,
+}
+
+/// A log whose pages KVM protects when it is read.
+pub(super) struct WhenRead(Logged);
+
+/// A log whose pages KVM protects once they are marked.
+pub(super) struct WhenMarked(Logged);
+
+impl Logged {
+    fn new(regions: [(u64, u64); 2], reprotect: Reprotect) -> Self {
+        let guest = Guest::with_ram(regions, |_| ());
+        guest.boot(Program::Touch);
+        let mut vcpus = vec![Mutex::new(guest.vcpu)];
+        for number in 1..VCPUS {
+            let vcpu = guest.vcpus.create(number).unwrap();
+            let start = long_mode::Start {
+                entry: CODE,
+                stack: STACK + number * 256,
+                page_tables: TABLES,
+            };
+            long_mode::boot(&guest.kvm, &guest.ram, &vcpu, &start).unwrap();
+            vcpus.push(Mutex::new(vcpu));
+        }
+        Self {
+            vcpus,
+            all: guest.vcpus,
+            log: DirtyLog::start_with(&guest.slots, reprotect).unwrap(),
+            ram: guest.ram,
+        }
+    }
+
+    fn increment(&self, vcpu: usize, addresses: &[u64]) {
+        let space = INPUT_SIZE / VCPUS;
+        let input = INPUT + space * vcpu as u64;
+        let mut vcpu = self.vcpus[vcpu].lock().unwrap();
+        for addresses in addresses.chunks((space / 8) as usize) {
+            let list: Vec<u8> = addresses.iter().flat_map(|a| a.to_le_bytes()).collect();
+            self.ram.write(input, &list).unwrap();
+            let mut regs = vcpu.get_regs().unwrap();
+            (regs.rip, regs.rsi, regs.rcx) = (CODE, input, addresses.len() as u64);
+            vcpu.set_regs(&regs).unwrap();
+            support::run(&mut vcpu);
+        }
+        vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
+    }
+
+    fn harvest_paused(&self, copy: impl FnOnce()) {
+        let harvest = self.log.harvest(self.all.pause().unwrap()).unwrap();
+        copy();
+        drop(harvest);
+    }
+}
+
+macro_rules! backend {
+    ($name:ident) => {
+        impl LoggedBackend for $name {
+            const NEEDS: &'static [Need] = &[Need::Kvm];
+
+            fn new(regions: [(u64, u64); 2]) -> Self {
+                Self(Logged::new(regions, Reprotect::$name))
+            }
+
+            fn ram(&self) -> &guest_ram::GuestRam {
+                &self.0.ram
+            }
+
+            fn vcpus(&self) -> usize {
+                self.0.vcpus.len()
+            }
+
+            fn increment(&self, vcpu: usize, addresses: &[u64]) {
+                self.0.increment(vcpu, addresses);
+            }
+
+            fn harvest_live(&self) {
+                self.0.log.harvest_live().unwrap();
+            }
+
+            fn harvest_paused(&self, copy: impl FnOnce()) {
+                self.0.harvest_paused(copy);
+            }
+        }
+    };
+}
+backend!(WhenRead);
+backend!(WhenMarked);
