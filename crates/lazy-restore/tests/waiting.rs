@@ -9,7 +9,8 @@ use std::thread;
 
 use lazy_restore::{LazyRam, WaitError};
 use rstest::rstest;
-use support::{Images, whole};
+use support::open_chain;
+use test_images::{Images, whole};
 use test_machine::needs;
 
 const PAGE: u64 = 4096;
