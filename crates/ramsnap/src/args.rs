@@ -22,7 +22,7 @@ use crate::failure::Failure;
 pub use format::{Format, check_records, kept_seal, layouts};
 pub use in_process::InProcess;
 
-/// An image to read: a path, and the format if it stands before it, as in `raw:full.mem`.
+/// An image to read: a path, and the format if it precedes the path, as in `raw:full.mem`.
 #[derive(Clone, Debug)]
 pub struct ImageFile {
     pub path: PathBuf,
@@ -64,9 +64,9 @@ pub struct Formats {
     /// The format of images given without one before their path (raw:FILE, sealed:FILE,
     /// packed:FILE)
     ///
-    /// Raw images say nothing of themselves, and all that they hold was written by the guest, so
-    /// they are never recognized. The first image of a chain is taken for a full one if it is raw,
-    /// unless an option says that it is a diff, and every later one for a diff.
+    /// A raw image contains only bytes that the guest wrote, so it is never recognized. If the
+    /// first image of a chain is raw, it is read as a full image unless an option states that it is
+    /// a diff. Later raw images are read as diffs.
     #[arg(long, default_value = "auto", value_parser = Format::parser())]
     pub format: Format,
 }
@@ -77,7 +77,7 @@ pub struct RawImages {
     /// The page size of raw images, such as 16KiB; by default 4 KiB
     #[arg(long, value_name = "SIZE", value_parser = page_size)]
     pub page_size: Option<u64>,
-    /// Take the holes of raw diffs for clean pages even if the file system reports holes unreliably
+    /// Treat the holes of raw diffs as clean pages even if the file system reports holes unreliably
     #[arg(long)]
     pub trust_holes: bool,
 }
@@ -85,7 +85,7 @@ pub struct RawImages {
 /// The destination of an image.
 #[derive(Clone, Debug, Args)]
 pub struct Output {
-    /// The file to write; it appears once it is whole
+    /// The file to write; it appears when it is complete
     #[arg(id = "output", short = 'o', long, value_name = "FILE")]
     pub path: PathBuf,
     /// Replace the output if it exists; its owner, group, mode, access control list and extended
@@ -97,7 +97,7 @@ pub struct Output {
 /// Data that the image records beside its pages.
 #[derive(Clone, Debug, Default, Args)]
 pub struct Extras {
-    /// Keep the bytes of this file with the image: the vCPUs' state, say
+    /// Store the bytes of this file in the image, for example the state of the vCPUs
     #[arg(long, value_name = "FILE", requires = "output")]
     pub metadata: Option<PathBuf>,
     /// A range of guest-physical addresses that the RAM has, as ADDRESS:SIZE (0x100000000:2GiB);

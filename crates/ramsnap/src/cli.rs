@@ -14,9 +14,9 @@ use crate::verbs::{
 ///
 /// A snapshot is a file: a full image holds all of a guest's RAM, a diff the pages that changed
 /// since. A full image and its diffs, oldest first, are a chain. Files are raw (bytes at their
-/// guest offsets), sealed (the same, and a footer with ids, a map and checksums) or packed (the
-/// footer, and only the pages that are there). Sealed and packed files say what they are; a raw one
-/// is given as raw:FILE, or by --format raw.
+/// guest offsets), sealed (the same, with a footer of ids, a map and checksums) or packed (the
+/// present pages only, with such a footer). Sealed and packed files are recognized by their
+/// contents. A raw file is named as raw:FILE, or with --format raw.
 #[derive(Debug, Parser)]
 #[command(name = "ramsnap", version, after_long_help = AFTER, max_term_width = 100)]
 pub struct Cli {
@@ -98,9 +98,9 @@ A tour:
   ramsnap demo                                       all of this on a small simulated guest
   ramsnap dump /dev/shm/ram -o full.mem              take a full image of paused RAM
   ramsnap diff full.mem --ram /dev/shm/ram -o d1.mem later: the pages that changed since
-  ramsnap info full.mem d1.mem                       what the files are
-  ramsnap verify full.mem d1.mem                     whether they are whole and follow each other
-  ramsnap map full.mem d1.mem                        which pages each holds
+  ramsnap info full.mem d1.mem                       the format and contents of the files
+  ramsnap verify full.mem d1.mem                     check that they are complete and linked
+  ramsnap map full.mem d1.mem                        the pages that each holds
   ramsnap merge full.mem d1.mem -o new.mem           one full image of both
   ramsnap convert full.mem -o - --zstd | ssh host ramsnap convert - --zstd -o full.mem
   ramsnap restore full.mem d1.mem -o /dev/shm/ram2   restore the RAM for a new guest
@@ -110,23 +110,24 @@ Exit status:
   0    done; the check passed
   1    the check failed: damaged, not linked, different, or no image that can be checked
   2    wrong usage: nothing was written
-  3    anything else: an I/O error, no permission, no room, no stdout to print to
-  128 and the number of a signal: interrupted by SIGINT (130), SIGTERM (143), SIGHUP (129), SIGQUIT (131),
+  3    another error: an I/O error, no permission, no space, a closed stdout
+  128 plus the number of a signal: interrupted by SIGINT (130), SIGTERM (143), SIGHUP (129), SIGQUIT (131),
        SIGALRM (142), SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM or SIGPROF, unless it was ignored from the start, as SIGHUP is under nohup
 
-If the exit status is not 0, the named output is unchanged unless the message says that it is in place or may be: files are \
-staged beside it and put in place when they are whole and on the disk. The first signal removes what is staged; a second one ends ramsnap at \
-once, and what it had staged is removed by the next ramsnap that writes the same output, or by `ramsnap sweep`. While a file is put in \
-place, a second signal only prints a warning, and a third one ends ramsnap with exit status 3.
+If the exit status is not 0, the output is unchanged unless the message states that the new file is in place or may be: a file is staged \
+beside the output, and replaces it when it is complete and synced. The first signal removes the staged file. A second signal ends ramsnap at \
+once; the next ramsnap that writes the same output, or `ramsnap sweep`, then removes the staged file. While a staged file replaces the \
+output, a second signal only prints a warning, and a third one ends ramsnap with exit status 3.
 
-Restoring into RAM that exists is the exception: once writing has begun, a failure or a signal leaves it empty. A second signal does not \
-end the emptying; a third one does, with exit status 3, and ramsnap says that a part of the RAM is left. Signals while the RAM, which is \
-whole then, is brought to its disk do not empty it; a third one ends ramsnap before the RAM is on its disk, with exit status 3. A process \
-whose RAM is read by --pid is stopped last, when all else is prepared, and resumed before the image is committed; while it is stopped, \
-ramsnap is not suspended by SIGTSTP (Ctrl-Z).
+A restore into existing RAM differs: after writing has begun, a failure or a signal empties the RAM. A second signal does not interrupt \
+this. A third one does, with exit status 3, and the message states that a part of the RAM is left. Complete RAM that is being synced is not \
+emptied by a signal; a third one ends ramsnap before the RAM is synced, with exit status 3.
 
-A verb that prints is refused before any work if stdout is closed, and so is `-` if stdin is. A verb is also refused, with exit status 2, \
-if stdout or stderr is one of its inputs or outputs; if stderr is, without a message. Without stderr, messages are lost, and the exit \
-status remains.
+A process whose RAM is read by --pid is stopped after all preparations, and resumed before the image is committed. While it is stopped, \
+SIGTSTP (Ctrl-Z) does not suspend ramsnap.
 
-JSON: a path is a string or, where it is not UTF-8, an object: `text`, with U+FFFD for what is not, and `bytes_hex`, all of its bytes.";
+A verb that prints is refused before any work if stdout is closed, and `-` is refused if stdin is closed. A verb is also refused, with exit \
+status 2, if stdout or stderr is one of its inputs or outputs; no message is printed if stderr is. If stderr is closed, no message is \
+printed, and the exit status is the same.
+
+JSON: a path is a string. A path that is not UTF-8 is an object: `text` has U+FFFD in place of invalid bytes, and `bytes_hex` has all bytes.";

@@ -13,9 +13,9 @@ use crate::ram_lock;
 pub fn layouts() -> impl TypedValueParser<Value = Layout> {
     let value = |layout: Layout| {
         PossibleValue::new(layout.name()).help(match layout {
-            Layout::Raw => "Pages at their guest offsets, nothing else",
-            Layout::Sealed => "The same, and a footer: ids, map, checksums",
-            Layout::Packed => "The footer, and pages one after another",
+            Layout::Raw => "Bytes of RAM and nothing else",
+            Layout::Sealed => "Bytes of RAM and a footer of ids, a map and checksums",
+            Layout::Packed => "Present pages one after another and such a footer",
         })
     };
     PossibleValuesParser::new(Layout::ALL.map(value)).try_map(|name| {
@@ -72,10 +72,10 @@ impl Format {
     pub fn parser() -> impl TypedValueParser<Value = Self> {
         let value = |format: Self| {
             PossibleValue::new(format.name()).help(match format {
-                Self::Auto => "Sealed or packed, as the file says; never raw",
+                Self::Auto => "Sealed or packed, as the file records; never raw",
                 Self::Layout(Layout::Raw) => "Bytes of RAM and nothing else",
-                Self::Layout(Layout::Sealed) => "The same, and a footer",
-                Self::Layout(Layout::Packed) => "Pages one after another, and a footer",
+                Self::Layout(Layout::Sealed) => "Bytes of RAM and a footer",
+                Self::Layout(Layout::Packed) => "Present pages one after another and a footer",
             })
         };
         PossibleValuesParser::new(Self::all().map(value)).try_map(|name| {

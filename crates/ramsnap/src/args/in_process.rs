@@ -10,16 +10,16 @@ use crate::session::Session;
 /// RAM in the memory of a process.
 #[derive(Clone, Debug, Default, Args)]
 pub struct InProcess {
-    /// The process whose memory the guest's RAM is in: ptrace stops it while its memory is read
+    /// The id of the process that has mapped the RAM; ptrace stops it while its memory is read
     #[cfg(target_os = "linux")]
     #[arg(long)]
     pub pid: Option<u32>,
-    /// Where in the process: a mapping's name or a part of it, an address in it, or ADDRESS:SIZE;
-    /// repeat it for RAM in several
+    /// The mapping of the RAM: its name or a part of it, an address in it, or ADDRESS:SIZE; repeat
+    /// the option for RAM in several mappings
     #[cfg(target_os = "linux")]
     #[arg(long, value_name = "NAME|ADDRESS", requires = "pid", value_parser = Region::parse)]
     pub region: Vec<Region>,
-    /// Don't stop the process: its guest is paused
+    /// Do not stop the process, because its guest is paused
     #[cfg(target_os = "linux")]
     #[arg(long, requires = "pid")]
     pub live: bool,

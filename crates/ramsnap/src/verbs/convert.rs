@@ -25,9 +25,9 @@ use crate::{input, memory_reserve, room, save};
 /// The result has the same pages, id, parent, regions and metadata. A raw image has none of these,
 /// and gets a new id.
 ///
-/// With --zstd, `-` stands for stdin or stdout: the bytes of a packed image, compressed. What comes
-/// in is checked before the output appears, and takes no more room than the image's first page
-/// claims.
+/// With --zstd, `-` stands for stdin or stdout, and carries the compressed bytes of a packed image.
+/// Input is checked before the output appears, and takes no more space than the header of the image
+/// states.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap convert full.mem -o full.raw --layout raw\n  \
@@ -51,17 +51,17 @@ pub struct Convert {
     /// The page size of the result; by default that of the image
     #[arg(long, value_name = "SIZE", value_parser = crate::args::page_size)]
     page_size: Option<u64>,
-    /// The image is raw, and a diff
+    /// The image is a raw diff
     #[arg(long, conflicts_with = "format")]
     raw_diff: bool,
     /// The sealed or packed image that the raw diff was taken after
     #[arg(long, value_name = "FILE", requires = "raw_diff", value_parser = ImageFile::parser())]
     parent: Option<ImageFile>,
-    /// Take the holes of the raw diff for clean pages, even if the file system
-    /// reports holes unreliably
+    /// Treat the holes of the raw diff as clean pages, even if the file system reports holes
+    /// unreliably
     #[arg(long, requires = "raw_diff")]
     trust_holes: bool,
-    /// Don't compare the image with its checksums first
+    /// Do not compare the image with its checksums first
     #[arg(long)]
     no_verify: bool,
     #[command(flatten)]

@@ -18,7 +18,7 @@ const RAM: u64 = 64 << 20;
 
 /// Demonstrate ramsnap: take, inspect and restore snapshots of a small simulated guest
 ///
-/// Needs no virtual machine and no privilege. What it prints after `$` can be typed.
+/// Requires no virtual machine and no privilege. The commands printed after `$` can be entered.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  ramsnap demo --keep /tmp/ramsnap-demo")]
 pub struct Demo {

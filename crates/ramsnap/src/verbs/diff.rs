@@ -64,7 +64,7 @@ pub struct Diff {
     formats: Formats,
     #[command(flatten)]
     process: InProcess,
-    /// The diff to write; it appears once it is whole
+    /// The diff to write; it appears when it is complete
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Replace the output if it exists
@@ -73,7 +73,7 @@ pub struct Diff {
     /// The layout of the diff
     #[arg(long, default_value = "packed", value_parser = layouts(), requires = "output")]
     layout: Layout,
-    /// Don't compare the images with their checksums first
+    /// Do not compare the images with their checksums first
     #[arg(long)]
     no_verify: bool,
     /// Print the differences as JSON: sizes and offsets in bytes

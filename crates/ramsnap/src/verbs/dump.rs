@@ -17,15 +17,15 @@ use crate::session::Session;
 /// The RAM is a file that the guest maps shared (QEMU: -object memory-backend-file,share=on; a file
 /// in /dev/shm), or a memfd of a running VMM, as /proc/PID/fd/N; or, on Linux, mappings of a
 /// process. Pause the guest during the dump: bytes that it changes are saved as they are when each
-/// is read. RAM that is zero or was never touched takes no room. RAM that a `ramsnap restore` is
-/// writing to is refused; a VMM's own locks of the file are no hindrance.
+/// is read. RAM that is zero or was never touched takes no space. RAM that a `ramsnap restore` is
+/// writing to is refused; a VMM's own locks of the file do not matter.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap dump /dev/shm/guest -o full.mem\n  \
     ramsnap dump /proc/4242/fd/17 -o full.mem --layout sealed --metadata vcpus.bin\n  \
     ramsnap dump --pid 4242 --region /memfd:ram -o full.mem")]
 pub struct Dump {
-    /// The file or memfd that the guest's RAM is in
+    /// The file or memfd that contains the guest's RAM
     #[arg(value_name = "RAMFILE")]
     ram: Option<PathBuf>,
     #[command(flatten)]

@@ -13,9 +13,10 @@ use crate::{input, memory_reserve, save};
 
 /// Make one image of a full image and its diffs, or one diff of diffs
 ///
-/// The result stands for the same state as the last file, and has its id: the next diff fits on it.
-/// Where the last file is raw, the result has a new id and no metadata; regions are those of any
-/// file that has some. A raw first file is taken for a full image, unless --raw-diffs is given.
+/// The result represents the same state as the last file, and has its id, so the next diff applies
+/// to it. If the last file is raw, the result has a new id and no metadata. The regions are those
+/// of any file that has some. A raw first file is read as a full image, unless --raw-diffs is
+/// given.
 #[derive(Debug, Args)]
 #[command(
     group = ArgGroup::new("where").required(true).args(["output", "in_place"]),
@@ -31,15 +32,15 @@ pub struct Merge {
     files: Vec<ImageFile>,
     #[command(flatten)]
     formats: Formats,
-    /// The file to write; it appears once it is whole
+    /// The file to write; it appears when it is complete
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Replace the first file by the result
     ///
-    /// At every instant, also after a crash, the old file is there whole, or the new one. The new
-    /// file has the old one's owner, group, mode, access control list and extended attributes, as
-    /// far as that is permitted. If another writer replaces the first file while it is merged, the
-    /// merge fails, and that writer's file stays.
+    /// At every instant, also after a crash, the file is the complete old one or the complete new
+    /// one. The new file has the old one's owner, group, mode, access control list and extended
+    /// attributes, as far as that is permitted. If another writer replaces the first file while it
+    /// is merged, the merge fails, and that writer's file stays.
     #[arg(long)]
     in_place: bool,
     /// Replace the output if it exists
@@ -48,10 +49,10 @@ pub struct Merge {
     /// The layout of the result; by default that of the first file
     #[arg(long, value_parser = layouts())]
     layout: Option<Layout>,
-    /// The files are raw, and all of them diffs
+    /// All files are raw diffs
     #[arg(long, conflicts_with = "format")]
     raw_diffs: bool,
-    /// Don't compare the files with their checksums first
+    /// Do not compare the files with their checksums first
     #[arg(long)]
     no_verify: bool,
     #[command(flatten)]

@@ -28,18 +28,19 @@ use reserve::Plan;
 
 /// Restore the RAM: into a new file, or into existing RAM
 ///
-/// A new file appears once it is whole, and is sparse where the RAM is zero. A file or memfd that
-/// exists (/proc/PID/fd/N) is written in place, where a VMM has it mapped; it must be as large
-/// as the RAM and empty, or --force be given. No byte of it changes before all checks have passed:
-/// the images' checksums, whether it can be written, and the room, which is reserved on ext4, XFS,
-/// tmpfs and hugetlbfs. Other file systems (btrfs) cannot do that: as much as the RAM needs must be
-/// free, and a warning is given. If writing fails after that or is interrupted, it is left empty.
+/// A new file appears when it is complete, and is sparse where the RAM is zero. An existing file or
+/// memfd (/proc/PID/fd/N) is written in place, where a VMM may have mapped it. It must be as large
+/// as the RAM, and must be empty unless --force is given. No byte of it changes before all checks
+/// have passed: the checksums are right, the file can be written, and space is reserved, on ext4,
+/// XFS, tmpfs and hugetlbfs. Other file systems (btrfs) cannot reserve space: as much as the RAM
+/// needs must be free, and a warning is printed. If writing fails afterwards or is interrupted, the
+/// file is left empty.
 ///
-/// Start the guest once ramsnap has ended. RAM is refused if it is not empty at the last check, so
-/// RAM of a guest that was started during the earlier ones stays as it is. A guest that first
+/// Start the guest after ramsnap has ended. RAM that is not empty at the last check is refused, so
+/// the RAM of a guest that was started during the earlier checks is unchanged. A guest that first
 /// writes to its RAM after the last check is not noticed, and its RAM is overwritten. RAM that
-/// ramsnap is reading is refused, and ramsnap refuses to read RAM that is being restored; a VMM's
-/// own locks of the file are no hindrance.
+/// ramsnap is reading is refused, and ramsnap refuses to read RAM that is being restored. A VMM's
+/// own locks of the file do not matter.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap restore full.mem d1.mem -o /dev/shm/guest\n  \
@@ -51,7 +52,7 @@ pub struct Restore {
     files: Vec<ImageFile>,
     #[command(flatten)]
     formats: Formats,
-    /// The file or memfd that the RAM goes to
+    /// The file or memfd to write the RAM to
     #[arg(short, long, value_name = "RAMFILE")]
     output: PathBuf,
     /// Overwrite RAM that is not empty
@@ -140,8 +141,8 @@ impl Restore {
         save::commit(session, writer)
     }
 
-    /// Nothing of the RAM changes before the last look at it. A guest that begins to write after
-    /// that look cannot be noticed: no system call compares a file and writes to it in one step.
+    /// The RAM does not change before its last check. A guest that begins to write after that check
+    /// cannot be noticed: no system call compares a file and writes to it in one step.
     fn in_place(&self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
         let path = &self.output;
         let target = InPlace::open(session, path, chain, self.force, self.ignored())?;

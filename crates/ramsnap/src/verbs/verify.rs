@@ -1,4 +1,4 @@
-//! `ramsnap verify`: checks that images are whole and follow each other.
+//! `ramsnap verify`: checks that images are complete and linked.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ use crate::print::{self, JsonPath, count, size};
 use crate::session::Session;
 use crate::{cause, words};
 
-/// Check that images are whole and, if there are several, that each follows the one before
+/// Check that images are complete and, if there are several, that each follows the one before
 ///
 /// Every page is read and compared with the checksums. A raw image has no checksums:
 /// it cannot be checked, which is a failure.
@@ -27,7 +27,7 @@ pub struct Verify {
     files: Vec<ImageFile>,
     #[command(flatten)]
     formats: Formats,
-    /// Only warn of raw images
+    /// Only print a warning for raw images
     #[arg(long)]
     allow_raw: bool,
     /// As JSON: an object, sizes and offsets in bytes. A path that is not UTF-8 is an object: text,
