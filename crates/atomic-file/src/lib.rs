@@ -295,7 +295,7 @@
 //!   treated the same way: its files are not recycled, and it cannot commit groups. The overflow id
 //!   is read once per process.
 //! - Where all ids are mapped, the files on an ID-mapped mount whose owners the mount does not map
-//!   also have the overflow id. They are taken for files of one user.
+//!   also have the overflow id. They are treated as files of one user.
 //! - In a directory that ignores case, names of one file that differ in case (or in Unicode
 //!   composition) count as different destinations for waiting and serialization. A group does not
 //!   recognize two new names that differ in Unicode composition only: see [`AtomicGroup`].

@@ -46,7 +46,7 @@
 //!   requests in the kernel, devices.
 //! - `/proc` does not list the processes outside of the PID namespace of a container, nor those
 //!   that its mount option `hidepid` hides. A userfaultfd of such a process is not found; the
-//!   result of [`check_lazy_fill`] says so.
+//!   result of [`check_lazy_fill`] states this.
 //!
 //! Linux only; on other systems the crate is empty. There are no cargo features.
 

@@ -24,9 +24,9 @@ const CLEAR_PAGES: usize = 1 << 18;
 /// are marked too.
 ///
 /// The log is on from [`start`](Self::start) until [`stop`](Self::stop). Dropping the value leaves
-/// the log on, and the next `start` finds its contents. No log has what was written before the
-/// first `start`, so `start` marks all of the RAM. A chain of snapshots therefore begins with a
-/// full one, of an epoch begun after `start`.
+/// the log on, and the next `start` finds its contents. No log contains the writes before the first
+/// `start`, so `start` marks all of the RAM. A chain of snapshots therefore begins with a full one,
+/// of an epoch begun after `start`.
 ///
 /// The RAM of a guest has one log at a time: two logs would take pages from each other.
 ///
@@ -34,14 +34,14 @@ const CLEAR_PAGES: usize = 1 << 18;
 /// the RAM. To have only the written pages in the last snapshot, harvest before.
 ///
 /// # Running vCPUs
-/// [`harvest_live`](Self::harvest_live) may be called at any time. When it returns, every
-/// page that was written before the call is marked in the bitmap. Each page that it marked is
-/// write-protected again, so a later write is in a later harvest. The order for a copy of a
-/// *running* guest is therefore: harvest, take the marks, copy those pages, repeat. A page that is
-/// written while it is copied may be torn: a later harvest has it. The last round, for a consistent
-/// image, is [`harvest`](Self::harvest). It takes a [`Paused`], which exists only when every vCPU
-/// has left the guest and has completed its I/O. Every device thread that writes guest memory must
-/// have stopped, too.
+/// [`harvest_live`](Self::harvest_live) may be called at any time. When it returns, every page that
+/// was written before the call is marked in the bitmap. Each page that it marked is write-protected
+/// again, so a later write is in a later harvest. The order for a copy of a *running* guest is
+/// therefore: harvest, take the marks, copy those pages, repeat. A page that is written while it is
+/// copied may be torn: a later harvest reports it. The last round, for a consistent image, is
+/// [`harvest`](Self::harvest). It takes a [`Paused`], which exists only when every vCPU has left
+/// the guest and has completed its I/O. Every device thread that writes guest memory must have
+/// stopped, too.
 ///
 /// A vCPU has left the guest when `KVM_RUN` has returned. KVM has then added what the processor
 /// itself logged (Intel's PML).
@@ -166,7 +166,7 @@ impl DirtyLog {
         for region in slots.ram().layout().regions() {
             slots.log_dirty_pages(region, true)?;
         }
-        // No log has what was written before. Of slots that belong to the caller it is not known
+        // No log contains earlier writes. Of slots that belong to the caller it is not known
         // whether the log has stayed on.
         let was_on = std::mem::replace(&mut slots.ram().log().on, slots.are_own());
         if !(was_on && slots.are_own()) {

@@ -23,7 +23,7 @@ use super::ram::GuestRam;
 ///
 /// Dropping the value removes the slots from the virtual machine: a vCPU that still runs finds no
 /// memory. The RAM is unmapped only after that. If a [`DirtyLog`](crate::DirtyLog) of these slots
-/// was ever started, all of the RAM is marked then: no readable log has what was written since the
+/// was ever started, all of the RAM is marked then: no readable log contains the writes since the
 /// last harvest, or after the log was stopped.
 ///
 /// # Examples
