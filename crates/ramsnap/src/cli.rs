@@ -111,8 +111,9 @@ Exit status:
   1    the check failed: damaged, not linked, different, or no image that can be checked
   2    wrong usage: nothing was written
   3    another error: an I/O error, no permission, no space, a closed stdout
-  128 plus the number of a signal: interrupted by SIGINT (130), SIGTERM (143), SIGHUP (129), SIGQUIT (131),
-       SIGALRM (142), SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM or SIGPROF, unless it was ignored from the start, as SIGHUP is under nohup
+  128 plus the number of a signal: interrupted by SIGINT (130), SIGTERM (143), SIGHUP (129),
+       SIGQUIT (131), SIGALRM (142), SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM or SIGPROF,
+       unless it was ignored from the start, as SIGHUP is under nohup
 
 If the exit status is not 0, the output is unchanged unless the message states that the new file is in place or may be: a file is staged \
 beside the output, and replaces it when it is complete and synced. The first signal removes the staged file. A second signal ends ramsnap at \
