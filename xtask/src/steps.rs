@@ -1,5 +1,4 @@
-//! The steps of `cargo xtask test`, `ci` and `prove`: what each runs, what it proves, how long it
-//! took.
+//! The steps of `cargo xtask test`, `ci` and `prove`: their commands, claims and durations.
 
 mod busy;
 mod changed;

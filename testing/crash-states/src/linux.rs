@@ -45,7 +45,7 @@ fn packages() -> Vec<Package> {
     packages
 }
 
-/// Check what a loss of power at any moment leaves on real file systems
+/// Check the files that a loss of power at any moment leaves on real file systems
 ///
 /// Runs scenarios of this workspace on mounted file systems while every write and flush of their
 /// disks is logged. Then builds disks from the log as a loss of power may leave them: every prefix,

@@ -1,5 +1,4 @@
-//! `cargo xtask crash` as its user meets it: that it finds what it is for, again too, and leaves
-//! nothing.
+//! Runs `cargo xtask crash`: it detects mutants, repeats a state, and leaves no files.
 #![cfg(target_os = "linux")]
 
 use std::fs;

@@ -1,5 +1,5 @@
-//! That the matrix catches what it is for: a deliberately broken library, by the check that is
-//! named for it.
+//! Runs the matrix with a deliberately broken library: the check that is named for the mutant
+//! detects it.
 
 use std::path::Path;
 use std::process::{Command, Output};

@@ -7,8 +7,8 @@ use anyhow::{Context, bail};
 use harness::packages::patiently;
 use xshell::{Shell, cmd};
 
-/// Downloads `packages`, and what they depend on, to `packages` in `dir`, with package lists and a
-/// source list of our own: nothing of this machine's configuration is touched. A package may be in
+/// Downloads `packages` and their dependencies to `packages` in `dir`, with package lists and a
+/// source list of its own. The configuration of this machine is not changed. A package may be in
 /// the components contrib and non-free.
 pub fn download(sh: &Shell, dir: &Path, packages: &[&str]) -> anyhow::Result<()> {
     let (sources, lists) = (dir.join("sources"), dir.join("lists"));

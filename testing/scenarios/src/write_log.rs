@@ -1,5 +1,5 @@
-//! What a disk was given, and what it may have of it when the power goes: the log of QEMU's
-//! `blklogwrites`, in the format of Linux's dm-log-writes
+//! Reads the log of the writes to a disk, and derives the contents of the disk after a power loss.
+//! The log is that of QEMU's `blklogwrites`, in the format of Linux's dm-log-writes
 //! (`Documentation/admin-guide/device-mapper/log-writes.rst`, `drivers/md/dm-log-writes.c`).
 
 use std::fs::File;
@@ -47,12 +47,11 @@ pub enum Fate {
     Dropped,
 }
 
-/// What a disk writes whole or not at all.
+/// The size of a block that a disk writes atomically.
 pub const BLOCK: u64 = 4096;
 
-/// Writes what a disk with a volatile cache may have after `entries`: all before the last flush, as
-/// such a disk promises no more, and of each later write what `fate` says, which is given its
-/// blocks.
+/// Writes the bytes that a disk with a volatile cache may have after `entries`: all writes before
+/// the last flush, and the part of each later write that `fate` returns for its blocks.
 pub fn apply(
     entries: &[Entry],
     fate: &mut dyn FnMut(u64) -> Fate,

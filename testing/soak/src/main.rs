@@ -1,7 +1,7 @@
-//! Saves several guests at a time, for as long as asked, with injected faults.
+//! Saves several guests at a time, for the requested time, with injected faults.
 //!
 //! After each save and each failure the program verifies the images and compares the restored RAM
-//! with a copy. Mutants show that it finds what it looks for.
+//! with a copy. Mutants show that the program detects differences.
 //!
 //! Run it by `cargo xtask soak`, on Linux.
 

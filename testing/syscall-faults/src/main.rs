@@ -1,9 +1,9 @@
-//! Makes every system call and io_uring completion of a scenario go wrong, in each way it can.
+//! Makes each system call and io_uring completion of a scenario fail, in every way in which it can.
 //!
 //! The program carries out the scenarios of [`scenarios`], and some more, in a child process that
-//! it traces, once for each call and each injected fault. It compares what the library returned
-//! with what is on disk, what the dirty bitmap holds, and what the process has open. Mutants show
-//! that it finds what it looks for.
+//! it traces, once for each call and each injected fault. It compares the result of the library
+//! with the disk, the dirty bitmap and the open resources of the process. Mutants show that the
+//! program detects violations.
 //!
 //! Run it by `cargo xtask faults`, on Linux on x86-64.
 

@@ -1,5 +1,5 @@
-//! `cargo xtask faults` as its user meets it: that what it makes go wrong does go wrong, that it
-//! finds what it is for, and leaves nothing.
+//! Runs `cargo xtask faults`: the requested fault occurs, mutants are detected, and no files are
+//! left.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 use std::io::Read;

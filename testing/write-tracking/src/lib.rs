@@ -5,7 +5,7 @@
 //! run guests, make saves in every way that the backend offers, and compare the images with the
 //! RAM.
 //!
-//! # What a backend with write faults is
+//! # Backends with write faults
 //! The suite tests the backend's write protection and faults under
 //! [`Stage2Tracker`](hvf_backend::Stage2Tracker). A backend that drives a
 //! [`WriteTracker`](dirty_bitmap::WriteTracker) itself is tested in the same way. It implements one

@@ -1,9 +1,9 @@
-//! A scenario carried out on a mounted disk whose every write and flush is logged.
+//! Runs a scenario on a mounted disk, and logs every write and flush of the disk.
 //!
 //! The disk is an image behind `qemu-storage-daemon`'s `blklogwrites`, exported through FUSE as a
-//! file, and a loop device over that file. The device is buffered: with direct I/O this exporter
-//! garbled what it logged. Behind the end of the file system the disk has room for marks, written
-//! through the same export: what the log has before a mark was given to the disk before.
+//! file, and a loop device over that file. The device is buffered: with direct I/O, this exporter
+//! corrupted its log. After the end of the file system, the disk has space for marks, which are
+//! written through the same export. All entries of the log before a mark were made before it.
 
 use std::fs::{self, File};
 use std::io;

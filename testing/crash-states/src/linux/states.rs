@@ -1,4 +1,4 @@
-//! What a disk may hold when the power goes, by the log of what it was given.
+//! Derives the states in which a power loss may leave a disk, from the log of its writes.
 
 use std::collections::HashSet;
 use std::io;
@@ -97,7 +97,7 @@ impl Log {
         states
     }
 
-    /// The disk after a crash, on one that has what it had when logging began.
+    /// Turns a disk with its contents at the start of the log into the disk after a crash.
     pub(super) fn apply(
         &self,
         state: &State,

@@ -136,8 +136,8 @@ fn serve(exported: Kind, disks: [(&str, &PathBuf); 2], version: &str) -> anyhow:
         "rpc_pipefs",
         Path::new("/run/rpc_pipefs"),
     )?;
-    // After a restart the server waits this long for clients to reclaim what they had; the default
-    // is 90 s.
+    // After a restart the server waits this long for clients to reclaim their state; the default is
+    // 90 s.
     for setting in ["nfsv4leasetime", "nfsv4gracetime"] {
         fs::write(Path::new("/proc/fs/nfsd").join(setting), "10\n")?;
     }

@@ -94,7 +94,7 @@ pub(super) fn decide(machine: &Machine, packages: &[State]) -> Step {
         .iter()
         .filter(|state| is_offered(state, packages))
         .collect();
-    // Lists may be older than they look: what they lack is not believed before an update.
+    // Lists may be outdated: a package that they lack may be offered after an update.
     if offered.len() < affected.len() && !machine.lists.were_tried() {
         return Step::Update;
     }

@@ -1,5 +1,5 @@
-//! What the guest says on its serial console, and whether that is what a guest says that nothing
-//! happened to.
+//! Reads the guest's output from its serial console, and checks that the guest continues as if it
+//! had not been interrupted.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -10,14 +10,14 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-/// Why a guest is not one that goes on as if nothing had happened.
+/// A reason why a guest does not continue as if it had not been interrupted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
-    /// It found its own files changed: what it says.
+    /// It found its own files changed; its message.
     Broken(String),
-    /// Rounds are missing, or come again.
+    /// Rounds are missing or repeated.
     OutOfOrder { before: u64, round: u64 },
-    /// It says nothing any more.
+    /// It prints nothing any more.
     Silent(Duration),
     /// Its machine is gone: the kernel panicked, as a rule.
     Ended,

@@ -265,7 +265,7 @@ impl Guest {
         self.console.place().round
     }
 
-    /// Kills it, and takes what it had said: where on the console it ends.
+    /// Kills the guest, and returns the last round on its console.
     pub(super) fn kill(mut self) -> anyhow::Result<Place> {
         self.process.kill();
         while let Some(piece) = self.process.next(PATIENCE)? {

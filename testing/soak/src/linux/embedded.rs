@@ -205,7 +205,7 @@ impl Vcpu {
     }
 }
 
-/// Writes to the memory's file, which faults nowhere, and marks what it wrote then.
+/// Writes to the memory's file, which causes no fault, and then marks the written pages.
 fn device(
     random: &mut Random,
     memory: &Pieces,

@@ -78,7 +78,7 @@ impl Shape {
             .sum()
     }
 
-    /// Makes it, and begins to track its writes. `seed` is for what it writes.
+    /// Creates the guest, and starts tracking its writes, which `seed` determines.
     pub(super) fn create(&self, seed: u64) -> anyhow::Result<Box<dyn SavedGuest>> {
         let guarded = match self.kind {
             Kind::Userfaultfd => Guarded::Userfaultfd,

@@ -1,4 +1,4 @@
-//! What was done so far, and what it uses of this process.
+//! Counts the work done so far, and the resources of this process.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -63,7 +63,7 @@ impl Tally {
         some(&self.lost) || some(&self.torn)
     }
 
-    /// Counts what a life ended by, if that is what this looks for.
+    /// Counts the difference that ended a life, if it is one.
     pub(super) fn failed(&self, error: &anyhow::Error) {
         if let Some(Difference { what, .. }) = error.downcast_ref() {
             let count = match what {

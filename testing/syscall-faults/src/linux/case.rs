@@ -3,13 +3,13 @@
 use nix::errno::Errno;
 use scenarios::Scenario;
 
-/// A scenario, and what is to be known of its calls.
+/// A scenario, and the properties of its calls.
 pub(super) struct Case {
     pub scenario: Scenario,
-    /// It starts threads itself: one that can't be started is no failure of the library, and
-    /// numbers mean other calls each time.
+    /// The scenario starts threads itself. A thread that cannot be started is not a failure of the
+    /// library, and numbers refer to different calls in each run.
     pub threads: bool,
-    /// A call that always fails, where the file system has none such.
+    /// A call that always fails, as on a file system that does not support it.
     pub lacks: Option<(&'static str, Errno)>,
 }
 

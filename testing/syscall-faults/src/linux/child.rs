@@ -109,7 +109,7 @@ impl Child {
     }
 }
 
-/// Sees what a scenario does.
+/// Observes a scenario.
 #[derive(Default)]
 struct Eyes(Mutex<Vec<Seen>>);
 
@@ -174,8 +174,8 @@ impl Held {
                 .for_each(|name| held.add(format!("thread {}", name.trim())));
         }
         for line in fs::read_to_string("/proc/self/maps")?.lines() {
-            // What has no name, or one in brackets, is the allocator's, which keeps what it has
-            // been given back.
+            // Mappings without a name, or with one in brackets, belong to the allocator, which
+            // keeps freed memory.
             if let Some(at) = line.find('/').or_else(|| line.find("anon_inode")) {
                 held.add(format!("mapping of {}", &line[at..]));
             }

@@ -156,8 +156,8 @@ fn faults_of(call: &Call) -> Vec<At> {
     ways.map(at).collect()
 }
 
-/// Nothing of it where that is no end of the file, one byte, half of it, all but one byte, and as
-/// many blocks.
+/// Returns the short counts to inject: 0 (not for reads, where it means the end of the file), one
+/// byte, half, whole blocks, and all but one byte.
 fn short_of(call: &Call) -> Vec<u64> {
     const BLOCK: u64 = 4096;
     let asked = call.asked;

@@ -1,4 +1,4 @@
-//! Whether what a run left, and what it said, is right.
+//! Checks the files, resources and result of a run.
 
 use std::fmt;
 use std::path::Path;
