@@ -3,19 +3,17 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use benches::Random;
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dirty_bitmap::DirtyBitmap;
+use random::Random;
 
 const PAGE: u64 = 4096;
 
 fn mark(c: &mut Criterion) {
     const PAGES: u64 = (1 << 30) / PAGE;
     const MARKS: usize = 1 << 16;
-    let mut random = Random(3);
-    let addresses: Vec<u64> = (0..MARKS)
-        .map(|_| random.next_u64() % PAGES * PAGE)
-        .collect();
+    let mut random = Random::seeded(3);
+    let addresses: Vec<u64> = (0..MARKS).map(|_| random.number() % PAGES * PAGE).collect();
     let ours = DirtyBitmap::new(0, PAGES * PAGE, PAGE).unwrap();
     let squib = squib_snapshot::DirtyBitmap::new(0, PAGES * PAGE, PAGE).unwrap();
 
@@ -57,9 +55,9 @@ fn walk(c: &mut Criterion) {
     ] {
         let ours = DirtyBitmap::new(0, ram, PAGE).unwrap();
         let squib = squib_snapshot::DirtyBitmap::new(0, ram, PAGE).unwrap();
-        let mut random = Random(4);
+        let mut random = Random::seeded(4);
         for _ in 0..dirty {
-            let page = random.next_u64() % (ram / PAGE);
+            let page = random.number() % (ram / PAGE);
             ours.set_dirty_by_index(page).unwrap();
             squib.set_dirty_by_index(page);
         }
@@ -86,10 +84,8 @@ fn epoch(c: &mut Criterion) {
     for (name, ram) in [("1 GiB", 1 << 30), ("1 TiB", 1_u64 << 40)] {
         let ours = DirtyBitmap::new(0, ram, PAGE).unwrap();
         let squib = squib_snapshot::DirtyBitmap::new(0, ram, PAGE).unwrap();
-        let mut random = Random(5);
-        let pages: Vec<u64> = (0..DIRTY)
-            .map(|_| random.next_u64() % (ram / PAGE))
-            .collect();
+        let mut random = Random::seeded(5);
+        let pages: Vec<u64> = (0..DIRTY).map(|_| random.number() % (ram / PAGE)).collect();
         let mark = || {
             pages
                 .iter()

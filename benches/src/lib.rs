@@ -1,4 +1,4 @@
-//! Code shared by the benchmarks: the directory to write to, fio, and random numbers.
+//! Code shared by the benchmarks: the directory to write to, fio, and scattered numbers.
 
 #![forbid(unsafe_code)]
 
@@ -7,6 +7,7 @@ pub mod fio;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use random::Random;
 use sparse_file::Capabilities;
 
 /// The environment variable that names the directory to write to.
@@ -39,27 +40,13 @@ pub fn place_in(parent: &Path) -> anyhow::Result<(tempfile::TempDir, String)> {
     Ok((tempfile::tempdir_in(parent)?, file_system))
 }
 
-/// A generator of pseudo-random numbers, the same in every run (SplitMix64, Steele et al. 2014).
-#[derive(Debug)]
-pub struct Random(pub u64);
-
-impl Random {
-    /// Returns the next number.
-    pub fn next_u64(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-}
-
 /// Returns `count` different numbers below `below`, unordered.
 #[must_use]
 pub fn scattered(count: u64, below: u64) -> Vec<u64> {
-    let mut random = Random(2);
+    let mut random = Random::seeded(2);
     let mut chosen = std::collections::HashSet::new();
     while (chosen.len() as u64) < count.min(below) {
-        chosen.insert(random.next_u64() % below);
+        chosen.insert(random.below(below));
     }
     chosen.into_iter().collect()
 }

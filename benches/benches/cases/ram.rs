@@ -2,8 +2,8 @@
 
 use std::io;
 
-use benches::Random;
 use page_reader::GuestMemoryReader;
+use random::Random;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 pub struct Ram {
@@ -27,7 +27,7 @@ impl Ram {
     pub fn new(size: u64, content: Content) -> Self {
         let range = (GuestAddress(0), usize::try_from(size).unwrap());
         let memory = GuestMemoryMmap::from_ranges(&[range]).unwrap();
-        let mut random = Random(1);
+        let mut random = Random::seeded(1);
         let mut page = vec![0; PAGE as usize];
         let zeros = vec![0; PAGE as usize];
         for at in (0..size).step_by(PAGE as usize) {
@@ -38,10 +38,10 @@ impl Ram {
                 Content::Zero(share) => (share, 64, true),
                 Content::Untouched(share) => (share, 512, false),
             };
-            let empty = Random(at / PAGE / stretch).next_u64() % 100 < share;
+            let empty = Random::seeded(at / PAGE / stretch).number() % 100 < share;
             if !empty {
                 for word in page.chunks_exact_mut(8) {
-                    word.copy_from_slice(&random.next_u64().to_ne_bytes());
+                    word.copy_from_slice(&random.number().to_ne_bytes());
                 }
                 memory.write_slice(&page, GuestAddress(at)).unwrap();
             } else if touch {

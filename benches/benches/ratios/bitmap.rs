@@ -3,9 +3,9 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use benches::Random;
 use dirty_bitmap::DirtyBitmap;
 use figures::report;
+use random::Random;
 
 use crate::cases::{OURS, SQUIB};
 use crate::{Comparison, named, named_goals};
@@ -28,9 +28,9 @@ impl Comparison<'_> {
             }
             let ours = DirtyBitmap::new(0, size, PAGE).unwrap();
             let squib = squib_snapshot::DirtyBitmap::new(0, size, PAGE).unwrap();
-            let mut random = Random(4);
+            let mut random = Random::seeded(4);
             for _ in 0..pages / one_in {
-                let page = random.next_u64() % pages;
+                let page = random.number() % pages;
                 ours.set_dirty_by_index(page).unwrap();
                 squib.set_dirty_by_index(page);
             }
@@ -48,9 +48,9 @@ impl Comparison<'_> {
         let size = self.gib;
         let ours = DirtyBitmap::new(0, size, PAGE).unwrap();
         let squib = squib_snapshot::DirtyBitmap::new(0, size, PAGE).unwrap();
-        let mut random = Random(3);
+        let mut random = Random::seeded(3);
         let addresses: Vec<u64> = (0..1 << 20)
-            .map(|_| random.next_u64() % (size / PAGE) * PAGE)
+            .map(|_| random.number() % (size / PAGE) * PAGE)
             .collect();
         let in_threads = |threads: usize, mark: &(dyn Fn(u64) + Sync)| {
             std::thread::scope(|scope| {

@@ -1,5 +1,7 @@
 //! Synthetic traces, which are the same in every run.
 
+use random::Random;
+
 use super::trace::{Kind, Trace};
 
 /// The page size of Apple silicon.
@@ -10,31 +12,23 @@ const PAGES: u32 = (RAM / PAGE) as u32;
 const MIB: u32 = (1 << 20) / PAGE as u32;
 const INTERVALS: u32 = 64;
 
-/// The generator xorshift64* (Vigna 2016).
-struct Random(u64);
+/// Returns a number below `bound`.
+fn below(random: &mut Random, bound: u32) -> u32 {
+    random.below(bound.into()) as u32
+}
 
-impl Random {
-    fn below(&mut self, bound: u32) -> u32 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        let high = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32;
-        ((high * u64::from(bound)) >> 32) as u32
+/// Returns a skewed number below `bound`: three quarters of the numbers are in the lowest quarter,
+/// recursively.
+fn skewed(random: &mut Random, mut bound: u32) -> u32 {
+    while bound > 64 && random.below(4) != 0 {
+        bound /= 4;
     }
+    below(random, bound)
+}
 
-    /// Returns a skewed number below `bound`: three quarters of the numbers are in the lowest
-    /// quarter, recursively.
-    fn skewed(&mut self, mut bound: u32) -> u32 {
-        while bound > 64 && self.below(4) != 0 {
-            bound /= 4;
-        }
-        self.below(bound)
-    }
-
-    fn shuffle(&mut self, pages: &mut [u32]) {
-        for at in (1..pages.len()).rev() {
-            pages.swap(at, self.below(at as u32 + 1) as usize);
-        }
+fn shuffle(random: &mut Random, pages: &mut [u32]) {
+    for at in (1..pages.len()).rev() {
+        pages.swap(at, below(random, at as u32 + 1) as usize);
     }
 }
 
@@ -44,7 +38,7 @@ fn trace(
     about: &str,
     mut interval: impl FnMut(&mut Random, u32) -> Vec<u32>,
 ) -> Trace {
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut random = Random::seeded(1);
     Trace {
         name: name.into(),
         about: about.into(),
@@ -67,7 +61,7 @@ pub(crate) fn all() -> Vec<Trace> {
 fn uniform() -> Trace {
     let about = "6,000 random writes in 1 GiB";
     trace("uniform", Kind::Plain, about, |random, _| {
-        (0..6000).map(|_| random.below(PAGES)).collect()
+        (0..6000).map(|_| below(random, PAGES)).collect()
     })
 }
 
@@ -84,8 +78,8 @@ fn hot_set() -> Trace {
         // Six pieces of 8 MiB.
         let hot = (0..6).flat_map(|piece| run(piece * 170 * MIB, 8 * MIB));
         let mut pages: Vec<u32> = hot.collect();
-        pages.extend((0..1500).map(|_| random.below(PAGES)));
-        random.shuffle(&mut pages);
+        pages.extend((0..1500).map(|_| below(random, PAGES)));
+        shuffle(random, &mut pages);
         pages
     })
 }
@@ -101,12 +95,12 @@ fn database() -> Trace {
         let mut others: Vec<u32> = (0..4000)
             .map(|_| {
                 // Hot leaves are spread over the whole tree.
-                let leaf = random.skewed(640 * MIB);
+                let leaf = skewed(random, 640 * MIB);
                 tree + (leaf * 40_503) % (640 * MIB)
             })
             .chain(run(buffers, 16 * MIB))
             .collect();
-        random.shuffle(&mut others);
+        shuffle(random, &mut others);
         if at % 16 == 15 {
             log.extend(run(880 * MIB, 96 * MIB));
         }
@@ -132,7 +126,7 @@ fn booting() -> Trace {
             _ => run(64 * MIB, 8 * MIB).collect(),
         };
         if touched > 0 {
-            let scattered = (0..400).map(|_| random.skewed(touched) * 17 % touched);
+            let scattered = (0..400).map(|_| skewed(random, touched) * 17 % touched);
             pages.extend(scattered);
         }
         pages

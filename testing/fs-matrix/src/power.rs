@@ -18,7 +18,7 @@ use anyhow::{Context, bail};
 use harness::interrupt::Interrupt;
 use indicatif::ProgressBar;
 use linux_guest::escaped;
-use scenarios::random::Random;
+use random::Random;
 
 use super::finding::{Family, Finding, Line, Outcome};
 use super::guest::{self, Disk, Kit};

@@ -5,8 +5,8 @@
 //! fault at any system call. [`CommitObserver`] is how they learn which commits returned.
 //!
 //! Around it is what test programs share: RAM whose every word shows its version ([`ram`]), writers
-//! in processes of their own ([`child`]), the library and mutants of it ([`target`]), logs of
-//! writes ([`write_log`]), and random numbers ([`random`]).
+//! in processes of their own ([`child`]), the library and mutants of it ([`target`]), and logs of
+//! writes ([`write_log`]).
 
 #![allow(
     missing_docs,
@@ -21,7 +21,6 @@ pub mod commits;
 pub mod directory;
 pub mod images;
 pub mod ram;
-pub mod random;
 pub mod target;
 pub mod write_log;
 

@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use anyhow::bail;
+use random::Random;
 
 const MAGIC: u64 = 0x006a_7366_7773_6872;
 const FLUSH: u64 = 1;
@@ -45,6 +46,17 @@ pub enum Fate {
     /// Only so many blocks of it got there.
     Torn(u64),
     Dropped,
+}
+
+impl Fate {
+    /// Chooses the fate of a write of so many blocks.
+    pub fn random(random: &mut Random, blocks: u64) -> Self {
+        match random.below(4) {
+            3 => Self::Kept,
+            2 => Self::Torn(random.below(blocks)),
+            _ => Self::Dropped,
+        }
+    }
 }
 
 /// The size of a block that a disk writes atomically.

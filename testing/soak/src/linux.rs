@@ -32,7 +32,7 @@ use harness::namespace::keep_private;
 use harness::process::this_program;
 use harness::record::Record;
 use harness::runs_here;
-use scenarios::random::Random;
+use random::Random;
 use test_machine::Need;
 use xshell::Shell;
 

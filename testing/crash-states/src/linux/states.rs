@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::io;
 
-use scenarios::random::Random;
+use random::Random;
 use scenarios::write_log::{self, Entry, Fate};
 
 /// The directories in which a scenario runs, one after the other. In the first, only the scenario
@@ -92,7 +92,7 @@ impl Log {
         // The small windows' subsets may all be there before there are enough.
         for _ in 0..limit * 4 {
             let entries = random.below(self.entries.len() as u64 + 1) as usize;
-            add(self.state(entries, |blocks| random.fate(blocks)));
+            add(self.state(entries, |blocks| Fate::random(&mut random, blocks)));
         }
         states
     }

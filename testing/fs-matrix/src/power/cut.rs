@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::Context;
-use scenarios::random::Random;
+use random::Random;
 use scenarios::write_log::{self, Cut, Fate};
 
 use super::state::Cache;
@@ -20,7 +20,7 @@ pub(super) fn cut_power(image: &Path, log: &Path, cache: Cache) -> anyhow::Resul
     let mut random = Random::new();
     let mut fate = |blocks| match cache {
         Cache::None => Fate::Kept,
-        Cache::Volatile => random.fate(blocks),
+        Cache::Volatile => Fate::random(&mut random, blocks),
     };
     let write = |offset, bytes: &[u8]| image.write_all_at(bytes, offset);
     Ok(write_log::apply(&entries, &mut fate, &write)?)

@@ -12,7 +12,7 @@ use lazy_restore::LazyRam;
 use memory_image::{Chain, ChainError, Image, MappedChain, MappedImage, OpenImageError};
 use memory_writer::ImageId;
 use page_reader::PageReader;
-use scenarios::random::Random;
+use random::Random;
 use test_machine::Need;
 
 use super::plan::Plan;

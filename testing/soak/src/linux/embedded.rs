@@ -15,7 +15,7 @@ use dirty_bitmap::Policy;
 use guests::embedded::Watch;
 use guests::guest::{Ram, Tracker};
 use page_reader::{HostMemory, PageReader};
-use scenarios::random::Random;
+use random::Random;
 use write_faults::{Memory, Mprotect, Userfaultfd};
 
 use super::saved_guest::{SavedGuest, Stop};

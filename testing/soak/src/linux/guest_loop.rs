@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use image_format::Placement;
-use scenarios::random::Random;
+use random::Random;
 
 use super::chain::{Expected, Images, Saved, names};
 use super::plan::{Kind, Plan};

@@ -11,7 +11,7 @@ use memory_writer::{
     CancelToken, Durability, Engine, ImageId, Layout, MemoryWriter, MemoryWriterOptions, Seal,
 };
 use page_reader::{HostMemory, PageReader, PopulatedRanges};
-use scenarios::random::Random;
+use random::Random;
 
 use super::shape::UNIT;
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use guests::kind::Kind;
 use harness::interrupt::Interrupt;
-use scenarios::random::Random;
+use random::Random;
 
 use super::plan::Means;
 use super::stats::Tally;

@@ -12,7 +12,7 @@ use guests::kvm::Machine;
 use guests::ledger::Layout;
 #[cfg(target_arch = "x86_64")]
 use page_reader::RamLayout;
-use scenarios::random::Random;
+use random::Random;
 
 use super::embedded::{Guarded, Writers};
 use super::ledger::Ledger;

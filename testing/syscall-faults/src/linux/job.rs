@@ -12,10 +12,10 @@ use anyhow::{Context, bail, ensure};
 use harness::interrupt::Interrupt;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statvfs::statvfs;
+use random::Random;
 use scenarios::check::Tidying;
 use scenarios::commits::RAM;
 use scenarios::directory::names;
-use scenarios::random::Random;
 use test_machine::TinyTmpfs;
 
 use super::case::Case;

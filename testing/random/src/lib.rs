@@ -1,34 +1,26 @@
-//! Random numbers of the test programs.
+//! Random numbers of tests, test programs and benchmarks.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
-use crate::write_log::Fate;
-
 /// A small generator (SplitMix64, Steele et al. 2014): the same numbers for the same seed.
+#[derive(Debug)]
 pub struct Random(u64);
 
 impl Random {
-    /// Seeded by the system.
+    /// Returns a generator that the system seeds.
     #[expect(clippy::new_without_default, reason = "each is another one")]
+    #[must_use]
     pub fn new() -> Self {
         Self::seeded(RandomState::new().build_hasher().finish())
     }
 
-    /// One that always gives the same.
+    /// Returns a generator with this seed.
+    #[must_use]
     pub fn seeded(seed: u64) -> Self {
         Self(seed)
     }
 
-    /// What becomes of a write of so many blocks that no flush has followed.
-    pub fn fate(&mut self, blocks: u64) -> Fate {
-        match self.below(4) {
-            3 => Fate::Kept,
-            2 => Fate::Torn(self.below(blocks)),
-            _ => Fate::Dropped,
-        }
-    }
-
-    /// The next number. Those of neighboring seeds, such as counts, are not alike.
+    /// Returns the next number. Those of neighboring seeds, such as counts, are not alike.
     pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -36,7 +28,7 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// A number below `end`.
+    /// Returns a number below `end`.
     pub fn below(&mut self, end: u64) -> u64 {
         self.number() % end
     }
