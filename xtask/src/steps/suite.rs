@@ -148,8 +148,8 @@ impl Suite {
         self.run_steps(sh, options, &steps, Vec::new())
     }
 
-    /// Runs `steps` in turn until one fails, and sums up what was run, and what was not. Returns the
-    /// times to record.
+    /// Runs `steps` in turn until one fails, and sums up what was run, and what was not. Returns
+    /// the times to record.
     pub(super) fn run_steps(
         &self,
         sh: &Shell,

@@ -13,7 +13,8 @@ pub enum LayoutError {
         /// Its guest-physical start.
         guest_start: u64,
     },
-    /// The start or end of a region is not a multiple of [`RamLayout::ALIGNMENT`](crate::RamLayout::ALIGNMENT).
+    /// The start or end of a region is not a multiple of
+    /// [`RamLayout::ALIGNMENT`](crate::RamLayout::ALIGNMENT).
     #[error(
         "the RAM region at {guest_start:#x} of {size:#x} bytes does not start and end at a \
          multiple of 4096 bytes: give whole pages"
