@@ -5,8 +5,8 @@ mod support;
 use std::os::unix::fs::FileExt;
 
 use image_format::{
-    CHUNK_SIZE, Checksums, Footer, FooterError, ImageId, ImageKind, InvalidFooter, Layout, Run,
-    Storage, Version, packed_start,
+    CHUNK_SIZE, Checksums, Footer, FooterError, ImageId, ImageKind, InvalidFooter, Layout,
+    Placement, Run, Storage, Version, packed_start,
 };
 use proptest::prelude::*;
 use rstest::rstest;
@@ -29,30 +29,40 @@ fn blake3_of(bytes: &[u8]) -> [u8; 32] {
     sums.finish()[0]
 }
 
-#[rstest]
-#[case::in_place(Layout::Sealed)]
-#[case::packed(Layout::Packed)]
-fn a_written_footer_is_read_back(#[case] layout: Layout) {
+/// Returns the layouts that have a footer.
+fn with_footer() -> impl Iterator<Item = Layout> {
+    Layout::ALL.into_iter().filter(|layout| layout.has_footer())
+}
+
+#[test]
+fn a_written_footer_is_read_back() {
+    with_footer().for_each(written_and_read_back);
+}
+
+fn written_and_read_back(layout: Layout) {
     let footer = diff(layout);
     let bytes = sealed(&footer);
     assert_eq!(read(&bytes).unwrap(), footer);
     let chunks: Vec<_> = footer.chunks().collect();
     assert_eq!(chunks.len(), 3);
     let second: Vec<_> = chunks[1].pieces().collect();
-    let at = match layout {
-        Layout::Raw | Layout::Sealed => CHUNK_SIZE,
-        Layout::Packed => 4 * PAGE,
+    let at = match layout.placement() {
+        Placement::ByOffset => CHUNK_SIZE,
+        Placement::Appended => 3 * PAGE,
     };
+    let at = footer.data_start() + at;
     assert_eq!(second, [(CHUNK_SIZE..CHUNK_SIZE + PAGE, at)]);
     assert_eq!(footer.run_at(5 * PAGE).unwrap().stored, Storage::Zeros);
     assert_eq!(footer.run_at(3 * PAGE), None);
     assert_eq!(footer.zero_bytes(), 2 * PAGE);
 }
 
-#[rstest]
-#[case::in_place(Layout::Sealed)]
-#[case::packed(Layout::Packed)]
-fn a_file_cut_anywhere_in_its_footer_is_refused(#[case] layout: Layout) {
+#[test]
+fn a_file_cut_anywhere_in_its_footer_is_refused() {
+    with_footer().for_each(cut_anywhere_in_the_footer);
+}
+
+fn cut_anywhere_in_the_footer(layout: Layout) {
     let bytes = sealed(&diff(layout));
     let data = diff(layout).data_end() as usize;
     for len in data..bytes.len() {

@@ -36,10 +36,7 @@ fn diff(path: &Path, layout: Layout, seal: Seal, value: u8, pages: &[u64]) {
 /// Returns a chain of two diffs: page 1 is 2, pages 2 and 9 are 3, page 3 is zeros.
 fn diffs(dir: &Path, layout: Layout) -> Chain {
     let path = |name: &str| -> PathBuf { dir.join(name) };
-    let sealed = match layout {
-        Layout::Raw => false,
-        Layout::Sealed | Layout::Packed => true,
-    };
+    let sealed = layout.has_footer();
     let parent = Seal::new().on_raw_image();
     diff(&path("first"), layout, parent, 2, &[1, 2]);
     diff(&path("zeros"), layout, on(&path("first"), sealed), 0, &[3]);
@@ -136,12 +133,12 @@ fn merged_diff_holds_the_pages_of_its_diffs(
     let mut writer = options(to, chain.seal()).open(&merged, SIZE, page).unwrap();
     assert_eq!(chain.write_to(&mut writer).unwrap(), 4 * PAGE);
     writer.commit().unwrap();
-    let merged = match to {
-        Layout::Raw => {
+    let merged = match to.has_footer() {
+        true => Chain::open_diff(&merged, page).unwrap(),
+        false => {
             let image = Image::open_raw(&merged).unwrap();
             Chain::from_diff_trusting_holes(image, PAGE).unwrap().0
         }
-        Layout::Sealed | Layout::Packed => Chain::open_diff(&merged, page).unwrap(),
     };
     assert!(merged.covered_runs().eq(chain.covered_runs()));
     for run in chain.covered_runs() {
@@ -209,9 +206,9 @@ fn full_chain_is_written_in_larger_pages(
         .unwrap();
     chain.write_to(&mut writer).unwrap();
     writer.commit().unwrap();
-    let merged = match layout {
-        Layout::Raw => Chain::open_raw(path("merged"), PAGE).unwrap(),
-        Layout::Sealed | Layout::Packed => Chain::open(path("merged"), PAGE).unwrap(),
+    let merged = match layout.has_footer() {
+        true => Chain::open(path("merged"), PAGE).unwrap(),
+        false => Chain::open_raw(path("merged"), PAGE).unwrap(),
     };
     let byte = |page: u64| {
         let mut byte = [0];

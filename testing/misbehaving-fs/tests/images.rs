@@ -76,9 +76,9 @@ const REPORTS: [Lseek; 4] = [
 ];
 
 fn open_chain(path: &Path, layout: Layout) -> Chain {
-    match layout {
-        Layout::Raw => Chain::open_raw(path, PAGE).unwrap(),
-        Layout::Sealed | Layout::Packed => Chain::open(path, PAGE).unwrap(),
+    match layout.has_footer() {
+        true => Chain::open(path, PAGE).unwrap(),
+        false => Chain::open_raw(path, PAGE).unwrap(),
     }
 }
 

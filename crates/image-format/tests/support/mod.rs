@@ -6,8 +6,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use image_format::{
-    CHUNK_SIZE, Checksums, Footer, FooterError, ImageId, ImageKind, Layout, Run, Version,
-    packed_start,
+    CHUNK_SIZE, Checksums, Footer, FooterError, ImageId, ImageKind, Layout, Placement, Run, Version,
 };
 
 pub(crate) const PAGE: u64 = 4096;
@@ -35,15 +34,16 @@ pub(crate) fn diff(layout: Layout) -> Footer {
         CHUNK_SIZE - PAGE..CHUNK_SIZE + PAGE,
         2 * CHUNK_SIZE..RAM,
     ];
-    let mut packed = packed_start(PAGE);
+    let start = layout.data_start(PAGE);
+    let mut next = start;
     let mut runs = vec![];
     let mut checksums = Checksums::new(RAM);
     for range in present {
-        let at = match layout {
-            Layout::Raw | Layout::Sealed => range.start,
-            Layout::Packed => packed,
+        let at = match layout.placement() {
+            Placement::ByOffset => start + range.start,
+            Placement::Appended => next,
         };
-        packed += range.end - range.start;
+        next += range.end - range.start;
         checksums.update(range.start, &vec![9; (range.end - range.start) as usize]);
         runs.push(Run::present(range, at));
     }

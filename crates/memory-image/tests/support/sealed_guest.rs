@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::{Checksums, Footer, ImageKind, Run, Version, packed_start};
+use image_format::{Checksums, Footer, ImageKind, Placement, Run, Version};
 use memory_image::{Chain, Image, ImageId, VerifyError, VerifyReport};
 use memory_writer::{Durability, Layout, MemoryWriter, MemoryWriterOptions, Seal};
 use page_reader::PageReader;
@@ -110,9 +110,10 @@ pub fn verify(path: &Path) -> Result<VerifyReport, VerifyError> {
 /// Writes a diff with a hand-made footer: pages 1 and 2 are zeros, page 5 is present.
 pub fn diff_with_zeros(path: &Path, parent: Option<ImageId>, layout: Layout) -> Footer {
     let file = File::create(path).unwrap();
-    let at = match layout {
-        Layout::Raw | Layout::Sealed => 5 * PAGE,
-        Layout::Packed => packed_start(PAGE),
+    let start = layout.data_start(PAGE);
+    let at = match layout.placement() {
+        Placement::ByOffset => start + 5 * PAGE,
+        Placement::Appended => start,
     };
     let bytes = [9; PAGE as usize];
     file.write_all_at(&bytes, at).unwrap();
