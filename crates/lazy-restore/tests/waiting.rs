@@ -30,7 +30,7 @@ fn wait_reports_progress_up_to_the_total(#[case] prefetch: bool) {
     needs!(Userfaultfd);
     let images = full_and_two_diffs();
     let options = LazyRam::options().prefetch(prefetch);
-    let ram = options.start(images.chain()).unwrap();
+    let ram = options.start(open_chain(&images)).unwrap();
     let mut seen = Vec::new();
     ram.wait_with(&mut |progress| {
         seen.push(progress);
@@ -53,7 +53,7 @@ fn cancelled_wait_lets_another_one_continue() {
     let images = full_and_two_diffs();
     let ram = LazyRam::options()
         .prefetch(false)
-        .start(images.chain())
+        .start(open_chain(&images))
         .unwrap();
     let (reads, is_reading) = mpsc::channel();
     let (cancel, cancelled) = mpsc::channel::<()>();
@@ -94,7 +94,7 @@ fn cancelled_wait_lets_another_one_continue() {
 fn cancelled_wait_is_no_error_of_the_memory() {
     needs!(Userfaultfd);
     let images = full_and_two_diffs();
-    let ram = LazyRam::options().start(images.chain()).unwrap();
+    let ram = LazyRam::options().start(open_chain(&images)).unwrap();
     let error = ram.wait_with(&mut |_| ControlFlow::Break(())).unwrap_err();
     assert!(matches!(error, WaitError::Cancelled), "{error:?}");
     assert!(ram.error().is_none());
