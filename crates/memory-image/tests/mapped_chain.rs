@@ -18,7 +18,6 @@ use proptest::prelude::*;
 use rstest::rstest;
 use support::open_chain;
 use test_images::{Images, whole};
-use test_machine::is_alone;
 
 const PAGE: u64 = 16384;
 
@@ -181,7 +180,7 @@ fn error_names_the_image_truncated_after_open(#[case] max_mappings: usize) {
 #[test]
 fn exhausted_mappings_error_names_the_remedies() {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, mprotect};
-    if !is_alone("exhausted_mappings_error_names_the_remedies") {
+    if !test_machine::is_alone("exhausted_mappings_error_names_the_remedies") {
         return;
     }
     const HOST_PAGE: usize = 4096;
