@@ -12,6 +12,7 @@ use lazy_restore::{LazyError, LazyRam, LazyRamOptions, UserfaultfdError};
 use memory_image::ReadImageError;
 use page_reader::PageReader;
 use proptest::prelude::*;
+use random::Random;
 use rstest::rstest;
 use support::lazy_images::on_demand;
 use support::open_chain;
@@ -35,15 +36,6 @@ fn page(ram: &LazyRam, offset: u64) -> io::Result<Vec<u8>> {
     page_at(ram.as_ptr().wrapping_add(offset as usize))
 }
 
-/// Pseudo-random numbers (xorshift).
-fn random(seed: u64) -> impl Iterator<Item = u64> {
-    std::iter::successors(Some(seed | 1), |x| {
-        let x = x ^ (x << 13);
-        let x = x ^ (x >> 7);
-        Some(x ^ (x << 17))
-    })
-}
-
 #[rstest]
 #[case::ahead(LazyRam::options())]
 #[case::on_demand(on_demand())]
@@ -57,8 +49,9 @@ fn threads_touching_random_pages_read_the_images_bytes(#[case] options: LazyRamO
         for seed in 1..=4 {
             let (ram, images) = (&ram, &images);
             scope.spawn(move || {
-                for offset in random(seed * 0x1234_5678_9abc).take(2000) {
-                    let offset = offset % (ram.ram_size() - 100);
+                let mut random = Random::seeded(seed);
+                for _ in 0..2000 {
+                    let offset = random.below(ram.ram_size() - 100);
                     let mut bytes = [0xee; 100];
                     ram.read_at(offset, &mut bytes).unwrap();
                     assert!(bytes == images.ram[offset as usize..][..100], "{offset:#x}");
