@@ -66,7 +66,7 @@ fn longest_runs_are_mapped_and_others_are_copied(#[case] max_mappings: usize, #[
 #[test]
 fn mapping_reports_copied_bytes_and_can_be_cancelled() {
     let images = Images::new(256 * PAGE, PAGE).with([0..256]);
-    let (chain, options) = (images.chain(), MappedChain::options().max_mappings(1));
+    let (chain, options) = (open_chain(&images), MappedChain::options().max_mappings(1));
     let mut seen = Vec::new();
     let ram = options.map_with(&chain, &mut |progress| {
         seen.push(progress);

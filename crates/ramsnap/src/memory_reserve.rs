@@ -54,7 +54,7 @@ impl MemoryReserve {
     }
 }
 
-/// Refuses to write a file at `path` if the memory for it cannot be allocated, whatever is written.
+/// Refuses to write a file at `path` if the memory for it cannot be allocated, for an image of any size.
 /// Called before anything is read.
 pub fn check_new(path: &Path) -> Result<(), Failure> {
     check(path, 0)
