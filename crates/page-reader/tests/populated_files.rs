@@ -154,6 +154,26 @@ fn a_file_is_populated_where_it_has_data() {
     assert_eq!(file.stream_position().unwrap(), 3);
 }
 
+/// ext4 reports pages of such files as a hole until they are written back.
+#[test]
+fn a_file_without_extents_may_be_populated_everywhere() {
+    use test_machine::{FileSystem, LoopMount};
+    needs!(Mount(FileSystem::EXT4_NO_EXTENTS));
+    let disk = LoopMount::new(FileSystem::EXT4_NO_EXTENTS).unwrap();
+    let file = tempfile::tempfile_in(disk.path()).unwrap();
+    file.set_len(SIZE).unwrap();
+    file.write_all_at(&[1; PAGE as usize], 512 * PAGE).unwrap();
+    let mapping = Mapping::of_file(file.as_fd(), SIZE as usize, true);
+    for synced in [false, true] {
+        if synced {
+            file.sync_all().unwrap();
+        }
+        let pages = populated(&FileReader::new(&file), SIZE);
+        assert_eq!(count(&pages), PAGES as usize, "{synced}");
+        assert_eq!(count(&populated(&guest(&mapping), SIZE)), PAGES as usize);
+    }
+}
+
 #[test]
 fn a_range_past_the_end_of_a_file_is_reported() {
     let file = tempfile::tempfile().unwrap();

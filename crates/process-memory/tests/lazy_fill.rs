@@ -18,7 +18,7 @@ use nix::unistd::{ForkResult, fork};
 use page_reader::{MappedMemory, RamLayout};
 use process_memory::{
     LazyFillError, ProcessMaps, Unexamined, check_lazy_fill, check_lazy_fill_of_memory,
-    check_lazy_fill_of_region,
+    check_lazy_fill_of_region, hidden_processes,
 };
 use rstest::rstest;
 use support::child::Child;
@@ -277,6 +277,7 @@ fn checks_a_file_elsewhere() {
     let (shared, private) = (whole(&file), Mapping::private(SIZE));
     let maps = ProcessMaps::of_this_process().unwrap();
     let region = |mapping: &Mapping| check_lazy_fill_of_region(maps.at(mapping.address()).unwrap());
+    println!("processes: hidden {:?}", hidden_processes().unwrap());
     for (name, checked) in [
         ("file", check_lazy_fill(&file)),
         ("shared mapping", region(&shared)),
@@ -290,6 +291,9 @@ fn checks_a_file_elsewhere() {
     }
 }
 
+/// As root of the namespace, who owns the file.
+const IN_USER_NAMESPACE: &str = "exec setpriv --reuid=12345 --regid=12345 --clear-groups \
+     unshare --user --map-root-user";
 const AS_OTHER: &str = "exec setpriv --reuid=12345 --regid=12345 --clear-groups";
 
 /// In another PID namespace a process that fills the memory is not found. The result says so.
@@ -310,9 +314,23 @@ const AS_OTHER: &str = "exec setpriv --reuid=12345 --regid=12345 --clear-groups"
     "exec",
     "hidden [OutsidePidNamespace]"
 )]
+// Root is in the group of the case above, which is the default, and in no group of this one.
+#[case::not_hidden_from_privilege(
+    "mount -t proc -o hidepid=4 proc /proc",
+    "exec",
+    "hidden [OutsidePidNamespace]"
+)]
+#[case::hidden_from_root_of_a_user_namespace(
+    "mount -t proc -o hidepid=4 proc /proc",
+    IN_USER_NAMESPACE,
+    "hidden [OutsidePidNamespace, HidePid]"
+)]
 #[case::of_the_host("true", "exec", "filled")]
 fn hidden_processes_are_returned(#[case] mount: &str, #[case] exec: &str, #[case] expected: &str) {
     needs!(Userfaultfd, Root);
+    if exec == IN_USER_NAMESPACE {
+        needs!(UserNamespace);
+    }
     let named = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     named.as_file().set_len(SIZE as u64).unwrap();
     fchown(named.as_file(), Some(12345), None).unwrap();
@@ -332,7 +350,12 @@ fn hidden_processes_are_returned(#[case] mount: &str, #[case] exec: &str, #[case
         .unwrap();
     assert!(output.status.success(), "{output:?}");
     let text = String::from_utf8_lossy(&output.stdout);
+    let processes = match expected {
+        "filled" => "hidden []",
+        hidden => hidden,
+    };
     for line in [
+        format!("processes: {processes}"),
         format!("file: {expected}"),
         format!("shared mapping: {expected}"),
         "private mapping: hidden []".to_owned(),

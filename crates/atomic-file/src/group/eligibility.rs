@@ -147,6 +147,23 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
     }
 
+    /// In a directory that takes the names for spellings of one name.
+    #[test]
+    fn two_spellings_of_the_name_of_a_file_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.mem");
+        std::fs::write(&path, "old").unwrap();
+        let [one, mut other] = [(); 2].map(|()| AtomicWriter::open(&path).unwrap());
+        other.dest.name = "./vm.mem".into();
+        assert!(names_same_file(&one, &other.dest));
+        let mut group = AtomicGroup::new();
+        group.add(one).unwrap();
+        assert!(matches!(
+            group.ineligible(&other),
+            Some(Ineligible::SameFile)
+        ));
+    }
+
     /// A file with several links may have both names.
     #[test]
     fn hard_links_are_different_destinations() {

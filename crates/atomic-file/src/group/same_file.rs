@@ -19,13 +19,22 @@ pub(super) fn is_one_file(dir: &Directory, one: &OsStr, other: &OsStr) -> io::Re
     let (Some(first), Some(second)) = (Held::open(dir, one)?, Held::open(dir, other)?) else {
         return Ok(false);
     };
+    is_held_by_both(dir, [one, other], [&first, &second])
+}
+
+/// Returns whether both names still refer to the file that was found under each of them.
+fn is_held_by_both(
+    dir: &Directory,
+    names: [&OsStr; 2],
+    [first, second]: [&Held; 2],
+) -> io::Result<bool> {
     let stat = second.stat()?;
     // Two names of a file with several links are different destinations.
     if first.stat()?.id != stat.id || stat.links != 1 {
         return Ok(false);
     }
     // The file may have been renamed from the first name to the second one in between.
-    for name in [one, other] {
+    for name in names {
         if dir.entry(name)?.map(|entry| entry.id) != Some(stat.id) {
             return Ok(false);
         }
@@ -92,6 +101,26 @@ mod tests {
         std::fs::write(dir.path().join("vm.state"), "").unwrap();
         assert!(same(dir.path(), "vm.mem", "./vm.mem"));
         assert!(!same(dir.path(), "vm.mem", "vm.state"));
+    }
+
+    /// The file is renamed between the two looks.
+    #[test]
+    fn a_file_that_is_renamed_meanwhile_has_one_name() {
+        let held = tempfile::tempdir().unwrap();
+        let dir = Directory::open(held.path()).unwrap();
+        let [one, other] = ["one", "other"].map(|name| held.path().join(name));
+        let names = ["one", "other"].map(OsStr::new);
+        let open = |name| Held::open(&dir, name).unwrap().unwrap();
+        std::fs::write(&one, "").unwrap();
+        let first = open(names[0]);
+        std::fs::rename(&one, &other).unwrap();
+        let second = open(names[1]);
+        assert!(!is_held_by_both(&dir, names, [&first, &second]).unwrap());
+        // The first name is that of another file by now.
+        std::fs::write(&one, "").unwrap();
+        assert!(!is_held_by_both(&dir, names, [&first, &second]).unwrap());
+        let names = ["other", "./other"].map(OsStr::new);
+        assert!(is_held_by_both(&dir, names, [&first, &second]).unwrap());
     }
 
     #[test]

@@ -24,9 +24,38 @@ pub(super) fn has_extents(file: &File) -> bool {
         let result =
             unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_GETFLAGS, &raw mut flags) };
         match Errno::result(result) {
-            Ok(_) => return flags & (FS_EXTENT_FL | FS_INLINE_DATA_FL) == FS_EXTENT_FL,
+            Ok(_) => return are_of_extents(flags),
             Err(Errno::EINTR) => {}
             Err(_) => return false,
         }
+    }
+}
+
+/// Returns whether a file with these flags is mapped by extents. A file in its inode is not, though
+/// it may be later.
+fn are_of_extents(flags: libc::c_int) -> bool {
+    flags & (FS_EXTENT_FL | FS_INLINE_DATA_FL) == FS_EXTENT_FL
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::none(0, false)]
+    #[case::extents(FS_EXTENT_FL, true)]
+    #[case::with_others(FS_EXTENT_FL | 0x80, true)]
+    #[case::others(0x80, false)]
+    #[case::in_its_inode(FS_INLINE_DATA_FL, false)]
+    #[case::both(FS_EXTENT_FL | FS_INLINE_DATA_FL, false)]
+    fn only_extents_outside_of_the_inode_count(#[case] flags: libc::c_int, #[case] is: bool) {
+        assert_eq!(are_of_extents(flags), is);
+    }
+
+    #[test]
+    fn a_file_without_flags_counts_as_one_without_extents() {
+        assert!(!has_extents(&File::open("/dev/null").expect("opened")));
     }
 }
