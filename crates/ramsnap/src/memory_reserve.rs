@@ -54,8 +54,8 @@ impl MemoryReserve {
     }
 }
 
-/// Refuses to write a file at `path` if the memory for it cannot be allocated, for an image of any size.
-/// Called before anything is read.
+/// Refuses to write a file at `path` if the memory that any file takes cannot be allocated. Called
+/// before anything is read.
 pub fn check_new(path: &Path) -> Result<(), Failure> {
     check(path, 0)
 }
