@@ -28,7 +28,14 @@ const CRATES: [(&str, Tiers); 5] = [
     (
         "atomic-file",
         &[
-            &["destinations", "group", "power_loss", "records", "recovery"],
+            &[
+                "destinations",
+                "group",
+                "magic_links",
+                "power_loss",
+                "records",
+                "recovery",
+            ],
             &[
                 "recycling",
                 "recycling_in_use",

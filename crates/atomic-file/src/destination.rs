@@ -26,7 +26,9 @@ pub enum Symlinks {
     /// is not mounted. In a directory that [others may write to](crate::others_may_write), a link
     /// is followed only if the directory is sticky (`/tmp`) and the link belongs to this user or to
     /// the directory's owner, as with Linux's `fs.protected_symlinks`. Two users that a user
-    /// namespace does not map count as [different users](crate::is_same_user).
+    /// namespace does not map count as [different users](crate::is_same_user). A magic link of
+    /// Linux (`/proc/PID/fd/N`, `/dev/stdout`) leads to an open file rather than to a path, and is
+    /// [refused](OpenError::MagicLink).
     #[default]
     Follow,
     /// Replaces the link itself by a regular file, as `rename(2)` does, and leaves its target
@@ -49,6 +51,24 @@ pub(crate) struct Destination {
 
 impl Destination {
     pub(crate) fn resolve(path: &Path, symlinks: Symlinks) -> Result<Self, OpenError> {
+        // Another writer may replace the file between the two looks at it.
+        const TRIES: usize = 64;
+        let mut misled = None;
+        for _ in 0..TRIES {
+            let (found, link) = Self::follow(path, symlinks)?;
+            match link {
+                Some(link) if link.leads_elsewhere(&found) => misled = Some(link.path()),
+                _ => return Ok(found),
+            }
+        }
+        Err(OpenError::MagicLink {
+            path: path.to_owned(),
+            link: misled.unwrap_or_default(),
+        })
+    }
+
+    /// Resolves the path, and returns the first link that was followed.
+    fn follow(path: &Path, symlinks: Symlinks) -> Result<(Self, Option<Link>), OpenError> {
         let (parent, name) = split(path).ok_or_else(|| OpenError::NoFileName {
             path: path.to_owned(),
         })?;
@@ -58,6 +78,7 @@ impl Destination {
         })?;
         let inspect = |source| OpenError::io("inspect", path, source);
 
+        let mut first = None;
         let (mut dir, mut name) = (dir, name.to_owned());
         for _ in 0..=MAX_LINKS {
             let entry = dir.entry(&name).map_err(inspect)?;
@@ -69,8 +90,16 @@ impl Destination {
                             owner: link.uid.raw(),
                         });
                     }
+                    if dir.is_magic_link(&name).map_err(inspect)? {
+                        return Err(OpenError::MagicLink {
+                            path: path.to_owned(),
+                            link: dir.path_of(&name),
+                        });
+                    }
                     let target = dir.read_link(&name).map_err(inspect)?;
-                    (dir, name) = step(&dir, &target, path)?;
+                    let next = step(&dir, &target, path)?;
+                    first.get_or_insert(Link { dir, name });
+                    (dir, name) = next;
                 }
                 Some(other) if !other.is_file() && !other.is_symlink() => {
                     return Err(OpenError::NotAFile {
@@ -84,16 +113,39 @@ impl Destination {
                     });
                 }
                 entry => {
-                    return Ok(Self {
+                    let found = Self {
                         dir: Arc::new(dir),
                         name,
                         path: path.to_owned(),
                         entry,
-                    });
+                    };
+                    return Ok((found, first));
                 }
             }
         }
         Err(inspect(Errno::ELOOP.into()))
+    }
+}
+
+/// A link that was followed by its text.
+#[derive(Debug)]
+struct Link {
+    dir: Directory,
+    name: OsString,
+}
+
+impl Link {
+    fn path(&self) -> PathBuf {
+        self.dir.path_of(&self.name)
+    }
+
+    /// Returns whether the kernel follows the link to another file than the one found by its text.
+    /// Returns `false` if the kernel does not follow it (mount option `nosymfollow`).
+    fn leads_elsewhere(&self, found: &Destination) -> bool {
+        match (self.dir.followed(&self.name), found.entry) {
+            (Ok(followed), Some(entry)) => followed.id != entry.id,
+            _ => false,
+        }
     }
 }
 
@@ -243,5 +295,23 @@ mod tests {
             ..here
         };
         assert_eq!(may_follow(&link, &dir, others_may_write), followed);
+    }
+
+    #[test]
+    fn a_link_that_the_kernel_follows_elsewhere_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("one"), "").unwrap();
+        std::fs::write(path("other"), "").unwrap();
+        std::os::unix::fs::symlink("one", path("link")).unwrap();
+        let link = Link {
+            dir: Directory::open(dir.path()).unwrap(),
+            name: "link".into(),
+        };
+        let resolve = |name| Destination::resolve(&path(name), Symlinks::Follow).unwrap();
+        assert!(!link.leads_elsewhere(&resolve("one")));
+        assert!(link.leads_elsewhere(&resolve("other")));
+        let (_, first) = Destination::follow(&path("link"), Symlinks::Follow).unwrap();
+        assert_eq!(first.unwrap().path(), path("link"));
     }
 }

@@ -175,6 +175,16 @@ impl Directory {
         retry(|| nix::fcntl::readlinkat(self, name)).map(PathBuf::from)
     }
 
+    /// Returns whether the link `name` leads to an open file rather than to the path in its text.
+    pub(crate) fn is_magic_link(&self, name: &OsStr) -> io::Result<bool> {
+        sys::is_magic_link(self, name)
+    }
+
+    /// Returns the file at `name`, to which the kernel follows links.
+    pub(crate) fn followed(&self, name: &OsStr) -> io::Result<Stat> {
+        retry(|| fstatat(self, name, AtFlags::empty())).map(Stat::from)
+    }
+
     pub(crate) fn sync(&self, durability: Durability) -> io::Result<()> {
         sys::sync(self, durability)
     }

@@ -127,6 +127,9 @@ pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
                 OpenError::DanglingSymlink { .. } | OpenError::UntrustedSymlink { .. } => {
                     Some("name the file that the link is to lead to, or remove the link")
                 }
+                OpenError::MagicLink { .. } => Some(
+                    "only `restore` writes to an open file, and `convert FILE -o - --zstd` to stdout",
+                ),
                 _ => None,
             };
         }

@@ -18,6 +18,39 @@ fn an_output_that_is_a_dangling_link_is_explained() {
     work.run("dump ram --force -o link").fails(3, &says);
 }
 
+/// The text of such a link may be the path of another file.
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::dump("dump ram -o OUT --force")]
+#[case::dump_by_a_link("dump ram -o link --force")]
+#[case::diff("diff full.mem --ram ram -o OUT --force")]
+#[case::merge_in_place("merge --in-place OUT d1.mem")]
+#[case::received("convert - --zstd -o OUT --force")]
+#[case::picture("map full.mem -o link.svg --force")]
+fn an_output_that_is_a_link_to_an_open_file_is_refused(#[case] command: &str) {
+    use std::os::fd::AsRawFd;
+
+    let work = Work::with_chain();
+    work.copy("full.mem", "open.mem");
+    let open = fs::File::open(work.path("open.mem")).unwrap();
+    fs::rename(work.path("open.mem"), work.path("moved.mem")).unwrap();
+    fs::remove_file(work.path("moved.mem")).unwrap();
+    work.copy("d2.mem", "moved.mem (deleted)");
+    let path = format!("/proc/{}/fd/{}", std::process::id(), open.as_raw_fd());
+    for link in ["link", "link.svg"] {
+        std::os::unix::fs::symlink(&path, work.path(link)).unwrap();
+    }
+    let files = || {
+        let names = work.files().into_iter();
+        let names = names.filter(|name| !name.starts_with("link"));
+        Vec::from_iter(names.map(|name| (work.read(&name), name)))
+    };
+    let before = files();
+    let says = [&path, "a link to an open file", "by its path"];
+    work.run(&command.replace("OUT", &path)).fails(3, &says);
+    assert!(files() == before, "{:?} changed", work.files());
+}
+
 /// Verifying checksums takes as long as the rest: all checks that can precede it must do so.
 #[rstest]
 #[case::merged("merge full.mem d1.mem -o none/out")]

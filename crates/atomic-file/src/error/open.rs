@@ -71,6 +71,19 @@ pub enum OpenError {
         /// The user id of the link's owner.
         owner: u32,
     },
+    /// The destination is, or a symbolic link leads to, a magic link of Linux: `/proc/PID/fd/N`,
+    /// `/dev/fd/N` or `/dev/stdout`. Such a link leads to an open file. Its text is a path that the
+    /// file once had, perhaps in another mount namespace, and may name another file.
+    #[error(
+        "{path:?} is, or leads to, {link:?}, a link to an open file, which cannot be replaced by \
+         its descriptor: open the file by its path"
+    )]
+    MagicLink {
+        /// The destination.
+        path: PathBuf,
+        /// The link that leads to an open file.
+        link: PathBuf,
+    },
     /// The destination exists, and [`no_clobber`](crate::AtomicWriterOptions::no_clobber) is set.
     #[error("{path:?} exists, and `no_clobber` is set: choose another name, or remove it")]
     AlreadyExists {

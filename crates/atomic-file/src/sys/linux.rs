@@ -18,6 +18,7 @@ use std::time::SystemTime;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
+use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Uid, geteuid, setfsuid};
 
 use super::restrictions::Restrictions;
@@ -98,6 +99,32 @@ pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
         append_only: has(libc::STATX_ATTR_APPEND),
         mount_point: has(libc::STATX_ATTR_MOUNT_ROOT),
     }
+}
+
+/// Returns whether the link `name` in `dir` leads to an open file rather than to the path in its
+/// text. Only procfs has such links to files.
+pub(crate) fn is_magic_link(dir: impl AsFd, name: &OsStr) -> io::Result<bool> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let dir = dir.as_fd();
+    let link = retry(|| openat(dir, name, flags, Mode::empty()))?;
+    let file_system = retry(|| fstatfs(&link))?.filesystem_type();
+    Ok(file_system == PROC_SUPER_MAGIC && !leads_to_a_path(dir, name))
+}
+
+/// Returns whether the kernel follows the link by its text (`/proc/mounts`). Returns `false` if it
+/// does not say so, as Linux before 5.6 and some seccomp filters.
+#[cfg(target_os = "linux")]
+fn leads_to_a_path(dir: BorrowedFd<'_>, name: &OsStr) -> bool {
+    use nix::fcntl::{OpenHow, ResolveFlag, openat2};
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    retry(|| openat2(dir, name, how)).is_ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn leads_to_a_path(_: BorrowedFd<'_>, _: &OsStr) -> bool {
+    false
 }
 
 /// Returns the user that owns files created by this thread: the effective user, unless

@@ -179,6 +179,11 @@ pub(crate) fn restrictions(dir: impl AsFd, name: &CStr) -> Restrictions {
     restrictions
 }
 
+/// Returns `false`: on these systems, each link leads to the path in its text.
+pub(crate) fn is_magic_link(_: impl AsFd, _: &OsStr) -> io::Result<bool> {
+    Ok(false)
+}
+
 /// Returns the user that owns files created by this process.
 pub(crate) fn file_owner() -> UserId {
     UserId::new(geteuid().as_raw())
