@@ -84,6 +84,40 @@ fn a_refused_restore_does_not_write(
     assert_eq!(guest.metadata().unwrap().modified().unwrap(), long_ago);
 }
 
+/// Another program truncates the RAM while it is written. Later writes, or the program, extend it
+/// to its old size, so that zeros are left where RAM was.
+#[rstest]
+#[case::between_two_writes("pwrite64", 2, false)]
+#[case::after_the_last_write("fsync", 1, true)]
+fn ram_that_is_truncated_during_a_restore_is_an_error(
+    #[case] call: &str,
+    #[case] number: usize,
+    #[case] extended: bool,
+    #[values(None, Some("/dev/shm"))] dir: Option<&str>,
+) {
+    needs!(Strace);
+    let work = Work::with_ram();
+    // The last page is written last, and has data.
+    work.change(RAM / PAGE - 1, 1);
+    work.good("dump ram -o full.mem");
+    let dir = dir.map_or(work.path(""), std::path::PathBuf::from);
+    let guest = tempfile::NamedTempFile::new_in(dir).unwrap();
+    guest.as_file().set_len(RAM).unwrap();
+    let command = work.command(&format!("restore full.mem -o {}", guest.path().display()));
+    let held = Held::before(&command, &(call.to_owned(), number)).expect("held");
+    guest.as_file().set_len(PAGE).unwrap();
+    if extended {
+        guest.as_file().set_len(RAM).unwrap();
+    }
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(3), "{error}");
+    for words in ["was replaced or resized", "was emptied"] {
+        assert!(error.contains(words), "{error}");
+    }
+    assert!(guest.as_file().metadata().unwrap().len() == RAM);
+    assert!(bytes(guest.as_file()).iter().all(|byte| *byte == 0));
+}
+
 /// The file is replaced before the last check: the path now leads to another file.
 #[test]
 fn ram_that_is_replaced_during_a_restore_is_an_error() {

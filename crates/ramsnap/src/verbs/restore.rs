@@ -3,6 +3,7 @@
 #[cfg(target_os = "linux")]
 mod huge_pages;
 mod in_place;
+mod kept;
 #[cfg(target_os = "linux")]
 mod reserve;
 mod writable;
@@ -189,7 +190,8 @@ impl Restore {
             begun.written();
             let synced = begun.target.file.sync_all();
             synced.with_context(|| format!("cannot bring {path:?} to its disk"))?;
-            Ok(begun.target.check_in_place()?)
+            begun.target.check_in_place()?;
+            kept::check(path, &begun.target.file, chain, &runs)
         });
         let _until_reported = match restored {
             Ok(()) => begun.end(),
