@@ -285,3 +285,32 @@ fn sealed_huge_pages_are_not_reported_as_too_few() {
     let error = work.run(&format!("restore zeros.mem -o {path}"));
     error.fails(3, &["cannot write", "unchanged", "not permitted"]);
 }
+
+/// overlayfs has no way to reserve blocks. The room is compared before images are read.
+#[test]
+fn empty_ram_where_room_cannot_be_reserved_is_checked_too() {
+    needs!(Root);
+    let work = Work::empty();
+    large(&work);
+    for (size, needed) in [(LARGE / 2, true), (2 * LARGE, false)] {
+        let disk = TinyTmpfs::new(size).unwrap();
+        let [lower, upper, inside] = ["lower", "upper", "work"].map(|name| disk.path().join(name));
+        for dir in [&lower, &upper, &inside] {
+            fs::create_dir(dir).unwrap();
+        }
+        let overlay = test_machine::Overlay::of(&lower, &upper, &inside).unwrap();
+        let (path, file) = guest(overlay.path(), 0);
+        let restore = format!("restore large.mem -o {}", path.display());
+        if needed {
+            let needs = format!("needs {LARGE} bytes");
+            let before = work.read("large.mem");
+            work.rot("large.mem", 5000);
+            work.fails(&restore, 3, &[&needs, "make room", "nothing was written"]);
+            fs::write(work.path("large.mem"), before).unwrap();
+        } else {
+            work.good(&restore)
+                .warns(&["overlay", "cannot reserve room", "left empty"]);
+            assert!(bytes(&file).0 == work.read("large"));
+        }
+    }
+}

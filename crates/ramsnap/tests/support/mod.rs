@@ -86,6 +86,15 @@ impl Ended {
         self
     }
 
+    /// Asserts a warning that contains all of `words`.
+    #[track_caller]
+    pub(crate) fn warns(self, words: &[&str]) -> Self {
+        for word in ["warning"].iter().chain(words) {
+            assert!(self.err.contains(word), "no {word:?} in {self:?}");
+        }
+        self
+    }
+
     #[track_caller]
     pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"))

@@ -166,10 +166,8 @@ pub(super) fn check_room(
     let stored: Vec<_> = chain.stored_runs().collect();
     let in_blocks = |runs: &[Range<u64>]| room::in_blocks(runs.iter().cloned(), free.block);
     if method == Method::Unknown {
-        return match holds {
-            true => Ok(room::compare(path, in_blocks(&stored), free.bytes)?),
-            false => Ok(()),
-        };
+        let available = available_unreserved(file, &free, holds).with_context(looking)?;
+        return Ok(room::compare(path, in_blocks(&stored), available)?);
     }
     let own = file.metadata().with_context(looking)?.blocks() * 512;
     let most = free.with_reserves.saturating_add(own);
@@ -283,28 +281,38 @@ fn unreserved(
     stored: Vec<Range<u64>>,
     holds: bool,
 ) -> anyhow::Result<Plan> {
-    let plan = |runs| Plan {
-        runs,
-        empty_first: true,
-        reserved: None,
-    };
-    if !holds {
-        // The file has no data to lose.
-        return Ok(plan(stored));
-    }
     let looking = || format!("cannot look at {path:?}");
     let free = room::free_for(file).with_context(looking)?;
     // Some network file systems do not report their size.
     if free.of > 0 {
         let needed = room::in_blocks(stored.iter().cloned(), free.block);
-        room::compare(path, needed, free.bytes)?;
+        let available = available_unreserved(file, &free, holds).with_context(looking)?;
+        room::compare(path, needed, available)?;
     }
     let name = file_system_name(file).with_context(looking)?;
+    let then = match holds {
+        true => "the RAM is lost",
+        false => "the file is left empty",
+    };
     session.warn(&format!(
         "{path:?} is on {name}, where ramsnap cannot reserve room: if another program fills it up during the restore, \
-         the RAM is lost"
+         {then}"
     ));
-    Ok(plan(stored))
+    Ok(Plan {
+        runs: stored,
+        empty_first: true,
+        reserved: None,
+    })
+}
+
+/// Returns the space for RAM that is not reserved. The blocks of a file that holds nothing count,
+/// as they are written to or freed first.
+fn available_unreserved(file: &File, free: &Free, holds: bool) -> io::Result<u64> {
+    let own = match holds {
+        true => 0,
+        false => file.metadata()?.blocks() * 512,
+    };
+    Ok(free.bytes.saturating_add(own))
 }
 
 /// Allocates blocks. Fails with `ECANCELED` if a signal came.
