@@ -202,6 +202,18 @@ pub enum Failure {
         source: std::io::Error,
     },
     #[error(
+        "a quota on the file system {mount:?} ({file_system}) is used up: {written} of {len} bytes of the stream were \
+         written in {dir:?}; remove files that count for it, have it raised, or name an output elsewhere"
+    )]
+    SpoolOverQuota {
+        dir: PathBuf,
+        mount: PathBuf,
+        file_system: String,
+        written: u64,
+        len: u64,
+        source: std::io::Error,
+    },
+    #[error(
         "another `ramsnap restore` is writing to {path:?}, or a program has taken its lock ({by}): wait until it has ended, \
          or name another file; if it is not a ramsnap, end it; nothing was written"
     )]
@@ -353,6 +365,7 @@ impl Failure {
             | Self::NoMemory { .. }
             | Self::NoMemoryForOutput { .. }
             | Self::SpoolFull { .. }
+            | Self::SpoolOverQuota { .. }
             | Self::TargetBusy { .. }
             | Self::NotReported { .. }
             | Self::SentResized { .. }

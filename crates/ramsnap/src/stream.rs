@@ -1,11 +1,12 @@
 //! Streams of images: the bytes of a packed image, compressed by zstd.
 
+mod compression;
+
 use std::fs::File;
 use std::io::{self, BufReader, IsTerminal, PipeReader, Read, Seek, Write};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
 use anyhow::Context;
@@ -14,20 +15,17 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use page_reader::SecretBuffer;
 use sparse_file::{FileIdentity, SpaceError, grow};
-use zstd::stream::{read::Decoder, write::Encoder};
+use zstd::stream::read::Decoder;
 
 use crate::failure::Failure;
 use crate::room::Place;
 use crate::session::Session;
 use crate::{print, sys};
+use compression::{WINDOW_LOG, encoder};
 
 /// The path that stands for stdin or stdout.
 pub const STREAM: &str = "-";
 
-/// The default level of zstd, which is about as fast as a network.
-const LEVEL: i32 = 3;
-/// A window of 8 MiB.
-const WINDOW_LOG: u32 = 23;
 /// Bytes copied at a time.
 const PIECE: usize = 1 << 20;
 
@@ -126,14 +124,19 @@ fn read(session: &Session, stream: &mut impl Read, buffer: &mut [u8]) -> anyhow:
 }
 
 /// Returns the error for a stream that cannot be stored. If the file system is full, the error
-/// names it and the free space.
+/// names it and the free space; the free space does not count for a quota.
 fn full(file: &File, dir: &Path, written: u64, len: u64, source: io::Error) -> anyhow::Error {
-    let is_full = matches!(
-        source.kind(),
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-    );
-    match Place::of(file, dir) {
-        Ok(place) if is_full => Failure::SpoolFull {
+    match (Place::of(file, dir), source.kind()) {
+        (Ok(place), io::ErrorKind::QuotaExceeded) => Failure::SpoolOverQuota {
+            dir: dir.to_owned(),
+            mount: place.mount,
+            file_system: place.file_system,
+            written,
+            len,
+            source,
+        }
+        .into(),
+        (Ok(place), io::ErrorKind::StorageFull) => Failure::SpoolFull {
             dir: dir.to_owned(),
             mount: place.mount,
             file_system: place.file_system,
@@ -261,35 +264,12 @@ pub fn to_stdout(session: &Session, mut image: File, path: &Path) -> anyhow::Res
     let bar = session.bar("sending");
     bar.set_length(len);
     let send = || -> anyhow::Result<()> {
-        let mut stream = Encoder::new(print::stdout()?, LEVEL)?;
-        stream.include_checksum(true)?;
-        stream.set_pledged_src_size(Some(len))?;
         let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        // The library starts its threads first, and fails if it cannot.
-        if can_start(threads + 1) {
-            stream.multithread(threads as u32)?;
-        }
+        let mut stream = encoder(print::stdout()?, len, threads)?;
         copy(image, len, &mut stream, path, |piece| bar.inc(piece))?;
         Ok(stream.finish()?.flush()?)
     };
     send().context("the stream was not sent whole")
-}
-
-/// Returns whether this process can start so many more threads at once.
-fn can_start(threads: usize) -> bool {
-    let (release, wait) = mpsc::channel::<()>();
-    let wait = &Mutex::new(wait);
-    thread::scope(move |scope| {
-        let stand_by = move || {
-            let wait = wait.lock().unwrap_or_else(PoisonError::into_inner);
-            // Until the other end is dropped.
-            let _ = wait.recv();
-        };
-        let start = |_| thread::Builder::new().spawn_scoped(scope, stand_by).is_ok();
-        let all = (0..threads).all(start);
-        drop(release);
-        all
-    })
 }
 
 /// Copies all `len` bytes of the image at `path`.
@@ -339,5 +319,20 @@ mod tests {
             Ok(()) => assert!(sent && to == image),
             Err(error) => assert!(!sent && resized(&error), "{error:?}"),
         }
+    }
+
+    #[rstest]
+    #[case::quota(io::ErrorKind::QuotaExceeded, "quota", "available")]
+    #[case::full(io::ErrorKind::StorageFull, "is full", "quota")]
+    fn the_error_says_whether_a_quota_or_the_disk_is_full(
+        #[case] kind: io::ErrorKind,
+        #[case] says: &str,
+        #[case] not: &str,
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let file = tempfile::tempfile_in(&dir).unwrap();
+        let error = full(&file, dir.path(), 1, 2, kind.into()).to_string();
+        assert!(error.contains(says) && !error.contains(not), "{error}");
+        assert!(error.contains("1 of 2 bytes of the stream"), "{error}");
     }
 }
