@@ -9,7 +9,7 @@ use sparse_file::FileIdentity;
 use crate::args::{Format, Formats, ImageFile, RawImages};
 use crate::failure::Failure;
 use crate::session::Session;
-use crate::words;
+use crate::{print, words};
 
 /// The default page size of raw images: the smallest page size of any host.
 const RAW_PAGE: u64 = 4096;
@@ -136,7 +136,7 @@ pub fn check_sums<'i>(
 
 /// Runs [`Image::verify`] with a progress bar.
 pub fn sum(session: &Session, image: &Image) -> Result<memory_image::VerifyReport, VerifyError> {
-    let name = image.path().file_name().unwrap_or_default().display();
+    let name = print::path(image.path().file_name().unwrap_or_default().as_ref());
     image.verify(&mut session.progress(&format!("checking {name}")))
 }
 

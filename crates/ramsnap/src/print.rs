@@ -164,6 +164,19 @@ impl Serialize for JsonPath {
     }
 }
 
+/// Returns a path as text for a line of a terminal. A path with characters that a terminal acts on
+/// or does not show, or with bytes that are not UTF-8, is quoted and escaped, as in errors.
+pub fn path(path: &Path) -> String {
+    let is_plain = |text: &str| {
+        text.chars()
+            .all(|c| matches!(c, '\\' | '"' | '\'') || c.escape_debug().eq([c]))
+    };
+    match path.to_str().filter(|text| is_plain(text)) {
+        Some(text) => text.to_owned(),
+        None => format!("{path:?}"),
+    }
+}
+
 /// Formats a size: `1.50 GiB`.
 pub fn size(bytes: u64) -> String {
     BinaryBytes(bytes).to_string()
@@ -174,5 +187,26 @@ pub fn count(number: u64, one: &str) -> String {
     match number {
         1 => format!("1 {one}"),
         _ => format!("{number} {one}s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+
+    use rstest::rstest;
+
+    #[rstest]
+    #[case::plain(b"dir/full.mem", "dir/full.mem")]
+    #[case::quotes_and_spaces(b"a \"b\" 'c' \\d", "a \"b\" 'c' \\d")]
+    #[case::other_scripts("\u{65e5}\u{672c}\u{e9}".as_bytes(), "\u{65e5}\u{672c}\u{e9}")]
+    #[case::two_lines(b"a\nb", "\"a\\nb\"")]
+    #[case::a_sequence_of_a_terminal(b"\x1b[31m", "\"\\u{1b}[31m\"")]
+    #[case::a_control_character_of_latin_1("\u{9b}31m".as_bytes(), "\"\\u{9b}31m\"")]
+    #[case::written_backwards("\u{202e}mem".as_bytes(), "\"\\u{202e}mem\"")]
+    #[case::not_utf8(b"bad\xff", "\"bad\\xFF\"")]
+    fn paths_are_escaped_as_in_errors(#[case] path: &[u8], #[case] shown: &str) {
+        use std::os::unix::ffi::OsStrExt;
+        assert_eq!(super::path(OsStr::from_bytes(path).as_ref()), shown);
     }
 }

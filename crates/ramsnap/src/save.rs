@@ -15,7 +15,7 @@ use crate::failure::Failure;
 use crate::session::Session;
 use crate::verbs::info::Info;
 use crate::zeros::without_zeros;
-use crate::{input, memory_reserve, room};
+use crate::{input, memory_reserve, print, room};
 
 /// Refuses an output that exists, or is an input by any name, or that there is too little memory to
 /// write, before anything is read.
@@ -192,7 +192,7 @@ fn report(session: &Session, path: &Path, raw: bool) -> anyhow::Result<()> {
         Err(error) if is_permission(&error) => {
             format!(
                 "{}: written; its mode does not let you read it",
-                path.display()
+                print::path(path)
             )
         }
         described => {
@@ -213,5 +213,5 @@ fn describe(path: &Path, raw: bool) -> anyhow::Result<String> {
         false => Image::open(path)?,
     };
     let info = Info::of(&image)?;
-    Ok(format!("{}: {}", path.display(), info.summary()))
+    Ok(format!("{}: {}", print::path(path), info.summary()))
 }

@@ -346,3 +346,32 @@ fn an_output_that_its_owner_may_not_read_is_reported() {
     work.good("merge full.mem d1.mem -o expected");
     assert!(fs::read(out).unwrap() == work.read("expected"));
 }
+
+/// A name must not begin a line of its own, or control the terminal.
+#[rstest]
+#[case::info("info")]
+#[case::verify("verify")]
+#[case::map("map full.mem")]
+#[case::dump("dump ram --force -o")]
+#[case::restore("restore full.mem --force -o")]
+#[case::converted("convert raw:ram --force -o")]
+fn a_name_that_is_not_plain_is_printed_as_in_errors(#[case] command: &str) {
+    let work = Work::with_chain();
+    let name = "two\nlines\x1b[31m";
+    work.copy(
+        if command.contains("restore") {
+            "ram"
+        } else {
+            "full.mem"
+        },
+        name,
+    );
+    let ended = Ended::of(work.command(command).arg(name)).good();
+    let lines = |text: &str| text.lines().any(|line| line.starts_with("lines"));
+    assert!(!ended.out.contains("\x1b[31m"), "{ended:?}");
+    assert!(!lines(&ended.out), "{ended:?}");
+    assert!(
+        ended.out.contains("\"two\\nlines\\u{1b}[31m\""),
+        "{ended:?}"
+    );
+}

@@ -214,7 +214,7 @@ impl Info {
     fn text(&self) -> String {
         let mut lines = vec![format!(
             "{}: {}",
-            self.file.display(),
+            print::path(&self.file),
             self.layout_and_kind()
         )];
         let mut add = |name: &str, value: String| lines.push(format!("  {name:<9} {value}"));

@@ -11,7 +11,7 @@ use clap::{Args, Command};
 
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
-use crate::print::count;
+use crate::print::{self, count};
 use crate::session::Session;
 
 /// Write the manual pages to a directory
@@ -50,7 +50,7 @@ impl Man {
         }
         critical.done();
         let pages = count(pages.len() as u64, "page");
-        session.report(&format!("{}: {pages}", dir.display()))?;
+        session.report(&format!("{}: {pages}", print::path(dir)))?;
         Ok(ExitStatus::Success)
     }
 }

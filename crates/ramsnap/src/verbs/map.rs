@@ -121,7 +121,7 @@ impl Map {
         let written = writer.write_all(&bytes);
         written.with_context(|| format!("cannot write the picture {path:?}"))?;
         save::put_in_place(session, writer, || {
-            Ok(session.report(&format!("{}: {}", path.display(), picture.title()))?)
+            Ok(session.report(&format!("{}: {}", print::path(path), picture.title()))?)
         })
     }
 }

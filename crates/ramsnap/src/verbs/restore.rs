@@ -18,7 +18,7 @@ use crate::args::{Formats, ImageFile, Output, RawImages};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::memory_reserve::{self, MemoryReserve};
-use crate::print::size;
+use crate::print::{self, size};
 use crate::session::Session;
 use crate::{input, save};
 #[cfg(not(target_os = "linux"))]
@@ -198,6 +198,6 @@ impl Restore {
             Err(error) => return Err(begun.give_up(error)),
         };
         let ram = size(chain.ram_size());
-        Ok(session.report(&format!("{}: {ram} of RAM", path.display()))?)
+        Ok(session.report(&format!("{}: {ram} of RAM", print::path(path)))?)
     }
 }

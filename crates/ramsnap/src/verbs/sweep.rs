@@ -146,7 +146,7 @@ impl Sweep {
             lines.extend(
                 paths
                     .iter()
-                    .map(|path| format!("{}: {what}", path.display())),
+                    .map(|path| format!("{}: {what}", print::path(path))),
             );
         };
         list(&found.replaced, "replaced by its group's commit");
@@ -161,7 +161,11 @@ impl Sweep {
         list(&found.removed, removed);
         list(&found.in_use, "in use");
         for kept in &found.kept {
-            lines.push(format!("{}: kept: {}", kept.file.display(), kept.reason));
+            lines.push(format!(
+                "{}: kept: {}",
+                print::path(&kept.file),
+                kept.reason
+            ));
         }
         let failed = match found.failed.len() {
             0 => String::new(),

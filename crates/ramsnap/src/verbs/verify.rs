@@ -84,7 +84,7 @@ impl Verify {
             return Ok(None);
         }
         if let Some(file) = files.iter().find(|file| !file.has_links(self.allow_raw)) {
-            let why = format!("{} can't be linked", file.file.display());
+            let why = format!("{} can't be linked", print::path(&file.file));
             return Ok(Some(Links::Unknown { why }));
         }
         let raw = RawImages {
@@ -206,7 +206,7 @@ impl Checked {
     }
 
     fn text(&self) -> String {
-        let file = self.file.display();
+        let file = print::path(&self.file);
         match &self.state {
             State::Whole { bytes, chunks } => {
                 let (bytes, chunks) = (size(*bytes), count(*chunks, "chunk"));

@@ -1,6 +1,6 @@
 //! RAM divided into cells, with the state of each cell.
 
-use crate::print::size;
+use crate::print::{self, size};
 use crate::verbs::map::{PageMap, State};
 
 /// Lines of cells, each of which stands for a part of the RAM of the same size.
@@ -48,12 +48,7 @@ impl Picture {
         };
         let cell_bytes = cell_bytes(first, columns);
         let line = |map: &PageMap| Line {
-            label: map
-                .file
-                .file_name()
-                .unwrap_or_default()
-                .display()
-                .to_string(),
+            label: print::path(map.file.file_name().unwrap_or_default().as_ref()),
             cells: cells(map, cell_bytes),
         };
         Self {
