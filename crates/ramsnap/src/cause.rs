@@ -4,11 +4,11 @@ use image_format::FooterError;
 use memory_image::{
     ChainError, CompareError, MergeError, NotFullError, OpenImageError, RestoreError, VerifyError,
 };
-use memory_writer::SnapshotError;
+use memory_writer::{RamError, SnapshotError};
 
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
-use crate::interrupt;
+use crate::{input, interrupt};
 
 /// Returns the exit status for `error`: that of the first cause that has one.
 pub fn exit_status(error: &anyhow::Error) -> ExitStatus {
@@ -34,13 +34,23 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     if let Some(error) = cause.downcast_ref() {
         return of_opening(error);
     }
+    if let Some(SnapshotError::Ram(error)) = cause.downcast_ref() {
+        return Some(of_sizes(error));
+    }
+    if let Some(CompareError::Geometry(_)) = cause.downcast_ref() {
+        return Some(ExitStatus::Usage);
+    }
     match cause.downcast_ref()? {
         ChainError::Open(error) => of_opening(error),
+        // Of --page-size: the file is a whole number of the smallest pages.
+        ChainError::NotWholePages { size, .. } if size.is_multiple_of(input::RAW_PAGE) => {
+            Some(ExitStatus::Usage)
+        }
+        ChainError::PageSizeDiffers { .. } => Some(ExitStatus::Usage),
         // Properties of an image.
         ChainError::NotFull(_)
         | ChainError::NotWholePages { .. }
         | ChainError::SizeDiffers { .. }
-        | ChainError::PageSizeDiffers { .. }
         | ChainError::RegionsDiffer { .. }
         | ChainError::Link { .. }
         | ChainError::AmbiguousDiff { .. } => Some(ExitStatus::CheckFailed),
@@ -58,6 +68,15 @@ fn is_cancellation(cause: &(dyn std::error::Error + 'static)) -> bool {
         || matches!(cause.downcast_ref(), Some(CompareError::Cancelled { .. }))
         || matches!(cause.downcast_ref(), Some(RestoreError::Cancelled { .. }))
         || matches!(cause.downcast_ref(), Some(VerifyError::Cancelled))
+}
+
+/// Returns the exit status for sizes of RAM and pages that no image can have.
+fn of_sizes(error: &RamError) -> ExitStatus {
+    match error {
+        RamError::NoRam | RamError::TooLarge { .. } => ExitStatus::Failed,
+        // The page size is an option, or does not fit the RAM without it.
+        _ => ExitStatus::Usage,
+    }
 }
 
 /// Returns the exit status for an image that cannot be opened.

@@ -112,6 +112,9 @@ pub enum Failure {
     #[error("{path:?} cannot be drawn in this format: name a file that ends in .svg or .png")]
     UnsupportedImageExtension { path: PathBuf },
 
+    #[error("both states have the id {id}: they are the same one; name two states")]
+    SameState { id: memory_image::ImageId },
+
     // A check failed: name or send other files.
     #[error("the two states have {old} and {new} bytes of RAM: they are of different guests")]
     OtherGuest { old: u64, new: u64 },
@@ -119,8 +122,6 @@ pub enum Failure {
         "the two states are of guests whose RAM is at other addresses: at {old}, and at {new}; name states of one guest"
     )]
     OtherRegions { old: String, new: String },
-    #[error("both states have the id {id}: they are the same one")]
-    SameState { id: memory_image::ImageId },
     #[error(
         "{path:?} is damaged in {found} places: `ramsnap verify` lists them; take it again, or go on with --no-verify"
     )]
@@ -295,7 +296,8 @@ pub enum Failure {
         source: std::io::Error,
     },
     #[error(
-        "{path:?} is on hugetlbfs, which has no write(2): to restore RAM there, make the file in its size first"
+        "{path:?} is on hugetlbfs, which has no write(2): name an output on another file system; only `ramsnap restore` \
+         writes there, to a file that exists and has the size of the RAM"
     )]
     NoWritesThere { path: PathBuf },
     #[cfg(target_os = "linux")]
@@ -343,10 +345,10 @@ impl Failure {
             | Self::UnsupportedImageExtension { .. }
             | Self::ForeignLink { .. }
             | Self::TargetNotPrivate { .. }
-            | Self::TargetInUse { .. } => ExitStatus::Usage,
+            | Self::TargetInUse { .. }
+            | Self::SameState { .. } => ExitStatus::Usage,
             Self::OtherGuest { .. }
             | Self::OtherRegions { .. }
-            | Self::SameState { .. }
             | Self::Damaged { .. }
             | Self::NothingToVerify { .. }
             | Self::StreamDamaged { .. }

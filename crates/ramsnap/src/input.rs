@@ -12,7 +12,7 @@ use crate::session::Session;
 use crate::{print, words};
 
 /// The default page size of raw images: the smallest page size of any host.
-const RAW_PAGE: u64 = 4096;
+pub const RAW_PAGE: u64 = 4096;
 
 /// Opens images, oldest first, as one chain: a full image and its diffs, or diffs alone. The first
 /// is taken for a full one if it is raw.

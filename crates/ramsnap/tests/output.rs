@@ -193,7 +193,7 @@ fn errors_name_commands_and_options_not_functions() {
     work.fails("dump ram -o out --region-at 0x:4KiB", 2, &["give a number"]);
     work.fails(
         "merge full.mem d1.mem -o out --page-size 8KiB",
-        1,
+        2,
         &["--page-size"],
     );
     fs::write(work.path("vcpus"), "registers").unwrap();

@@ -136,7 +136,7 @@ fn all_that_can_fail_is_found_before_the_process_is_stopped() {
     );
     work.fails(
         &format!("dump {ram} -o out --page-size 16MiB"),
-        3,
+        2,
         &["16777216"],
     );
     work.fails(&format!("diff full.mem {ram} -o none/out"), 3, &["none"]);
