@@ -13,7 +13,7 @@ use crate::ram_lock;
 pub fn layouts() -> impl TypedValueParser<Value = Layout> {
     let value = |layout: Layout| {
         PossibleValue::new(layout.name()).help(match layout {
-            Layout::Raw => "Bytes of RAM and nothing else",
+            Layout::Raw => "Bytes of RAM and nothing else; `cp` of a diff loses its pages of zeros",
             Layout::Sealed => "Bytes of RAM and a footer of ids, a map and checksums",
             Layout::Packed => "Present pages one after another and such a footer",
         })

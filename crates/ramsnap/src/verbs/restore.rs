@@ -34,14 +34,16 @@ use reserve::Plan;
 /// as the RAM, and must be empty unless --force is given. No byte of it changes before all checks
 /// have passed: the checksums are right, the file can be written, and space is reserved, on ext4,
 /// XFS, tmpfs and hugetlbfs. Other file systems (btrfs) cannot reserve space: as much as the RAM
-/// needs must be free, and a warning is printed. If writing fails afterwards or is interrupted, the
-/// file is left empty.
+/// needs must be free, and a warning is printed; quotas are not compared. If writing fails
+/// afterwards or is interrupted, the file is left empty, or if that fails (btrfs, where a quota is
+/// used up), the message states that it holds a part of the RAM.
 ///
 /// Start the guest after ramsnap has ended. RAM that is not empty at the last check is refused, so
 /// the RAM of a guest that was started during the earlier checks is unchanged. A guest that first
 /// writes to its RAM after the last check is not noticed, and its RAM is overwritten. RAM that
 /// ramsnap is reading is refused, and ramsnap refuses to read RAM that is being restored. A VMM's
-/// own locks of the file do not matter.
+/// own locks of the file do not matter. Give the path by which the VMM has opened the file: on
+/// overlayfs, the file in a layer is another file, as is one behind FUSE, and nothing is noticed.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap restore full.mem d1.mem -o /dev/shm/guest\n  \
