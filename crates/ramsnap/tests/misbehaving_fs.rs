@@ -6,6 +6,7 @@ mod support;
 use std::fs::{self, File};
 use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use misbehaving_fs::{Behavior, Lseek, MisbehavingFs};
@@ -216,17 +217,29 @@ fn enxio_from_seek_hole_loses_no_page_of_a_restore() {
     needs!(Strace);
     let work = Work::with_ram();
     work.good("dump ram -o full.raw --layout raw");
-    // The first call queries the position. Every second call after it looks for a hole.
-    for call in [2, 4, 6] {
+    let strace = |log: &Path, inject: Option<String>| {
         let _ = fs::remove_file(work.path("out"));
         let mut strace = Command::new("strace");
         strace
-            .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=lseek", "-e"])
-            .arg(format!("inject=lseek:error=ENXIO:when={call}"))
+            .args(["-f", "-qq", "-e", "trace=lseek", "-o"])
+            .arg(log)
+            .args(inject.iter().flat_map(|inject| ["-e", inject]))
             .args([RAMSNAP, "restore", "raw:full.raw", "-o", "out"])
             .current_dir(work.path(""))
             .stdin(Stdio::null());
         Ended::of(&mut strace).good();
         work.assert_same("out", "ram");
+    };
+    let log = work.path("log");
+    strace(&log, None);
+    let log = fs::read_to_string(log).unwrap();
+    let calls = log.lines().filter(|line| line.contains("lseek("));
+    let numbered = (1..).zip(calls);
+    let looks = numbered.filter(|(_, call)| call.contains("SEEK_HOLE"));
+    let looks: Vec<usize> = looks.map(|(number, _)| number).take(3).collect();
+    assert_eq!(looks.len(), 3, "{log}");
+    for call in looks {
+        let inject = format!("inject=lseek:error=ENXIO:when={call}");
+        strace(Path::new("/dev/null"), Some(inject));
     }
 }
