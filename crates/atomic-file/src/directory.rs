@@ -6,7 +6,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
@@ -25,8 +24,6 @@ pub(crate) struct Directory {
     /// The path at the time of opening, for messages; empty for the current directory.
     path: PathBuf,
     pub(crate) stat: Stat,
-    /// Whether other users may create files, determined on first use.
-    shared: OnceLock<bool>,
 }
 
 impl AsFd for Directory {
@@ -70,7 +67,6 @@ impl Directory {
             fd,
             path: shown,
             stat,
-            shared: OnceLock::new(),
         })
     }
 
@@ -116,9 +112,7 @@ impl Directory {
     /// Returns whether users other than the directory's owner and root may create files in it: see
     /// [`others_may_write`](crate::others_may_write).
     pub(crate) fn others_may_create(&self) -> bool {
-        *self
-            .shared
-            .get_or_init(|| permissions::others_may_create(self.as_fd(), &self.stat))
+        permissions::others_may_create(&self.stat)
     }
 
     /// Creates `name`, readable and writable by its owner alone. Fails with `EEXIST` if the name

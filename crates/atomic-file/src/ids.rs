@@ -42,8 +42,6 @@ impl UserId {
 }
 
 impl GroupId {
-    pub(crate) const ROOT: Self = Self(0);
-
     pub(crate) fn new(id: u32) -> Self {
         Self(id)
     }
@@ -92,15 +90,6 @@ pub fn is_same_user(one: u32, other: u32) -> bool {
     UserId(one).is(UserId(other))
 }
 
-/// Returns whether the system's lists of users and groups describe the ids that `stat(2)` reports.
-///
-/// A user namespace changes the ids, and not the memberships of the users outside it.
-pub(crate) fn names_apply() -> bool {
-    [&platform::USERS, &platform::GROUPS]
-        .into_iter()
-        .all(platform::maps_all)
-}
-
 #[cfg(any(target_os = "linux", target_os = "android"))]
 mod platform {
     use std::fs::read_to_string;
@@ -133,7 +122,7 @@ mod platform {
     }
 
     /// Returns whether this process's user namespace maps every id.
-    pub(super) fn maps_all(kind: &Kind) -> bool {
+    fn maps_all(kind: &Kind) -> bool {
         match read_to_string(kind.map_path) {
             Ok(map) => covers_all(&map),
             // A kernel without user namespaces.
@@ -171,10 +160,6 @@ mod platform {
 
     pub(super) fn may_be_unmapped(_: u32, _: &Kind) -> bool {
         false
-    }
-
-    pub(super) fn maps_all(_: &Kind) -> bool {
-        true
     }
 }
 

@@ -1,27 +1,22 @@
 //! Permissions of directories.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 
-use nix::unistd::{Gid, Group, Uid, User};
-
-use crate::ids::{GroupId, UserId, names_apply};
 use crate::stat::{Stat, stat_of};
-use crate::sys;
 
 /// Returns whether users other than the owner of `dir` and root may create files in it.
 ///
-/// They may if the mode grants write permission to all users, or to its group, unless that is
-/// root's or the owner's private group. A private group has the owner's name and lists no other
-/// member; if neither has a name, it has the owner's number. So a directory that a umask of 002
-/// made writable for a user's own group belongs to that user alone. If the directory has an access
-/// control list, the group bits may apply to any user, and the group counts as other users. So does
-/// every group in a user namespace of Linux that does not map all ids, because the lists of users
-/// and groups do not name the members outside it.
+/// They may if the mode grants write permission to all users or to the group. Every group counts as
+/// other users, also the owner's private group and that of root: the system's lists of users and
+/// groups do not name all processes that have a group. A process may have the group as its primary
+/// one, without a name, in a container, or by a password of the group. If the directory has an
+/// access control list of POSIX, the group bits are the upper bound of its entries.
 ///
 /// This crate applies this rule to decide which links are followed, which group records are
-/// trusted, and which replaced files are a source of attributes. The access control lists of macOS
-/// are not checked.
+/// trusted, and which replaced files are a source of attributes. A directory that a umask of 002
+/// made writable for its owner's group is private again after `chmod g-w`. The access control lists
+/// of macOS are not checked.
 ///
 /// # Errors
 /// Returns the errors of `fstat(2)`.
@@ -34,35 +29,12 @@ use crate::sys;
 /// # Ok::<(), std::io::Error>(())
 /// ```
 pub fn others_may_write(dir: impl AsFd) -> io::Result<bool> {
-    let dir = dir.as_fd();
-    Ok(others_may_create(dir, &stat_of(dir)?))
+    Ok(others_may_create(&stat_of(dir)?))
 }
 
-pub(crate) fn others_may_create(dir: BorrowedFd<'_>, stat: &Stat) -> bool {
-    const OTHERS_WRITE: u32 = 0o002;
-    const GROUP_WRITES: u32 = 0o020;
-    if stat.mode & OTHERS_WRITE != 0 {
-        return true;
-    }
-    stat.mode & GROUP_WRITES != 0 && (sys::has_acl(dir) || !is_private(stat.gid, stat.uid))
-}
-
-/// Returns whether the group `gid` has no members except root and the user `owner`, according to
-/// its name and member list.
-fn is_private(gid: GroupId, owner: UserId) -> bool {
-    if !names_apply() {
-        return false;
-    }
-    let named = |group: &Group, name: &str| group.mem.iter().all(|member| member == name);
-    let group = Group::from_gid(Gid::from_raw(gid.raw()));
-    if gid.is(GroupId::ROOT) {
-        return group.is_ok_and(|group| group.is_none_or(|group| named(&group, "root")));
-    }
-    match (User::from_uid(Uid::from_raw(owner.raw())), group) {
-        (Ok(Some(user)), Ok(Some(group))) => user.name == group.name && named(&group, &user.name),
-        (Ok(None), Ok(None)) => gid.raw() == owner.raw(),
-        _ => false,
-    }
+pub(crate) fn others_may_create(dir: &Stat) -> bool {
+    const GROUP_OR_OTHERS_WRITE: u32 = 0o022;
+    dir.mode & GROUP_OR_OTHERS_WRITE != 0
 }
 
 #[cfg(test)]
@@ -91,11 +63,13 @@ mod tests {
     #[case::a_group_writes(0o775, USER, GROUP, true)]
     #[case::a_group_writes_and_names_are_protected(0o3775, USER, GROUP, true)]
     #[case::a_group_writes_to_a_directory_of_root(0o2775, 0, GROUP, true)]
-    #[case::the_owners_own_group_writes(0o775, USER, USER, false)]
-    #[case::the_group_of_root_writes(0o775, USER, 0, false)]
+    #[case::the_owners_own_group_writes(0o775, USER, USER, true)]
+    #[case::the_own_group_of_a_user_with_a_name_writes(0o775, 1, 1, true)]
+    #[case::the_group_of_root_writes(0o775, USER, 0, true)]
+    #[case::the_group_of_root_writes_to_a_directory_of_root(0o775, 0, 0, true)]
     #[case::all_but_the_group_write(0o757, USER, USER, true)]
     #[case::all_write(0o1777, 0, 0, true)]
-    fn others_may_write_by_mode_or_shared_group(
+    fn others_may_write_by_mode_of_group_or_all(
         #[case] mode: u32,
         #[case] owner: u32,
         #[case] group: u32,
@@ -122,7 +96,7 @@ mod tests {
             (0x20, 0, u32::MAX),
         ];
         needs!(Root);
-        let (dir, open) = directory(0o770);
+        let (dir, open) = directory(0o700);
         fchown(&open, Some(USER), Some(USER)).unwrap();
         assert!(!others_may_write(&open).unwrap());
         let mut bytes = 2u32.to_le_bytes().to_vec();

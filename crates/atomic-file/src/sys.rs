@@ -31,10 +31,9 @@ use others as platform;
 
 use platform::flush;
 pub(crate) use platform::{
-    acl_of, copy_acl, exchange, file_owner, generation, has_acl, has_attributes,
-    has_lasting_inode_numbers, is_acl, is_exclusively_open, is_magic_link, is_swap,
-    lease_for_reading, may_rename_in_sticky, release_lease, remove_acl, rename_new, restrictions,
-    supports_leases,
+    acl_of, copy_acl, exchange, file_owner, generation, has_attributes, has_lasting_inode_numbers,
+    is_acl, is_exclusively_open, is_magic_link, is_swap, lease_for_reading, may_rename_in_sticky,
+    release_lease, remove_acl, rename_new, restrictions, supports_leases,
 };
 pub(crate) use restrictions::Restrictions;
 

@@ -16,11 +16,12 @@ use std::thread;
 use std::time::Duration;
 
 use atomic_file::{AtomicWriter, OpenError, Preserve};
+use nix::unistd::{Gid, setfsgid};
 use rstest::rstest;
 use support::commit;
 use support::hostile::{
-    OTHER_USER, Place, SECRET, as_other_user, become_other_user, become_user, hash_of, open_to_all,
-    plant, set_mode, staged_files,
+    OTHER_USER, Place, SECRET, USER, as_other_user, become_other_user, become_user, hash_of,
+    open_to_all, plant, set_mode, staged_files,
 };
 use test_machine::{needs, rounds};
 
@@ -326,32 +327,55 @@ fn other_users_cannot_lock_a_staged_file() {
 
 /// Members of a group with write permission can create and exchange links in the directory.
 #[rstest]
-#[case::of_a_shared_group(0o2775, OTHER_USER + 1, false)]
-#[case::of_a_shared_group_sticky(0o3775, OTHER_USER + 1, false)]
-#[case::of_roots_group(0o775, 0, true)]
+#[case::of_a_shared_group(0o2775, 0, OTHER_USER + 1)]
+#[case::of_a_shared_group_sticky(0o3775, 0, OTHER_USER + 1)]
+#[case::of_roots_group(0o775, 0, 0)]
+#[case::of_roots_group_in_a_directory_of_a_user(0o775, USER, 0)]
+#[case::of_the_owners_group(0o775, USER, USER)]
+#[case::of_the_group_of_an_owner_with_a_name(0o775, 1, 1)]
 fn a_link_is_not_followed_if_a_group_may_write(
     #[case] mode: u32,
+    #[case] uid: u32,
     #[case] gid: u32,
-    #[case] followed: bool,
 ) {
     needs!(Root);
     let place = Place::new(0o755);
     let dir = place.path("dir");
-    std::os::unix::fs::chown(&dir, None, Some(gid)).unwrap();
+    std::os::unix::fs::chown(&dir, Some(uid), Some(gid)).unwrap();
     set_mode(&dir, mode);
     let link = dir.join("out.mem");
-    symlink(place.path("ours/victim"), &link).unwrap();
-    std::os::unix::fs::lchown(&link, Some(OTHER_USER), None).unwrap();
+    plant_as_member(&place, gid, &link, "a link");
     match AtomicWriter::open(&link) {
-        Ok(writer) => {
-            assert!(followed);
-            writer.discard().unwrap();
-        }
-        Err(OpenError::UntrustedSymlink { owner, .. }) => {
-            assert!(!followed);
-            assert_eq!(owner, OTHER_USER);
-        }
-        Err(other) => panic!("another error: {other:?}"),
+        Err(OpenError::UntrustedSymlink { owner, .. }) => assert_eq!(owner, OTHER_USER),
+        other => panic!("the link was followed, or another error: {other:?}"),
     }
     place.assert_ours_untouched();
+}
+
+/// The member of the group could read the new file.
+#[rstest]
+#[case::of_roots_group(0, 0)]
+#[case::of_the_owners_group(USER, USER)]
+fn attributes_of_a_file_of_a_group_member_are_not_preserved(#[case] uid: u32, #[case] gid: u32) {
+    needs!(Root);
+    let place = Place::new(0o755);
+    let dir = place.path("dir");
+    std::os::unix::fs::chown(&dir, Some(uid), Some(gid)).unwrap();
+    set_mode(&dir, 0o775);
+    let dest = dir.join("dest");
+    plant_as_member(&place, gid, &dest, "a file");
+    let options = AtomicWriter::options().preserve(Preserve::all());
+    let error = options.open(&dest).unwrap_err();
+    assert!(matches!(error, OpenError::NotPreserved { .. }), "{error:?}");
+}
+
+/// Plants `what` at `path` as a process of the other user that has the group `gid`. The lists of
+/// users and groups name neither.
+fn plant_as_member(place: &Place, gid: u32, path: &Path, what: &str) {
+    as_other_user(|| {
+        setfsgid(Gid::from_raw(gid));
+        plant(place, &[path.to_owned()], what);
+    });
+    let planted = fs::symlink_metadata(path).expect("a member of the group may write");
+    assert_eq!(planted.uid(), OTHER_USER);
 }

@@ -139,7 +139,7 @@ fn links_of_other_users_are_not_followed(#[values(NONE, SELF, CONTAINER)] map: &
     }
 }
 
-/// The group of root in the namespace is a group outside it, whose members its lists do not name.
+/// The group of root in the namespace is a group outside it, which may have any members.
 #[test]
 fn a_group_that_may_write_counts_as_other_users() {
     needs!(Root, UserNamespace);

@@ -61,8 +61,9 @@ pub enum OpenError {
     /// The destination is a symbolic link in a directory that [others may write
     /// to](crate::others_may_write), and another user may have created it.
     #[error(
-        "{path:?} is a symbolic link of {}, in a directory where others may create links: name its \
-         target, or replace the link itself with `Symlinks::Replace`",
+        "{path:?} is a symbolic link of {}, in a directory where its group or all users may create \
+         links: name its target, replace the link itself with `Symlinks::Replace`, or make the \
+         directory private (chmod go-w)",
         UserId::new(*owner)
     )]
     UntrustedSymlink {

@@ -29,7 +29,7 @@ use crate::stat::{FROM_HANDLE, FileId, Stat};
 
 use magic::magic_of;
 
-pub(crate) use acl::{acl_of, copy_acl, has_acl, is_acl, remove_acl};
+pub(crate) use acl::{acl_of, copy_acl, is_acl, remove_acl};
 pub(crate) use lease::{is_exclusively_open, lease_for_reading, release_lease, supports_leases};
 
 /// Syncs `fd` to the medium. Linux has no weaker call that orders writes.

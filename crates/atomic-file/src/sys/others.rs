@@ -143,11 +143,6 @@ pub(crate) fn remove_acl(_: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns `false`: the mode does not include the access control list here.
-pub(crate) fn has_acl(_: impl AsFd) -> bool {
-    false
-}
-
 /// Returns `false`: swap space is in a directory of the system.
 pub(crate) fn is_swap(_: FileId) -> bool {
     false

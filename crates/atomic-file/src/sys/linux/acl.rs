@@ -3,7 +3,6 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 
 use xattr::FileExt as _;
 
@@ -85,19 +84,6 @@ pub(crate) fn remove_acl(file: &File) -> io::Result<()> {
         Ok(None) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
         Err(error) => Err(error),
-    }
-}
-
-/// Returns whether `dir` has or may have an access control list. The lists of NFS version 4 are
-/// ignored, because every directory has one there.
-pub(crate) fn has_acl(dir: impl AsFd) -> bool {
-    let listed = dir
-        .as_fd()
-        .try_clone_to_owned()
-        .and_then(|dir| File::from(dir).get_xattr(ACLS[0]));
-    match listed {
-        Ok(list) => list.is_some(),
-        Err(error) => error.kind() != io::ErrorKind::Unsupported,
     }
 }
 
