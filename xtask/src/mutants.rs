@@ -92,14 +92,16 @@ const CRATES: [(&str, Tiers); 5] = [
             &["chains", "damage", "raw_diffs", "restore_targets"],
             &["bad_input", "comparison", "oracle", "secrets"],
             &["chain_memory", "claimed_ram", "diff_chains", "long_chains"],
-            &["merged_seals", "ram_start", "replaced_images"],
+            &["changed_images", "merged_seals", "ram_start"],
+            &["replaced_images"],
         ],
     ),
     (
         "lazy-restore",
         &[
             &["filling", "memory", "sharing", "split", "start", "waiting"],
-            &["claimed_ram", "kvm", "long_chains", "oracle", "secrets"],
+            &["changed_images", "claimed_ram", "kvm", "long_chains"],
+            &["oracle", "secrets"],
         ],
     ),
 ];

@@ -46,6 +46,13 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// `EFAULT`, a vCPU `SIGBUS` in its thread). Linux before 6.6 cannot poison pages: there the page
 /// is made inaccessible, an access gets `SIGSEGV`, and `KVM_RUN` fails.
 ///
+/// # Images that are written to
+/// The images must not be written to until filling has completed. Starting fails if one was resized
+/// or [written to](memory_image::Chain::check_unchanged) since the chain was opened, and
+/// [`wait`](Self::wait) reports this at the end. A page that the guest touches in between may hold
+/// other bytes: an error of `wait` means that the guest must not be used further. Without a
+/// prefetcher and without `wait`, nothing reports it.
+///
 /// # Discarded, unmapped and moved memory
 /// A balloon device may discard pages at any time, before and after they are filled. After
 /// `MADV_DONTNEED` they are zeros, as in any private memory, and are no longer read from the
@@ -176,7 +183,9 @@ impl LazyRam {
     /// ([`prefetch(false)`](LazyRamOptions::prefetch), or while recording), this call reads them.
     ///
     /// # Errors
-    /// Returns the first error since the start, as [`error`](Self::error) does.
+    /// Returns the first error since the start, as [`error`](Self::error) does. It is
+    /// [`ReadImageError::Changed`](memory_image::ReadImageError::Changed) if an image was written to
+    /// before all pages were in memory.
     pub fn wait(&self) -> Result<(), Arc<LazyError>> {
         match self.wait_with(&mut |_| ControlFlow::Continue(())) {
             Err(WaitError::Fill(error)) => Err(error),
@@ -270,6 +279,17 @@ impl PageReader for LazyRam {
         let end = offset.saturating_add(len as u64);
         let end = end.min(self.ram_size());
         self.pages.host_memory(offset..end)
+    }
+
+    fn check_source(&self) -> io::Result<()> {
+        let status = self.pages.status();
+        if let Some(error) = status.failure() {
+            return Err(io::Error::other(Arc::clone(error)));
+        }
+        match status.is_finished() {
+            true => Ok(()),
+            false => self.pages.chain().check_source(),
+        }
     }
 }
 

@@ -62,8 +62,10 @@ impl Prefetcher {
 
     /// Fills all pages. Returns [`ControlFlow::Break`] if `report` cancelled that.
     pub(crate) fn run(&self, report: Report<'_>) -> ControlFlow<()> {
-        let working_set = self.fill_working_set(report);
-        match working_set.and_then(|()| self.fill_stored(report)) {
+        let filled = self
+            .fill_working_set(report)
+            .and_then(|()| self.fill_stored(report));
+        match filled.and_then(|()| self.check_images().map_err(Ended::Failed)) {
             Err(Ended::Cancelled) => {
                 self.pages.status().cancel_prefetch();
                 return ControlFlow::Break(());
@@ -75,6 +77,14 @@ impl Prefetcher {
         }
         self.pages.status().end_prefetch();
         ControlFlow::Continue(())
+    }
+
+    /// Fails if bytes that were filled may be of several states of an image.
+    fn check_images(&self) -> Result<(), LazyError> {
+        match self.is_stopped() {
+            true => Ok(()),
+            false => Ok(self.pages.chain().check_unchanged()?),
+        }
     }
 
     fn is_stopped(&self) -> bool {

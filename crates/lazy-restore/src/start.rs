@@ -90,6 +90,7 @@ impl LazyRamOptions {
         region: Option<Region>,
     ) -> Result<LazyRam, LazyError> {
         chain.check_full()?;
+        chain.check_unchanged()?;
         let (image, page) = (chain.ram_size(), host_page());
         let ram_size = self.working_set.as_ref().map(WorkingSet::ram_size);
         if let Some(working_set) = ram_size.filter(|size| *size != image) {

@@ -206,9 +206,9 @@ fn unreadable_page_is_an_error_and_never_zeros() {
 fn prefetch_read_error_is_reported_and_pages_are_not_zeros() {
     needs!(Userfaultfd);
     let images = full_and_two_diffs();
-    let chain = open_chain(&images);
+    // `wait` prefetches.
+    let ram = on_demand().start(open_chain(&images)).unwrap();
     images.cut(2, 2000 * PAGE);
-    let ram = LazyRam::options().start(chain).unwrap();
     let error = ram.wait().unwrap_err();
     assert!(
         matches!(&*error, LazyError::Read(ReadImageError::Read { path, .. }) if path == images.path(2)),

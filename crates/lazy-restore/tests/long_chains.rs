@@ -47,8 +47,8 @@ fn replaced_closed_image_is_an_error() {
     }
     let images = images();
     let chain = open_chain(&images);
-    std::fs::remove_file(images.path(3)).unwrap();
     let ram = LazyRam::options().prefetch(false).start(chain).unwrap();
+    std::fs::remove_file(images.path(3)).unwrap();
     let error = ram.wait().unwrap_err();
     assert!(
         matches!(&*error, LazyError::Read(ReadImageError::Replaced { path }) if path == images.path(3)),

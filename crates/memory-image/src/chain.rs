@@ -30,7 +30,10 @@ use segment::{Segment, SegmentSource};
 /// in an older image.
 ///
 /// The images are opened and indexed once. Their bytes are read on demand. The files must not
-/// change while the chain is open.
+/// change while the chain is open. [`restore`](Self::restore), [`merge`](Self::merge),
+/// [`compare`](crate::compare()) and [`MappedChain`](crate::MappedChain) fail if an image was
+/// resized or written to since it was opened: see [`check_unchanged`](Self::check_unchanged). A
+/// caller of [`read`](Self::read) calls that itself.
 ///
 /// The chain checks that sealed images follow each other: a diff whose parent is not the id of the
 /// image below it is refused. The chain does not verify checksums: [`Image::verify`] does.
@@ -194,6 +197,9 @@ impl Chain {
     /// Reads the bytes from `offset` on into `buf`, as [`read_at`](PageReader::read_at) does, with
     /// an error that names the image.
     ///
+    /// This does not detect that an image was written to. Call
+    /// [`check_unchanged`](Self::check_unchanged) after the last read.
+    ///
     /// # Errors
     /// Returns a [`ReadImageError`].
     ///
@@ -257,5 +263,9 @@ impl PageReader for Chain {
         let past = std::iter::once(past).filter(|past| !past.is_empty());
         let stored = self.stored_in(range.start..range.end.min(self.ram_size()));
         Box::new(stored.chain(past))
+    }
+
+    fn check_source(&self) -> io::Result<()> {
+        self.check_unchanged().map_err(io::Error::other)
     }
 }

@@ -44,6 +44,14 @@ pub enum CompareError {
         /// The error of the source.
         source: io::Error,
     },
+    /// A source was changed while it was read, so the result may be wrong.
+    #[error("the {which} source was changed while it was compared")]
+    Changed {
+        /// Either `older` or `newer`.
+        which: &'static str,
+        /// The error of [`PageReader::check_source`].
+        source: io::Error,
+    },
     /// The progress function returned [`ControlFlow::Break`](std::ops::ControlFlow::Break).
     #[error("cancelled after {compared} bytes")]
     Cancelled {
@@ -65,6 +73,9 @@ pub enum CompareError {
 /// `progress` is called before the first byte is read, with the bytes that neither source has as
 /// done, and after each piece. It may cancel. The number of reading threads is the number of
 /// processors, at most 8.
+///
+/// At the end, both sources are [checked](PageReader::check_source): it is an error if an image of a
+/// [`Chain`](crate::Chain) was [written to](crate::Chain::check_unchanged) since it was opened.
 ///
 /// # Errors
 /// Returns a [`CompareError`].
@@ -133,6 +144,9 @@ where
             }
         },
     )?;
+    let changed_by = |which| move |source| CompareError::Changed { which, source };
+    older.check_source().map_err(changed_by("older"))?;
+    newer.check_source().map_err(changed_by("newer"))?;
     Ok(changed)
 }
 

@@ -27,8 +27,9 @@ use crate::image::Image;
 /// regions, use each region from its offset on. The host address of a region is page-aligned if its
 /// offset is.
 ///
-/// The file must not be truncated while it is mapped: touching a page past its end raises `SIGBUS`.
-/// A commit may replace the file, because the mapping keeps the old file.
+/// The file must not be truncated or written to while it is mapped: touching a page past its end
+/// raises `SIGBUS`, and a page that was not touched yet changes with the file. A commit may replace
+/// the file, because the mapping keeps the old file.
 ///
 /// # Examples
 /// ```
@@ -76,9 +77,10 @@ impl MappedImage {
         }
         let ram = Region::of_file(&*image.file()?, image.size);
         let ram = ram.map_err(|source| MapError::Map {
-            path: image.path,
+            path: image.path.clone(),
             source,
         })?;
+        image.check_unchanged()?;
         Ok(Self { ram })
     }
 

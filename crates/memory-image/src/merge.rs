@@ -69,7 +69,6 @@ impl Chain {
         }
         let mut writer = options.open(dest, self.ram_size(), self.writable_page_size())?;
         let bytes = self.write_to(&mut writer)?;
-        self.check_unchanged()?;
         writer.commit()?;
         Ok(bytes)
     }
@@ -105,6 +104,7 @@ impl Chain {
         } else {
             writer.write_full(self)?;
         }
+        self.check_unchanged()?;
         Ok(self.stored_runs().map(|run| run.end - run.start).sum())
     }
 
@@ -118,7 +118,12 @@ impl Chain {
     }
 
     /// Checks that no image was resized or written to since it was opened. Call this after the last
-    /// read, before the result is used.
+    /// read, before the bytes are used. Every other operation on whole chains ends with it.
+    ///
+    /// A write is detected by the size and the time of modification: see the limitations of
+    /// [`FileVersion`](memory_writer::FileVersion). It is missed if it keeps the size and is in the
+    /// same step of the file system's clock as the last write before the image was opened, or if it
+    /// is a store to a shared mapping whose page was already writable.
     ///
     /// # Errors
     /// Returns a [`ReadImageError`], such as [`Changed`](ReadImageError::Changed).

@@ -66,7 +66,9 @@ impl Chain {
     /// [`restore_runs`](Self::restore_runs) does the same with a progress function.
     ///
     /// # Errors
-    /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM.
+    /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM. If an image
+    /// was [written to](Self::check_unchanged) during the restore, it may hold bytes of several
+    /// states.
     pub fn restore<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), RestoreError> {
         let all = || std::iter::once(0..self.ram_size());
         self.restore_runs(target, all, &mut |_| ControlFlow::Continue(()))
@@ -78,7 +80,7 @@ impl Chain {
     /// [`stored_runs`](Self::stored_runs) and a progress function.
     ///
     /// # Errors
-    /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM.
+    /// Returns the errors of [`restore`](Self::restore).
     pub fn restore_zeroed<T: RamTarget + ?Sized>(
         &self,
         target: &mut T,
@@ -94,7 +96,8 @@ impl Chain {
     /// the first byte and after each piece of at most 1 MiB. It may cancel.
     ///
     /// # Errors
-    /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM.
+    /// Returns the errors of [`restore`](Self::restore), and [`RestoreError::InvalidRun`]. Runs before
+    /// an invalid one may have been written.
     ///
     /// # Examples
     /// ```
@@ -143,6 +146,13 @@ impl Chain {
         report(0)?;
         let mut buffer = SecretBuffer::new();
         for run in runs() {
+            if run.start > run.end || run.end > self.ram_size() {
+                return Err(RestoreError::InvalidRun {
+                    start: run.start,
+                    end: run.end,
+                    ram_size: self.ram_size(),
+                });
+            }
             let mut at = run.start;
             while at < run.end {
                 let len = READ_SIZE.min(run.end - at) as usize;
@@ -162,7 +172,7 @@ impl Chain {
                 report(len as u64)?;
             }
         }
-        Ok(())
+        Ok(self.check_unchanged()?)
     }
 
     /// Reads the bytes from `offset` on into `memory`.

@@ -6,7 +6,7 @@ mod support;
 
 use std::io;
 use std::num::NonZeroUsize;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::os::unix::fs::FileExt;
 
 use memory_image::{Chain, HostRam, Progress, RamTarget, RestoreError, TargetMemory};
@@ -81,6 +81,36 @@ fn restore_to_memory_of_another_size_is_refused() {
         matches!(error, RestoreError::TargetSize { image: SIZE, target } if target == SIZE / 2),
         "{error:?}"
     );
+    assert!(ram.iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn runs_outside_of_the_ram_are_refused() {
+    let chain = Guest::with_history().chain();
+    let reversed = Range {
+        start: 2 * PAGE,
+        end: PAGE,
+    };
+    for run in [
+        SIZE - PAGE..SIZE + 1,
+        SIZE + 1..SIZE + 1,
+        reversed,
+        0..u64::MAX,
+    ] {
+        let mut ram = vec![7; SIZE as usize];
+        let runs = std::iter::once(run.clone());
+        let error = chain.restore_runs(ram.as_mut_slice(), runs).unwrap_err();
+        let expected = (run.start, run.end, SIZE);
+        assert!(
+            matches!(error, RestoreError::InvalidRun { start, end, ram_size }
+                if (start, end, ram_size) == expected),
+            "{error:?}"
+        );
+        assert!(ram.iter().all(|byte| *byte == 7));
+    }
+    let mut ram = vec![7; SIZE as usize];
+    let empty = [0..0, SIZE..SIZE].into_iter();
+    chain.restore_runs(ram.as_mut_slice(), empty).unwrap();
     assert!(ram.iter().all(|byte| *byte == 7));
 }
 

@@ -258,6 +258,10 @@ impl<R: PageReader> PageReader for Layered<R> {
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
         self.populated_by(range, R::populated)
     }
+
+    fn check_source(&self) -> io::Result<()> {
+        self.sources.iter().try_for_each(R::check_source)
+    }
 }
 
 #[cfg(test)]

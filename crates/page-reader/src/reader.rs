@@ -123,6 +123,19 @@ pub trait PageReader {
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
         in_host_memory(|offset, len| self.host_memory(offset, len), range)
     }
+
+    /// Fails if bytes that were read may not belong to one state of the source, because its files
+    /// were written to or resized since it was opened.
+    ///
+    /// Call this after the last read, before the bytes are used. The provided method succeeds: RAM
+    /// has no state of its own, and a caller that reads the RAM of a running guest tracks its
+    /// writes.
+    ///
+    /// # Errors
+    /// Returns an error that names the file.
+    fn check_source(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Forwards all methods, the provided ones too: a default would hide the capabilities of the
@@ -140,6 +153,10 @@ macro_rules! forward_to_pointee {
 
             fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
                 (**self).populated(range)
+            }
+
+            fn check_source(&self) -> io::Result<()> {
+                (**self).check_source()
             }
         }
     )*};

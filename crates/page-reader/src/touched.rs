@@ -179,6 +179,10 @@ impl<R: PageReader + ?Sized> PageReader for Touched<'_, R> {
             None
         }))
     }
+
+    fn check_source(&self) -> io::Result<()> {
+        self.reader.check_source()
+    }
 }
 
 #[cfg(test)]

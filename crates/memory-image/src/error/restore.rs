@@ -30,7 +30,20 @@ pub enum RestoreError {
         /// The number of bytes restored so far.
         restored: u64,
     },
-    /// An image could not be read.
+    /// A run to restore ends before it starts, or past the RAM.
+    #[error(
+        "the run {start:#x}..{end:#x} to restore is not in the RAM, which has {ram_size:#x} bytes: \
+         give runs that end in the RAM, not before they start"
+    )]
+    InvalidRun {
+        /// The first byte of the run.
+        start: u64,
+        /// The end of the run.
+        end: u64,
+        /// The size of the RAM in bytes.
+        ram_size: u64,
+    },
+    /// An image could not be read, or was written to while it was read.
     #[error(transparent)]
     Read(#[from] ReadImageError),
     /// The target failed to write the bytes.

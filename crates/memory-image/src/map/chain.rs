@@ -34,8 +34,9 @@ use crate::restore::{HostRam, RamTarget};
 /// for each run of data in a diff's file. [`copied`](Self::copied) shows whether a chain is too
 /// scattered. The crate `lazy-restore` starts as fast on such a chain as on any other.
 ///
-/// The files must not be truncated while they are mapped: touching a page past the end raises
-/// `SIGBUS`. A commit may replace a file, because the mapping keeps the old file. The chain may be
+/// The files must not be truncated or written to while they are mapped: touching a page past the
+/// end raises `SIGBUS`, and a page that was not touched yet changes with the file. Mapping the chain
+/// fails if an image was [written to](Chain::check_unchanged) before. A commit may replace a file, because the mapping keeps the old file. The chain may be
 /// dropped after it was mapped. No descriptor stays open, so a chain may have any number of images.
 ///
 /// # Examples
@@ -164,6 +165,7 @@ impl MappedChainOptions {
         report(0)?;
         copy(chain, copies, &mut ram.as_target(size), report)?;
         advised(ram.read_single_pages(false))?;
+        chain.check_unchanged()?;
         Ok(MappedChain {
             ram,
             mapped: stored - copied,
