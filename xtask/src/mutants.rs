@@ -48,7 +48,7 @@ const CRATES: [(&str, Tiers); 5] = [
                 "hostile_records",
                 "hostile_sweeps",
             ],
-            &["orphans", "staged_files"],
+            &["obstacles", "orphans", "staged_files"],
             &["preflight", "preserve", "preserve_access", "replace_only"],
             &["user_namespaces"],
             &["faults", "kills"],

@@ -12,7 +12,7 @@ use crate::directory::Directory;
 use crate::error::{Obstacle, OpenError};
 use crate::ids::UserId;
 use crate::names::{is_record_name, kind_of_name};
-use crate::stat::Stat;
+use crate::stat::{Stat, stat_of};
 use crate::sys;
 
 /// The handling of a destination that is a symbolic link.
@@ -151,55 +151,88 @@ impl Link {
 
 /// Fails if a rename onto `dest` is known to fail.
 pub(crate) fn check_replaceable(dest: &Destination) -> Result<(), OpenError> {
+    match obstacle(&dest.dir, &dest.dir.stat, &dest.name, dest.entry) {
+        None => Ok(()),
+        Some(obstacle) => Err(OpenError::CannotReplace {
+            path: dest.path.clone(),
+            obstacle,
+        }),
+    }
+}
+
+/// Fails if a rename onto `dest` is known to fail now, or would replace what is no file: repeats the
+/// checks of `open`, because the destination may have changed since.
+pub(crate) fn check_again(dest: &Destination) -> io::Result<()> {
+    let entry = dest.dir.entry(&dest.name)?;
+    if entry.is_some_and(|entry| entry.is_dir()) {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    if entry.is_some_and(|entry| !entry.is_file() && !entry.is_symlink()) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "it is a device, FIFO or socket now: only a regular file can be replaced",
+        ));
+    }
+    let dir = stat_of(&*dest.dir)?;
+    match obstacle(&dest.dir, &dir, &dest.name, entry) {
+        None => Ok(()),
+        Some(obstacle) => Err(io::Error::new(io::ErrorKind::PermissionDenied, obstacle)),
+    }
+}
+
+/// Returns why a rename onto `name` in `dir`, which is `entry`, is known to fail.
+fn obstacle(
+    dir: &Directory,
+    dir_stat: &Stat,
+    name: &OsStr,
+    entry: Option<Stat>,
+) -> Option<Obstacle> {
     const STICKY: u32 = 0o1000;
     /// The minimum of `mkswap`, ten pages, in bytes. Smaller files need no check.
     const MIN_SWAP_SIZE: u64 = 10 * 4096;
-    let refuse = |obstacle| {
-        Err(OpenError::CannotReplace {
-            path: dest.path.clone(),
-            obstacle,
-        })
+    let of_dir = obstacle_of_directory(dir);
+    let (None, Some(entry)) = (of_dir, entry) else {
+        return of_dir;
     };
-    check_directory(&dest.dir, &dest.path)?;
-    let Some(entry) = dest.entry else {
-        return Ok(());
-    };
-    let found = dest.dir.restrictions(&dest.name);
+    let found = dir.restrictions(name);
     if found.mount_point {
-        return refuse(Obstacle::MountPoint);
+        return Some(Obstacle::MountPoint);
     }
     if found.immutable {
-        return refuse(Obstacle::Immutable);
+        return Some(Obstacle::Immutable);
     }
     if found.append_only {
-        return refuse(Obstacle::AppendOnly);
+        return Some(Obstacle::AppendOnly);
     }
     if entry.is_file() && entry.size >= MIN_SWAP_SIZE && sys::is_swap(entry.id) {
-        return refuse(Obstacle::Swap);
+        return Some(Obstacle::Swap);
     }
-    let dir = &dest.dir.stat;
-    if dir.mode & STICKY != 0 && !sys::may_rename_in_sticky(&entry, dir) {
-        return refuse(Obstacle::OthersInStickyDirectory {
-            owner: entry.uid.raw(),
-        });
-    }
-    Ok(())
+    let others = dir_stat.mode & STICKY != 0 && !sys::may_rename_in_sticky(&entry, dir_stat);
+    others.then(|| Obstacle::OthersInStickyDirectory {
+        owner: entry.uid.raw(),
+    })
 }
 
 /// Fails if files in `dir` are known not to be renamable, for the destination `path`.
 pub(crate) fn check_directory(dir: &Directory, path: &Path) -> Result<(), OpenError> {
+    match obstacle_of_directory(dir) {
+        None => Ok(()),
+        Some(obstacle) => Err(OpenError::CannotReplace {
+            path: path.to_owned(),
+            obstacle,
+        }),
+    }
+}
+
+fn obstacle_of_directory(dir: &Directory) -> Option<Obstacle> {
     let found = dir.restrictions(OsStr::new(""));
-    let obstacle = if found.immutable {
-        Obstacle::ImmutableDirectory
+    if found.immutable {
+        Some(Obstacle::ImmutableDirectory)
     } else if found.append_only {
-        Obstacle::AppendOnlyDirectory
+        Some(Obstacle::AppendOnlyDirectory)
     } else {
-        return Ok(());
-    };
-    Err(OpenError::CannotReplace {
-        path: path.to_owned(),
-        obstacle,
-    })
+        None
+    }
 }
 
 /// Resolves the target of a link, which must exist.

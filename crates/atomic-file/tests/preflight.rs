@@ -5,35 +5,15 @@ mod support;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use atomic_file::{AtomicWriter, Obstacle, OpenError};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rstest::rstest;
+use support::obstacles::{Attribute, Swap};
 use support::{assert_names, commit, dir_with_old};
 use test_machine::needs;
-
-/// An attribute of `chattr` that is cleared on drop.
-struct Attribute(&'static str, PathBuf);
-
-impl Attribute {
-    fn set(attribute: &'static str, path: &Path) -> Option<Self> {
-        chattr(&format!("+{attribute}"), path).then(|| Self(attribute, path.to_owned()))
-    }
-}
-
-impl Drop for Attribute {
-    fn drop(&mut self) {
-        assert!(chattr(&format!("-{}", self.0), &self.1));
-    }
-}
-
-fn chattr(change: &str, path: &Path) -> bool {
-    let chattr = Command::new("chattr").arg(change).arg(path).output();
-    chattr.is_ok_and(|output| output.status.success())
-}
 
 #[track_caller]
 fn obstacle(dest: &Path) -> Obstacle {
@@ -224,21 +204,6 @@ fn a_file_has_its_mode_after_the_last_write(#[case] mode: u32, #[values(false, t
     assert_eq!(fs::metadata(&dest).unwrap().mode() & 0o7777, mode);
 }
 
-/// Swap space that is disabled on drop.
-struct Swap(PathBuf);
-
-impl Drop for Swap {
-    fn drop(&mut self) {
-        assert!(
-            Command::new("swapoff")
-                .arg(&self.0)
-                .status()
-                .unwrap()
-                .success()
-        );
-    }
-}
-
 #[test]
 fn swap_space_in_use_is_found_at_open() {
     const TEST: &str = "swap_space_in_use_is_found_at_open";
@@ -246,16 +211,9 @@ fn swap_space_in_use_is_found_at_open() {
     let dir = tempfile::tempdir().unwrap();
     // The kernel escapes these characters in octal.
     let dest = dir.path().join("a swap\\file");
-    fs::write(&dest, vec![0; 1 << 20]).unwrap();
-    fs::set_permissions(&dest, fs::Permissions::from_mode(0o600)).unwrap();
-    let run = |tool| {
-        let output = Command::new(tool).arg(&dest).output();
-        output.is_ok_and(|output| output.status.success())
-    };
-    if !(run("mkswap") && run("swapon")) {
+    let Some(swap) = Swap::enable(&dest) else {
         return test_machine::not_run(TEST, "no swap space in files here");
-    }
-    let swap = Swap(dest.clone());
+    };
     assert_eq!(obstacle(&dest), Obstacle::Swap);
     drop(swap);
     commit(&AtomicWriter::options(), &dest, b"new").unwrap();
@@ -265,7 +223,7 @@ fn swap_space_in_use_is_found_at_open() {
 #[test]
 fn child() {
     use nix::sys::resource::{Resource, setrlimit};
-    let Some((_, dir)) = support::job() else {
+    let Some((job, dir)) = support::job() else {
         return;
     };
     let dest = dir.join("dest");
@@ -277,6 +235,13 @@ fn child() {
     let mut said = Vec::new();
     for room in 0..8 {
         setrlimit(Resource::RLIMIT_NOFILE, lowest + room, hard).unwrap();
+        if job == "few descriptors for a group" {
+            said.push(match support::group(&dir, &["dest"], "new") {
+                Err(_) => "not opened".to_owned(),
+                Ok(group) => support::group_state_of(group.commit()),
+            });
+            continue;
+        }
         let opened = AtomicWriter::open(&dest);
         said.push(match opened {
             Err(error) => error.to_string(),
@@ -303,5 +268,18 @@ fn too_few_descriptors_are_found_at_open() {
         assert!(!said.contains("group"), "{said}");
         assert!(!said.contains("late"), "{said}");
     }
+    assert_names(dir.path(), &["dest"]);
+}
+
+/// `open` does not reserve the descriptors of a group commit.
+#[test]
+fn a_group_with_too_few_descriptors_replaces_nothing() {
+    let (dir, dest) = dir_with_old();
+    let job = support::command("few descriptors for a group", dir.path());
+    let said = support::report(job).unwrap();
+    let mut said: Vec<_> = said.split('|').collect();
+    said.dedup();
+    assert_eq!(said, ["not opened", "not replaced", "ok"]);
+    assert_eq!(fs::read(&dest).unwrap(), b"new");
     assert_names(dir.path(), &["dest"]);
 }

@@ -28,8 +28,8 @@ pub enum CommitStep {
     Recover,
     /// Verifying that the name of the staged file still refers to the file that was written.
     Check,
-    /// Verifying that the destination is not a directory, and not the file of another member of the
-    /// group.
+    /// Repeating the checks of `open` for the destination, and verifying that it is not the file of
+    /// another member of the group.
     Destination,
     /// Writing and syncing the group record.
     Record,

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::same_file::is_one_file;
+use crate::destination::check_again;
 use crate::directory::Directory;
 use crate::durability::Durability;
 use crate::error::{CommitStep, GroupCommitError, Leftover};
@@ -61,6 +62,11 @@ impl Commit {
             Ok(staged) => staged,
             Err(failure) => return Err(self.nothing_replaced(failure)),
         };
+        // Once the record is published, a member that cannot be renamed leaves the group in parts.
+        if let Err(failure) = self.check_members() {
+            drop(record);
+            return Err(self.nothing_replaced(failure));
+        }
         // Hold the record's lock to the end: it keeps other processes from recovering this group.
         let record = self.publish(record)?;
 
@@ -143,6 +149,16 @@ impl Commit {
             });
         }
         Ok(intents)
+    }
+
+    /// Repeats the checks of `open`, and that each staged file is in place: either may have changed
+    /// while the members were synced, or while another group was waited for.
+    fn check_members(&self) -> Result<(), Failure> {
+        self.members.iter().try_for_each(|writer| {
+            let at = |step| move |error| (step, writer.dest.path.clone(), error);
+            writer.staged.check().map_err(at(CommitStep::Check))?;
+            check_again(&writer.dest).map_err(at(CommitStep::Destination))
+        })
     }
 
     /// Returns whether a member's staged file belongs to another user.

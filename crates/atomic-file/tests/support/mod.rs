@@ -6,6 +6,8 @@ pub(crate) mod faults;
 pub(crate) mod groups;
 #[cfg(target_os = "linux")]
 pub(crate) mod hostile;
+#[cfg(target_os = "linux")]
+pub(crate) mod obstacles;
 pub(crate) mod power_loss;
 pub(crate) mod recycling;
 
