@@ -96,8 +96,8 @@ impl Chain {
     /// the first byte and after each piece of at most 1 MiB. It may cancel.
     ///
     /// # Errors
-    /// Returns the errors of [`restore`](Self::restore), and [`RestoreError::InvalidRun`]. Runs before
-    /// an invalid one may have been written.
+    /// Returns the errors of [`restore`](Self::restore), and [`RestoreError::InvalidRun`] before
+    /// anything is written.
     ///
     /// # Examples
     /// ```
@@ -134,7 +134,10 @@ impl Chain {
                 target: target.ram_size(),
             });
         }
-        let total = runs().map(|run| run.end.saturating_sub(run.start)).sum();
+        let mut total = 0;
+        for run in runs() {
+            total += self.check_run(&run)?;
+        }
         let mut restored = 0;
         let mut report = |bytes: u64| {
             restored += bytes;
@@ -146,13 +149,7 @@ impl Chain {
         report(0)?;
         let mut buffer = SecretBuffer::new();
         for run in runs() {
-            if run.start > run.end || run.end > self.ram_size() {
-                return Err(RestoreError::InvalidRun {
-                    start: run.start,
-                    end: run.end,
-                    ram_size: self.ram_size(),
-                });
-            }
+            self.check_run(&run)?;
             let mut at = run.start;
             while at < run.end {
                 let len = READ_SIZE.min(run.end - at) as usize;
@@ -173,6 +170,18 @@ impl Chain {
             }
         }
         Ok(self.check_unchanged()?)
+    }
+
+    /// Returns the length of `run`, which must be in the RAM.
+    fn check_run(&self, run: &Range<u64>) -> Result<u64, RestoreError> {
+        match run.end.checked_sub(run.start) {
+            Some(len) if run.end <= self.ram_size() => Ok(len),
+            _ => Err(RestoreError::InvalidRun {
+                start: run.start,
+                end: run.end,
+                ram_size: self.ram_size(),
+            }),
+        }
     }
 
     /// Reads the bytes from `offset` on into `memory`.

@@ -46,8 +46,9 @@ fn restore_zeroed(_: &Guest, chain: &Chain) -> Result<(), Box<dyn Error>> {
 }
 
 fn restore_a_run(_: &Guest, chain: &Chain) -> Result<(), Box<dyn Error>> {
-    let run = std::iter::once(0..PAGE);
-    Ok(chain.restore_runs(vec![0; SIZE as usize].as_mut_slice(), run)?)
+    let runs = || std::iter::once(0..PAGE);
+    let go_on = &mut |_| ControlFlow::Continue(());
+    Ok(chain.restore_runs(vec![0; SIZE as usize].as_mut_slice(), runs, go_on)?)
 }
 
 fn map(_: &Guest, chain: &Chain) -> Result<(), Box<dyn Error>> {
@@ -61,13 +62,13 @@ fn copy_by_mapping(_: &Guest, chain: &Chain) -> Result<(), Box<dyn Error>> {
 }
 
 fn compare_older(guest: &Guest, chain: &Chain) -> Result<(), Box<dyn Error>> {
-    let go_on = &|_| ControlFlow::Continue(());
+    let go_on = &mut |_| ControlFlow::Continue(());
     memory_image::compare(chain, &guest.ram, SIZE, PAGE, go_on)?;
     Ok(())
 }
 
 fn compare_newer(guest: &Guest, chain: &Chain) -> Result<(), Box<dyn Error>> {
-    let go_on = &|_| ControlFlow::Continue(());
+    let go_on = &mut |_| ControlFlow::Continue(());
     // Readers of readers pass the check on.
     let touched = Touched::new(chain, SIZE);
     let layered = Layered::over(&touched, SIZE)?;

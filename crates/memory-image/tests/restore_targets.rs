@@ -87,6 +87,7 @@ fn restore_to_memory_of_another_size_is_refused() {
 #[test]
 fn runs_outside_of_the_ram_are_refused() {
     let chain = Guest::with_history().chain();
+    let proceed = &mut |_| ControlFlow::Continue(());
     let reversed = Range {
         start: 2 * PAGE,
         end: PAGE,
@@ -98,8 +99,11 @@ fn runs_outside_of_the_ram_are_refused() {
         0..u64::MAX,
     ] {
         let mut ram = vec![7; SIZE as usize];
-        let runs = std::iter::once(run.clone());
-        let error = chain.restore_runs(ram.as_mut_slice(), runs).unwrap_err();
+        // A valid run before it is not written either.
+        let runs = || [0..PAGE, run.clone()].into_iter();
+        let error = chain
+            .restore_runs(ram.as_mut_slice(), runs, proceed)
+            .unwrap_err();
         let expected = (run.start, run.end, SIZE);
         assert!(
             matches!(error, RestoreError::InvalidRun { start, end, ram_size }
@@ -109,8 +113,10 @@ fn runs_outside_of_the_ram_are_refused() {
         assert!(ram.iter().all(|byte| *byte == 7));
     }
     let mut ram = vec![7; SIZE as usize];
-    let empty = [0..0, SIZE..SIZE].into_iter();
-    chain.restore_runs(ram.as_mut_slice(), empty).unwrap();
+    let empty = || [0..0, SIZE..SIZE].into_iter();
+    chain
+        .restore_runs(ram.as_mut_slice(), empty, proceed)
+        .unwrap();
     assert!(ram.iter().all(|byte| *byte == 7));
 }
 
