@@ -184,8 +184,8 @@ impl LazyRam {
     ///
     /// # Errors
     /// Returns the first error since the start, as [`error`](Self::error) does. It is
-    /// [`ReadImageError::Changed`](memory_image::ReadImageError::Changed) if an image was written to
-    /// before all pages were in memory.
+    /// [`ReadImageError::Changed`](memory_image::ReadImageError::Changed) if an image was written
+    /// to before all pages were in memory.
     pub fn wait(&self) -> Result<(), Arc<LazyError>> {
         match self.wait_with(&mut |_| ControlFlow::Continue(())) {
             Err(WaitError::Fill(error)) => Err(error),

@@ -74,8 +74,8 @@ pub enum CompareError {
 /// done, and after each piece. It may cancel. The number of reading threads is the number of
 /// processors, at most 8.
 ///
-/// At the end, both sources are [checked](PageReader::check_source): it is an error if an image of a
-/// [`Chain`](crate::Chain) was [written to](crate::Chain::check_unchanged) since it was opened.
+/// At the end, both sources are [checked](PageReader::check_source). It is an error if an image of
+/// a [`Chain`](crate::Chain) was [written to](crate::Chain::check_unchanged) since it was opened.
 ///
 /// # Errors
 /// Returns a [`CompareError`].

@@ -66,9 +66,9 @@ impl Chain {
     /// [`restore_runs`](Self::restore_runs) does the same with a progress function.
     ///
     /// # Errors
-    /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM. If an image
-    /// was [written to](Self::check_unchanged) during the restore, it may hold bytes of several
-    /// states.
+    /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM. If an
+    /// image was [written to](Self::check_unchanged) during the restore, the target may hold bytes of
+    /// several states.
     pub fn restore<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), RestoreError> {
         let all = || std::iter::once(0..self.ram_size());
         self.restore_runs(target, all, &mut |_| ControlFlow::Continue(()))

@@ -35,9 +35,10 @@ use crate::restore::{HostRam, RamTarget};
 /// scattered. The crate `lazy-restore` starts as fast on such a chain as on any other.
 ///
 /// The files must not be truncated or written to while they are mapped: touching a page past the
-/// end raises `SIGBUS`, and a page that was not touched yet changes with the file. Mapping the chain
-/// fails if an image was [written to](Chain::check_unchanged) before. A commit may replace a file, because the mapping keeps the old file. The chain may be
-/// dropped after it was mapped. No descriptor stays open, so a chain may have any number of images.
+/// end raises `SIGBUS`, and a page that was not touched yet changes with the file. Mapping a chain
+/// fails if an image was [written to](Chain::check_unchanged) before. A commit may replace a file,
+/// because the mapping keeps the old file. The chain may be dropped after it was mapped. No
+/// descriptor stays open, so a chain may have any number of images.
 ///
 /// # Examples
 /// ```
