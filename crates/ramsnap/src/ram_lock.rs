@@ -15,6 +15,8 @@
 //! other process can hold the lock.
 
 #[cfg(target_os = "linux")]
+mod byte_lock;
+#[cfg(target_os = "linux")]
 mod holders;
 #[cfg(target_os = "linux")]
 mod linux;

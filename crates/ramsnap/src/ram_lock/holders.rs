@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::libc;
 use page_reader::printable;
 
-use super::linux::{AT, request, set};
+use super::byte_lock::{AT, request, set};
 
 /// A byte that is locked for a moment, to see how the kernel lists the file.
 const PROBE: libc::off_t = AT + 0x100_0000;

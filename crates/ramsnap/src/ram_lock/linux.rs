@@ -5,16 +5,13 @@ use std::ops::Range;
 use std::path::Path;
 
 use anyhow::Context;
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
+use super::byte_lock::{AT, conflict, is, is_without_locks, request, set};
 use super::holders::Holders;
 use crate::failure::Failure;
 use crate::stderr;
 
-/// `ramsnap` in ASCII. No RAM is as large.
-pub(super) const AT: libc::off_t = 0x006d_656d_736e_6170;
 /// The bytes of which a restore that ignores readers locks one. It takes the first one that no
 /// other process has locked.
 const BESIDE: Range<libc::off_t> = AT + 0x1000..AT + 0x10_0000;
@@ -172,47 +169,4 @@ fn lock(file: &File, mode: Mode) -> nix::Result<Holder> {
             });
         }
     }
-}
-
-pub(super) fn request(kind: libc::c_int, range: Range<libc::off_t>) -> libc::flock {
-    libc::flock {
-        l_type: kind as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: range.start,
-        l_len: range.end - range.start,
-        l_pid: 0,
-    }
-}
-
-fn is(lock: &libc::flock, kind: libc::c_int) -> bool {
-    libc::c_int::from(lock.l_type) == kind
-}
-
-/// Requests a lock. Returns whether it is taken, or `None` if the file has no such locks.
-pub(super) fn set(file: &File, wanted: &libc::flock) -> nix::Result<Option<bool>> {
-    loop {
-        return match fcntl(file, FcntlArg::F_OFD_SETLK(wanted)) {
-            Ok(_) => Ok(Some(true)),
-            Err(Errno::EINTR) => continue,
-            Err(Errno::EAGAIN | Errno::EACCES) => Ok(Some(false)),
-            Err(errno) if is_without_locks(errno) => Ok(None),
-            Err(errno) => Err(errno),
-        };
-    }
-}
-
-/// Returns whether the error is that of NFS without its lock daemon, or of a file system without
-/// locks.
-fn is_without_locks(errno: Errno) -> bool {
-    matches!(
-        errno,
-        Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL
-    )
-}
-
-/// Returns a lock that `wanted` conflicts with.
-fn conflict(file: &File, wanted: &libc::flock) -> nix::Result<Option<libc::flock>> {
-    let mut found = *wanted;
-    fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
-    Ok((!is(&found, libc::F_UNLCK)).then_some(found))
 }
