@@ -101,7 +101,7 @@ const CRATES: [(&str, Tiers); 5] = [
         &[
             &["filling", "memory", "sharing", "split", "start", "waiting"],
             &["changed_images", "claimed_ram", "kvm", "long_chains"],
-            &["oracle", "secrets"],
+            &["oracle", "secrets", "signals"],
         ],
     ),
 ];

@@ -30,6 +30,11 @@
 //! - [`SecretBuffer`] grows to the requested length. It suits copies and comparisons.
 //! - [`AlignedBuffer`] has a fixed length and an address that suits direct I/O.
 //!
+//! # Threads
+//!
+//! A signal handler that accesses guest memory must not interrupt a thread that others wait for.
+//! [`BlockedSignals`] starts threads that handle no signals.
+//!
 //! # How it works
 //!
 //! Two accesses race if neither happens before the other and one of them is a store. Such a race is
@@ -48,11 +53,13 @@ mod aligned;
 mod memory;
 mod range;
 mod secret;
+mod signals;
 
 pub use aligned::AlignedBuffer;
 pub use memory::HostMemory;
 pub use range::{PastEnd, available_len, check_range};
 pub use secret::SecretBuffer;
+pub use signals::BlockedSignals;
 
 /// Compiles the README's example as a test.
 #[cfg(doctest)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use host_memory::HostMemory;
+use host_memory::{BlockedSignals, HostMemory};
 use memory_image::{Progress, ProgressFn};
 use page_reader::PageReader;
 
@@ -67,6 +67,12 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// filled before the move. If something else puts a page into the memory, the error is
 /// [`UserfaultfdError::Occupied`], and the page is made inaccessible.
 ///
+/// # Signals
+/// The threads that fill the memory block signals, so that a signal handler of this process may
+/// access the memory, also while a thread is in [`wait`](Self::wait). A handler must not access it
+/// on a thread that is in another call of this crate or of `memory-image`: that call may hold a lock
+/// that the fault handler needs.
+///
 /// # Limitations
 /// The memory must not be accessed after the value is dropped. The kernel protects missing pages
 /// only while the userfaultfd is open. A process that closes descriptors that it does not own
@@ -108,6 +114,9 @@ pub struct LazyRam {
     region: Option<Region>,
 }
 
+/// The name of the thread that prefetches.
+const PREFETCHER: &str = "lazy-ram-ahead";
+
 impl LazyRam {
     /// Returns the default options.
     pub fn options() -> LazyRamOptions {
@@ -133,7 +142,7 @@ impl LazyRam {
         ram.spawn("lazy-ram-faults", move || handler.run())?;
         if prefetching {
             let prefetcher = Arc::clone(&ram.prefetcher);
-            ram.spawn("lazy-ram-ahead", move || {
+            ram.spawn(PREFETCHER, move || {
                 let _ = prefetcher.run(&mut || ControlFlow::Continue(()));
             })?;
         }
@@ -143,10 +152,13 @@ impl LazyRam {
     fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), LazyError> {
         let pages = Arc::clone(&self.pages);
         let thread = thread::Builder::new().name(name.into());
+        // A handler that touches a missing page would wait for the thread that it has interrupted.
+        let blocked = BlockedSignals::new();
         let thread = thread.spawn(move || {
             let _guard = AbortOnPanic(&pages);
             work();
         });
+        drop(blocked);
         self.threads.push(thread.map_err(UserfaultfdError::Thread)?);
         Ok(())
     }
@@ -180,7 +192,8 @@ impl LazyRam {
     }
 
     /// Waits until all pages are in memory. Without a prefetcher
-    /// ([`prefetch(false)`](LazyRamOptions::prefetch), or while recording), this call reads them.
+    /// ([`prefetch(false)`](LazyRamOptions::prefetch), or while recording), this call reads them, on
+    /// a thread of its own.
     ///
     /// # Errors
     /// Returns the first error since the start, as [`error`](Self::error) does. It is
@@ -197,7 +210,7 @@ impl LazyRam {
     /// after each piece that this call reads, or ten times a second while another thread reads. It
     /// may cancel the wait. A prefetch thread then continues. Without one, the next wait does.
     ///
-    /// If `progress` panics, filling may end with an error.
+    /// `progress` may be called on another thread. If it panics, filling may end with an error.
     ///
     /// # Errors
     /// Returns the first error since the start, or [`WaitError::Cancelled`].
@@ -208,13 +221,8 @@ impl LazyRam {
             if report().is_break() {
                 return Err(WaitError::Cancelled);
             }
-            if status.begin_prefetch() {
-                let guard = AbortOnPanic(&self.pages);
-                let flow = self.prefetcher.run(&mut report);
-                drop(guard);
-                if flow.is_break() {
-                    return Err(WaitError::Cancelled);
-                }
+            if status.begin_prefetch() && self.prefetch(&mut report).is_break() {
+                return Err(WaitError::Cancelled);
             }
             if status.wait(REPORT_INTERVAL) {
                 return match status.failure() {
@@ -223,6 +231,31 @@ impl LazyRam {
                 };
             }
         }
+    }
+
+    /// Reads all pages on a thread that handles no signals: a handler that touches a missing page
+    /// would wait for a lock of the thread that it has interrupted.
+    fn prefetch(&self, report: &mut (dyn FnMut() -> ControlFlow<()> + Send)) -> ControlFlow<()> {
+        let mut fill = || {
+            let _guard = AbortOnPanic(&self.pages);
+            self.prefetcher.run(report)
+        };
+        let mut blocked = Some(BlockedSignals::new());
+        let filled = thread::scope(|scope| {
+            let thread = thread::Builder::new().name(PREFETCHER.into());
+            let thread = thread.spawn_scoped(scope, &mut fill).ok()?;
+            blocked = None;
+            // The panic is one of the prefetcher, which has aborted the filling, or of `report`.
+            Some(
+                thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            )
+        });
+        // Without another thread, this one handles signals later.
+        let flow = filled.unwrap_or_else(fill);
+        drop(blocked);
+        flow
     }
 
     /// Returns the first error since the start, after which some page was not read.

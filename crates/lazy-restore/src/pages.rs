@@ -290,6 +290,11 @@ fn fill_error(offset: u64, errno: Errno) -> LazyError {
 
 #[cfg(test)]
 impl Pages {
+    /// Keeps all pages from being filled until the guard is dropped.
+    pub(crate) fn hold(&self) -> std::sync::MutexGuard<'_, Ledger> {
+        self.ledger.lock()
+    }
+
     /// Fills a page as something else would. No other descriptor can.
     pub(crate) fn occupy(&self, offset: u64) -> Filled {
         let (address, _) = self.memory.parts(offset..offset + 1).next().unwrap();

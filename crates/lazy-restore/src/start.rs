@@ -6,6 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread;
 
+use host_memory::BlockedSignals;
 use memory_image::Chain;
 
 use crate::error::LazyError;
@@ -130,7 +131,9 @@ impl LazyRamOptions {
 fn discard(memory: &Memory, fault: &Userfaultfd) -> Result<(), UserfaultfdError> {
     let discarded = thread::scope(|scope| {
         let thread = thread::Builder::new().name("lazy-ram-discard".into());
+        let blocked = BlockedSignals::new();
         let discarding = thread.spawn_scoped(scope, || memory.discard());
+        drop(blocked);
         let discarding = discarding.map_err(UserfaultfdError::Thread)?;
         let mut read = Ok(());
         while !discarding.is_finished() {

@@ -4,6 +4,8 @@ use std::num::NonZeroUsize;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
+use host_memory::BlockedSignals;
+
 /// More threads increase neither the throughput of a device nor that of the memory.
 const MAX_THREADS: usize = 8;
 
@@ -40,10 +42,13 @@ pub(crate) fn for_each<T, B: Default, R, E: Send>(
     };
     let processors = thread::available_parallelism().map_or(1, NonZeroUsize::get);
     thread::scope(|scope| {
+        // A handler may access a page that one of the threads is to provide.
+        let blocked = BlockedSignals::new();
         for _ in 1..processors.min(MAX_THREADS).min(max_threads) {
             // With fewer threads the work only takes longer.
             let _ = thread::Builder::new().spawn_scoped(scope, empty_queue);
         }
+        drop(blocked);
         empty_queue();
     });
     let (_, failed) = state.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -69,6 +74,28 @@ mod tests {
         done.unwrap();
         recorded.sort_unstable();
         assert!(recorded.into_iter().eq((0..1000).map(|item| item * item)));
+    }
+
+    /// A handler could access memory that such a thread is to provide.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn only_the_calling_thread_handles_signals() {
+        let processors = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let all = std::sync::Barrier::new(processors.min(2));
+        let caller = thread::current().id();
+        let done = for_each(
+            2,
+            0..2,
+            |_, _: &mut ()| {
+                // Each of two threads gets one item.
+                all.wait();
+                if thread::current().id() != caller {
+                    test_machine::assert_this_thread_handles_no_signals();
+                }
+            },
+            Ok::<_, ()>,
+        );
+        done.unwrap();
     }
 
     #[test]

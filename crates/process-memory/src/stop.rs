@@ -10,6 +10,7 @@ use std::sync::{Arc, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use host_memory::BlockedSignals;
 use nix::unistd::Pid;
 use sparse_file::CancelToken;
 
@@ -221,10 +222,11 @@ impl Tracer {
             let _ = guarded.recv();
             threads.detach_all();
         };
-        let thread = thread::Builder::new()
-            .name("tracer".into())
-            .spawn(trace)
-            .map_err(failed(pid, "starting a thread"))?;
+        // A handler may wait for the stopped process, which the tracer is to resume.
+        let blocked = BlockedSignals::new();
+        let thread = thread::Builder::new().name("tracer".into()).spawn(trace);
+        drop(blocked);
+        let thread = thread.map_err(failed(pid, "starting a thread"))?;
         let mut tracer = Self {
             guard: Some(guard),
             thread: Some(thread),

@@ -18,7 +18,7 @@ use process_memory::{
 use support::target::{
     CHILD, PATIENCE, ROLE_THREAD, SIGNALS, THREADS, Target, is_free, play_role, states, wait_until,
 };
-use test_machine::rounds;
+use test_machine::{assert_handles_no_signals, rounds};
 
 /// Runs the role of a child process.
 #[test]
@@ -34,6 +34,7 @@ fn the_guard_stops_every_thread_until_it_is_dropped() {
     assert_eq!(stopped.pid(), target.pid());
     assert!(stopped.threads() > THREADS);
     target.assert_stopped();
+    assert_handles_no_signals("tracer");
     // Dropped by another thread.
     thread::spawn(move || drop(stopped)).join().unwrap();
     target.assert_running();

@@ -383,3 +383,18 @@ fn run_past_the_end_of_the_source_is_a_source_error() {
         );
     }
 }
+
+#[test]
+fn threads_of_an_engine_handle_no_signals() {
+    struct Observed;
+    impl RunSource for Observed {
+        fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
+            test_machine::assert_handles_no_signals("sparse-file");
+            buf.fill(1);
+            Ok(())
+        }
+    }
+    let file = tempfile::tempfile().expect("file");
+    let options = WriteOptions::new().engine(Engine::Threads);
+    write_runs(&file, [0..PAGE], &Observed, &options, &mut go_on).expect("written");
+}

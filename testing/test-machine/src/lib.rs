@@ -18,12 +18,16 @@ mod need;
 mod not_run;
 mod recycling;
 #[cfg(target_os = "linux")]
+mod signal_mask;
+#[cfg(target_os = "linux")]
 mod user_namespace;
 
 pub use alone::is_alone;
 pub use need::{Need, REQUIRE};
 pub use not_run::{NOT_RUN, not_run};
 pub use recycling::recycling_dir;
+#[cfg(target_os = "linux")]
+pub use signal_mask::{assert_handles_no_signals, assert_this_thread_handles_no_signals};
 #[cfg(target_os = "linux")]
 pub use user_namespace::in_user_namespace;
 

@@ -6,7 +6,7 @@ use memory_image::Chain;
 use nix::errno::Errno;
 use nix::libc;
 use rstest::rstest;
-use test_machine::needs;
+use test_machine::{assert_handles_no_signals, needs};
 
 use super::*;
 use crate::region::host_page;
@@ -125,4 +125,30 @@ fn stopped_prefetch_is_not_reported_as_complete() {
     ram.wait().unwrap();
     assert_eq!(ram.progress().done, 0);
     assert!(!ram.pages.status().is_finished());
+}
+
+/// The prefetcher waits for the lock that the test holds.
+#[rstest]
+#[case::in_the_background(true)]
+#[case::in_wait(false)]
+fn threads_that_fill_memory_block_signals(#[case] in_the_background: bool) {
+    needs!(Userfaultfd);
+    let (mut ram, _file) = start(LazyRam::options().prefetch(false));
+    let pages = Arc::clone(&ram.pages);
+    let held = pages.hold();
+    if in_the_background {
+        assert!(pages.status().begin_prefetch());
+        let prefetcher = Arc::clone(&ram.prefetcher);
+        ram.spawn(PREFETCHER, move || {
+            _ = prefetcher.run(&mut || ControlFlow::Continue(()));
+        })
+        .unwrap();
+    }
+    thread::scope(|scope| {
+        scope.spawn(|| ram.wait().unwrap());
+        for name in [PREFETCHER, "lazy-ram-faults"] {
+            assert_handles_no_signals(name);
+        }
+        drop(held);
+    });
 }

@@ -6,6 +6,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, Builder, Scope};
 
+use host_memory::BlockedSignals;
+
 use super::error::{WriteError, unavailable};
 use super::job::{Job, Pieces};
 use super::options::Engine;
@@ -48,6 +50,7 @@ impl<'m> Pool<'m> {
         let (todo, to_write) = channel::<Request<'m>>();
         let (written, done) = channel();
         let to_write = Arc::new(Mutex::new(to_write));
+        let _blocked = BlockedSignals::new();
         for started in 0..THREADS {
             let (to_write, written) = (Arc::clone(&to_write), written.clone());
             let spawned = Builder::new()
