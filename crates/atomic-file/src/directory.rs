@@ -36,6 +36,18 @@ const OPEN_DIR: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_DIRECTORY)
     .union(OFlag::O_CLOEXEC);
 
+/// Replaces the error of opening a regular file without waiting, which only a lease causes.
+fn name_lease(error: io::Error) -> io::Error {
+    if error.kind() != io::ErrorKind::WouldBlock {
+        return error;
+    }
+    io::Error::new(
+        io::ErrorKind::WouldBlock,
+        "another program holds a lease on it, which it was asked to release: try again, at the \
+         latest after the seconds in /proc/sys/fs/lease-break-time",
+    )
+}
+
 /// `O_NONBLOCK`, so that opening a FIFO does not block.
 const OPEN_FILE: OFlag = OFlag::O_NOFOLLOW
     .union(OFlag::O_CLOEXEC)
@@ -131,7 +143,8 @@ impl Directory {
     }
 
     pub(crate) fn open_for(&self, access: OFlag, name: &OsStr) -> io::Result<File> {
-        retry(|| openat(self, name, OPEN_FILE | access, Mode::empty())).map(File::from)
+        let opened = retry(|| openat(self, name, OPEN_FILE | access, Mode::empty()));
+        opened.map(File::from).map_err(name_lease)
     }
 
     /// Makes one attempt. The caller determines whether an interrupted or failed rename took

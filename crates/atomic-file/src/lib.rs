@@ -168,7 +168,7 @@
 //! 4. Remove the record. `S`, so that a crash cannot restore it after later commits.
 //!
 //! The group's process holds the lock of the record until the last step. A record that can be
-//! locked belongs to a process that died. The next writer in the directory continues at step 3.
+//! locked belongs to a process that died. The next writer to one of its files continues at step 3.
 //! Until that step, a commit of one of the group's destinations waits.
 //!
 //! **A recovery never undoes a commit.** Before it renames anything, it checks every member:

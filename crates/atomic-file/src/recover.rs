@@ -58,8 +58,8 @@ pub fn recover(dir: impl AsRef<Path>) -> Result<RecoverReport, RecoverError> {
     let mut report = RecoverReport::default();
     let mut stuck = Vec::new();
     for name in records(&list(&dir)?) {
-        match recover_pending(&dir, name, &mut report) {
-            Ok(Recovery::Removed) => {}
+        match recover_pending(&dir, name, &mut report, |_| true) {
+            Ok(Recovery::Removed | Recovery::Unwanted) => {}
             Ok(Recovery::Foreign) => report.foreign.push(dir.path_of(name)),
             Ok(Recovery::InProgress { .. }) => report.busy = true,
             Err(error) => stuck.push(error.error),
@@ -80,6 +80,9 @@ pub fn recover(dir: impl AsRef<Path>) -> Result<RecoverReport, RecoverError> {
 /// Completes the interrupted groups among the records in `names`. If `wait` is set, waits for
 /// groups of this user in progress that include the destination `dest`.
 ///
+/// Completes all groups that include `dest`, and at most [`MAX_OTHER_GROUPS`] others: the owner of
+/// the directory may have planted any number.
+///
 /// Fails only if a group that includes `dest` cannot be completed. Other groups do not concern this
 /// destination. Neither does an unreadable record: after this writer's commit, the file at `dest`
 /// is not the recorded old file, and so stays.
@@ -89,9 +92,11 @@ pub(crate) fn recover_pending_for(
     names: &[OsString],
     wait: bool,
 ) -> Result<(), RecoverError> {
+    let dests = [dest];
+    let mut wanted = with_few_others(&dests);
     for name in records(names) {
         loop {
-            match recover_pending(dir, name, &mut RecoverReport::default()) {
+            match recover_pending(dir, name, &mut RecoverReport::default(), &mut wanted) {
                 Ok(Recovery::InProgress { record, own })
                     if wait && own && is_member(dest, &record) =>
                 {
@@ -109,6 +114,24 @@ pub(crate) fn recover_pending_for(
         }
     }
     Ok(())
+}
+
+/// Maximum number of groups without its destination that a writer completes. Each takes several
+/// syncs. [`recover`](fn@recover) completes all.
+const MAX_OTHER_GROUPS: usize = 16;
+
+/// Returns whether to complete a group: all groups with a destination in `dests`, and the first
+/// [`MAX_OTHER_GROUPS`] others.
+pub(crate) fn with_few_others(dests: &[&OsStr]) -> impl FnMut(&[Member]) -> bool {
+    let mut others_left = MAX_OTHER_GROUPS;
+    move |members| {
+        if members.iter().any(|member| dests.contains(&&*member.dest)) {
+            return true;
+        }
+        let is_left = others_left > 0;
+        others_left = others_left.saturating_sub(1);
+        is_left
+    }
 }
 
 fn is_member(dest: &OsStr, record: &File) -> bool {
@@ -139,6 +162,8 @@ pub(crate) enum Recovery {
     Removed,
     /// The record is not trusted.
     Foreign,
+    /// The group is not to be completed now.
+    Unwanted,
     /// The process of the group is running.
     InProgress {
         record: File,
@@ -163,11 +188,13 @@ impl From<RecoverError> for Stuck {
     }
 }
 
-/// Completes the group with the record `name` and removes the record, if its process died.
+/// Completes the group with the record `name` and removes the record, if its process died and its
+/// members are `wanted`. A torn record has none.
 pub(crate) fn recover_pending(
     dir: &Directory,
     name: &OsStr,
     report: &mut RecoverReport,
+    mut wanted: impl FnMut(&[Member]) -> bool,
 ) -> Result<Recovery, Stuck> {
     let path = dir.path_of(name);
     let failed = |operation| {
@@ -206,7 +233,12 @@ pub(crate) fn recover_pending(
         if locked != entry.id || now.map(|now| now.id) != Some(locked) {
             continue;
         }
-        match read(&file).map_err(failed("read"))? {
+        let found = read(&file).map_err(failed("read"))?;
+        let members = found.as_deref().unwrap_or_default();
+        if !matches!(found, Err(Unreadable::Damaged(_))) && !wanted(members) {
+            return Ok(Recovery::Unwanted);
+        }
+        match found {
             Ok(members) => {
                 roll_forward(dir, name, entry.uid, &members, report).map_err(|error| Stuck {
                     error,

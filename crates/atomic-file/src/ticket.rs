@@ -22,7 +22,7 @@ use crate::error::{CommitStep, RecoverError};
 use crate::names::{NameKind, is_record_name, kind_of_name, new_id, protocol_name};
 use crate::orphan::remove_if_orphaned;
 use crate::records::{list, read};
-use crate::recover::{Recovery, recover_pending};
+use crate::recover::{Recovery, recover_pending, with_few_others};
 use crate::report::RecoverReport;
 use crate::staged_file::StagedFile;
 use crate::sys::{Lock, Unlock, file_owner, try_lock};
@@ -70,9 +70,10 @@ pub(crate) fn acquire_ticket(
 fn rivals(dir: &Directory, own: &OsStr, dests: &[&OsStr]) -> Result<Vec<OsString>, RecoverError> {
     let mut rivals = list(dir)?;
     let mut stuck = None;
+    let mut wanted = with_few_others(dests);
     rivals.retain(|name| {
         if is_record_name(name) {
-            match recover_pending(dir, name, &mut RecoverReport::default()) {
+            match recover_pending(dir, name, &mut RecoverReport::default(), &mut wanted) {
                 Ok(Recovery::InProgress { record, own: true }) => shares(&record, dests),
                 Ok(_) => false,
                 Err(error) => {

@@ -11,7 +11,7 @@ use atomic_file::{AtomicGroup, AtomicWriter, RecoverError, recover};
 use rstest::rstest;
 use support::hostile::{
     MEMBERS, OTHER_USER, PRECIOUS, Place, SECRET, USER, as_other_user, as_user, become_user,
-    die_at, forged, open_to_all, plant, set_mode, staged_files,
+    die_at, forged, forged_for, open_to_all, other_users_place, plant, set_mode, staged_files,
 };
 use support::{Held, commit};
 use test_machine::{FileSystem, LoopMount, needs};
@@ -253,4 +253,42 @@ fn a_recycled_file_does_not_match_a_pending_record() {
     let report = as_user(USER, || recover(&dir)).unwrap();
     assert_eq!(fs::read(&memory).unwrap(), SECRET);
     assert_eq!(report.superseded, [memory]);
+}
+
+/// Each group takes several syncs, and the directory's owner may plant any number.
+#[rstest]
+fn a_writer_completes_its_own_groups_and_few_others(#[values(false, true)] group: bool) {
+    const PLANTED: u64 = 100;
+    const MAX_OTHERS: usize = 16;
+    needs!(Root);
+    let place = other_users_place(&[]);
+    let dir = place.path("dir");
+    as_other_user(|| {
+        for number in 0..=PLANTED {
+            let staged = format!(".atomic-file-01234567-{number:016x}.stage");
+            let dest = match number {
+                PLANTED => MEMBERS[0].to_owned(),
+                _ => format!("other{number}"),
+            };
+            let record = dir.join(format!(".atomic-file-{number:016x}.group"));
+            fs::write(record, forged_for(&dir, &staged, &dest)).unwrap();
+        }
+    });
+    let left = || support::records(&dir).len();
+    let writer = AtomicWriter::open(dir.join(MEMBERS[0])).unwrap();
+    let completed = fs::read(dir.join(MEMBERS[0])).unwrap();
+    assert_eq!(completed, b"forged", "its own group is completed");
+    assert_eq!(left(), PLANTED as usize - MAX_OTHERS);
+    if group {
+        let mut group = AtomicGroup::new();
+        group.add(writer).unwrap();
+        group.commit().unwrap();
+    } else {
+        writer.commit().unwrap();
+    }
+    let completed = PLANTED as usize - left();
+    assert!(completed <= 4 * MAX_OTHERS, "{completed}");
+    let report = recover(&dir).unwrap();
+    assert_eq!(report.completed.len(), PLANTED as usize - completed);
+    assert_eq!(left(), 0);
 }

@@ -1,13 +1,18 @@
 //! A replaced file with preserved attributes grants no user more than before.
 #![cfg(target_os = "linux")]
+#![allow(unsafe_code)]
 
 mod support;
 
 use std::fs;
+use std::io::ErrorKind;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::path::Path;
 
-use atomic_file::{AtomicWriter, Preserve};
+use atomic_file::{AtomicWriter, OpenError, Preserve};
+use nix::errno::Errno;
+use nix::libc;
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rstest::rstest;
 use support::{assert_names, commit, dir_with_old};
@@ -117,5 +122,39 @@ fn no_user_gains_access_by_a_replacement(
         }
         assert_eq!(fs::read(&dest).unwrap(), b"new");
     }
+    assert_names(dir.path(), &["dest"]);
+}
+
+/// Takes a write lease, which makes other programs wait to open the file.
+fn lease(file: &fs::File) {
+    /// Linux's `include/uapi/asm-generic/fcntl.h`; libc has no constant for it.
+    const F_SETSIG: libc::c_int = 10;
+    let write = libc::c_int::from(libc::F_WRLCK);
+    // The default signal of a broken lease would end this process.
+    for (command, argument) in [(F_SETSIG, libc::SIGURG), (libc::F_SETLEASE, write)] {
+        // SAFETY: the commands take an integer and no memory.
+        let set = unsafe { libc::fcntl(file.as_raw_fd(), command, argument) };
+        Errno::result(set).unwrap();
+    }
+}
+
+#[test]
+fn a_lease_on_the_old_file_is_named() {
+    let dir = test_machine::recycling_dir();
+    let dest = dir.path().join("dest");
+    fs::write(&dest, "old").unwrap();
+    let file = fs::File::options().read(true).write(true).open(&dest);
+    let file = file.unwrap();
+    lease(&file);
+    let options = AtomicWriter::options().preserve(Preserve::all().if_permitted(true));
+    let error = options.open(&dest).unwrap_err();
+    let OpenError::NotPreserved { source, .. } = &error else {
+        panic!("another error: {error:?}");
+    };
+    assert_eq!(source.source.kind(), ErrorKind::WouldBlock);
+    let text = source.source.to_string();
+    assert!(text.contains("lease"), "{text}");
+    drop(file);
+    commit(&options, &dest, b"new").unwrap();
     assert_names(dir.path(), &["dest"]);
 }

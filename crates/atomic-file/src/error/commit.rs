@@ -159,8 +159,8 @@ pub enum GroupCommitError {
         leftovers: Vec<Leftover>,
     },
     /// The group record is published, but some destinations may still be old. The next
-    /// [`open`](crate::AtomicWriter::open) in the directory, or [`recover`](crate::recover),
-    /// replaces them.
+    /// [`open`](crate::AtomicWriter::open) of one of them, or [`recover`](crate::recover), replaces
+    /// them.
     ///
     /// If the record could not be synced, a power loss before the recovery may remove it. Every
     /// destination is then old.

@@ -27,7 +27,8 @@ use crate::sys;
 impl AtomicWriterOptions {
     /// Stages a new file for `dest`.
     ///
-    /// First completes the group commits of killed processes in the directory, and removes the
+    /// First completes the group commits of killed processes that include this destination, and at
+    /// most 16 others in the directory. [`recover`](crate::recover) completes all. Then removes the
     /// orphaned staged files of this destination. [`sweep`](crate::sweep()) removes those of all
     /// destinations.
     ///

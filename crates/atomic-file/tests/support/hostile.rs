@@ -150,7 +150,11 @@ pub(crate) fn other_users_place(names: &[&str]) -> Place {
 
 /// Returns a record for files that the other user staged.
 pub(crate) fn forged(dir: &Path, dest: &str) -> Vec<u8> {
-    let staged = ".atomic-file-01234567-0123456789abcdef.stage";
+    forged_for(dir, ".atomic-file-01234567-0123456789abcdef.stage", dest)
+}
+
+/// Returns a record for a file that is staged under this name.
+pub(crate) fn forged_for(dir: &Path, staged: &str, dest: &str) -> Vec<u8> {
     fs::write(dir.join(staged), "forged").unwrap();
     let mut bytes = b"ATOMGRP\n\x01\0\0\0\x01\0\0\0".to_vec();
     bytes.extend(fs::metadata(dir.join(staged)).unwrap().ino().to_le_bytes());
