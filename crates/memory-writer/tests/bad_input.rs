@@ -126,20 +126,24 @@ fn commit_without_a_write_is_refused() {
 type Failure = fn() -> io::Error;
 
 #[rstest]
-#[case::fails(SIZE / 2, || io::Error::other("the guest is gone"), io::ErrorKind::Other)]
+#[case::fails(SIZE / 2 + (512 << 10), || io::Error::other("the guest is gone"), io::ErrorKind::Other)]
 #[case::ends_early(SIZE - 1, || io::ErrorKind::UnexpectedEof.into(), io::ErrorKind::UnexpectedEof)]
 fn failing_reader_leaves_the_old_file(
     #[case] offset: u64,
     #[case] then: Failure,
     #[case] expected: io::ErrorKind,
+    #[values(Layout::Raw, Layout::Sealed, Layout::Packed)] layout: Layout,
 ) {
+    /// At least a page of the host.
+    const PRECISION: u64 = 64 << 10;
     let reader = Until {
         ram: ram(),
         offset,
         then,
     };
     let place = Place::new();
-    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    let options = MemoryWriter::options().layout(layout);
+    let mut writer = options.open(&place.dest, SIZE, PAGE).unwrap();
     let error = writer.write_full(&reader).unwrap_err();
     let SnapshotError::MemoryIo {
         dest,
@@ -155,7 +159,7 @@ fn failing_reader_leaves_the_old_file(
         (&place.dest, MemoryIoStep::Read, expected)
     );
     assert!(
-        *offset <= reader.offset && reader.offset < offset + (1 << 20),
+        *offset <= reader.offset && reader.offset < offset + PRECISION,
         "{offset:#x}"
     );
     place.assert_commit_refused(writer);

@@ -18,7 +18,8 @@ pub enum WriteError {
     /// The source failed to provide its bytes, or the kernel could not read the memory (`EFAULT`).
     #[error("failed to read the source at offset {offset}")]
     Source {
-        /// The offset of the first missing byte.
+        /// The offset of the page with the first missing byte: in pages from the start of the read
+        /// on.
         offset: u64,
         /// The error of the source.
         source: io::Error,

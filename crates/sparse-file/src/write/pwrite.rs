@@ -11,6 +11,7 @@ use super::job::{Job, Pieces};
 use super::progress::Progress;
 use super::source::RunSource;
 use crate::limit::SizeLimit;
+use crate::sys::page_size;
 
 pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
     mut job: Job<'_, '_, I, S>,
@@ -98,15 +99,30 @@ fn write_memory(
     write_all(sink, || progress.wait(), memory, offset)
 }
 
-/// Fills `buffer` with the source's bytes from `offset` on.
+/// Fills `buffer` with the source's bytes from `offset` on. An error has the offset of the first
+/// page, counted from `offset`, that cannot be read.
 pub(super) fn read<S: RunSource + ?Sized>(
     source: &S,
     offset: u64,
     buffer: &mut [u8],
 ) -> Result<(), WriteError> {
-    source
-        .read_at(offset, buffer)
-        .map_err(|source| WriteError::Source { offset, source })
+    let failed = match source.read_at(offset, buffer) {
+        Ok(()) => return Ok(()),
+        Err(error) => WriteError::Source {
+            offset,
+            source: error,
+        },
+    };
+    // Find the page that cannot be read. It may have become readable.
+    let pieces = buffer.chunks_mut(page_size());
+    let mut at = offset;
+    for piece in pieces {
+        if let Err(source) = source.read_at(at, piece) {
+            return Err(WriteError::Source { offset: at, source });
+        }
+        at += piece.len() as u64;
+    }
+    Err(failed)
 }
 
 /// Calls `sink` until all of `memory` is written at `offset`. Calls `wait` before a retry of a sink
@@ -232,5 +248,29 @@ mod tests {
         let (offset, len, source) = refused(result);
         assert_eq!((offset, len), (47, 60));
         assert_eq!(source.raw_os_error(), Some(libc::EIO));
+    }
+
+    #[test]
+    fn failed_read_names_the_first_unreadable_page() {
+        struct Unreadable(Range<u64>);
+        impl RunSource for Unreadable {
+            fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+                let end = offset + buf.len() as u64;
+                match offset < self.0.end && self.0.start < end {
+                    true => Err(io::Error::other(format!("{offset:#x}"))),
+                    false => Ok(()),
+                }
+            }
+        }
+        let page = page_size() as u64;
+        let start = 100 * page;
+        let unreadable = Unreadable(103 * page + 5..104 * page);
+        let mut buffer = vec![0; 8 * page_size()];
+        let Err(WriteError::Source { offset, source }) = read(&unreadable, start, &mut buffer)
+        else {
+            panic!("the page was read");
+        };
+        assert_eq!(offset, 103 * page);
+        assert_eq!(source.to_string(), format!("{offset:#x}"));
     }
 }
