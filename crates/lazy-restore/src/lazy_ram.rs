@@ -37,7 +37,8 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 ///
 /// Until filling has completed, forked children do not get the memory (`MADV_DONTFORK`): they would
 /// find zeros in missing pages. Afterwards children get it again, except for parts that the VMM had
-/// excluded itself. Images of a chain [with very many images](memory_image::Chain#many-images) that
+/// excluded itself. A VMM that calls `MADV_DOFORK` on the memory before that gives children zeros in
+/// missing pages. Images of a chain [with very many images](memory_image::Chain#many-images) that
 /// are not kept open must stay in place until then.
 ///
 /// # Read errors

@@ -18,10 +18,12 @@ pub use region::{Permissions, ProcessRegion, printable};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MappingsError {
-    /// The process does not exist or has ended.
+    /// The process does not exist or has ended, or its first thread has ended. The kernel lists the
+    /// memory of such a process for its other threads only: see
+    /// [`ProcessRegion::list`](ProcessRegion::list).
     #[error(
-        "process {pid} does not exist or has no memory: check that it runs and is not a kernel \
-         thread"
+        "process {pid} does not exist or has no memory: check that it runs, is not a kernel \
+         thread, and that its first thread has not ended"
     )]
     Gone {
         /// The process id.
@@ -192,5 +194,7 @@ mod tests {
         std::fs::write(dir.path().join("maps"), "").unwrap();
         let error = ProcessRegion::list(directory, 7).unwrap_err();
         assert!(matches!(error, MappingsError::Gone { pid: 7 }), "{error}");
+        let says_why = error.to_string().contains("its first thread has not ended");
+        assert!(says_why, "{error}");
     }
 }
