@@ -160,8 +160,8 @@ pub(crate) fn check_replaceable(dest: &Destination) -> Result<(), OpenError> {
     }
 }
 
-/// Fails if a rename onto `dest` is known to fail now, or would replace an entry that is not a file.
-/// Repeats the checks of `open`, because the destination may have changed since.
+/// Fails if a rename onto `dest` is known to fail now, or would replace a directory, device, FIFO
+/// or socket. Repeats the checks of `open`, because the destination may have changed since.
 pub(crate) fn check_again(dest: &Destination) -> io::Result<()> {
     let entry = dest.dir.entry(&dest.name)?;
     if entry.is_some_and(|entry| entry.is_dir()) {

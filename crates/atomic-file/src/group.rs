@@ -21,9 +21,10 @@ use commit::{Commit, discard_all};
 /// The commit publishes a small record of the renames, and removes it after the last one. If a
 /// crash leaves the record behind, the next [`open`](AtomicWriter::open) or
 /// [`commit`](AtomicWriter::commit) of one of the files, or [`recover`](crate::recover), completes
-/// the renames. *Readers* do not see all files change in one instant: between the first and the last
-/// rename, or between a crash and the recovery, a reader that opens the files by name may find some
-/// new and some old. Such a reader must call `recover` first, or store an identifier in each file.
+/// the renames. *Readers* do not see all files change in one instant: between the first and the
+/// last rename, or between a crash and the recovery, a reader that opens the files by name may find
+/// some new and some old. Such a reader must call `recover` first, or store an identifier in each
+/// file.
 ///
 /// The group uses the strongest [`Durability`](crate::Durability) of its members. Two groups of one
 /// user with a common destination are serialized, so that their files never mix.

@@ -37,9 +37,9 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 ///
 /// Until filling has completed, forked children do not get the memory (`MADV_DONTFORK`): they would
 /// find zeros in missing pages. Afterwards children get it again, except for parts that the VMM had
-/// excluded itself. A VMM that calls `MADV_DOFORK` on the memory before that gives children zeros in
-/// missing pages. Images of a chain [with very many images](memory_image::Chain#many-images) that
-/// are not kept open must stay in place until then.
+/// excluded itself. A VMM that calls `MADV_DOFORK` on the memory before that gives children zeros
+/// in missing pages. Images of a chain [with very many images](memory_image::Chain#many-images)
+/// that are not kept open must stay in place until then.
 ///
 /// # Read errors
 /// A page that cannot be read never becomes zeros. [`error`](Self::error) and [`wait`](Self::wait)
@@ -71,8 +71,8 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// # Signals
 /// The threads that fill the memory block signals, so that a signal handler of this process may
 /// access the memory, also while a thread is in [`wait`](Self::wait). A handler must not access it
-/// on a thread that is in another call of this crate or of `memory-image`: that call may hold a lock
-/// that the fault handler needs.
+/// on a thread that is in another call of this crate or of `memory-image`: that call may hold a
+/// lock that the fault handler needs.
 ///
 /// # Limitations
 /// The memory must not be accessed after the value is dropped. The kernel protects missing pages
@@ -193,8 +193,8 @@ impl LazyRam {
     }
 
     /// Waits until all pages are in memory. Without a prefetcher
-    /// ([`prefetch(false)`](LazyRamOptions::prefetch), or while recording), this call reads them, on
-    /// a thread of its own.
+    /// ([`prefetch(false)`](LazyRamOptions::prefetch), or while recording), this call reads them,
+    /// on a thread of its own.
     ///
     /// # Errors
     /// Returns the first error since the start, as [`error`](Self::error) does. It is
