@@ -67,8 +67,8 @@ impl Chain {
     ///
     /// # Errors
     /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM. If an
-    /// image was [written to](Self::check_unchanged) during the restore, the target may hold bytes of
-    /// several states.
+    /// image was [written to](Self::check_unchanged) during the restore, the target may hold bytes
+    /// of several states.
     pub fn restore<T: RamTarget + ?Sized>(&self, target: &mut T) -> Result<(), RestoreError> {
         let all = || std::iter::once(0..self.ram_size());
         self.restore_runs(target, all, &mut |_| ControlFlow::Continue(()))

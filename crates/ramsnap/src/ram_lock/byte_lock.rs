@@ -7,7 +7,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
-/// The byte that readers and restores lock: `memsnap` in ASCII, the former name. No RAM is as large.
+/// The byte that readers and restores lock: `memsnap` in ASCII, the former name of the tool. No RAM
+/// is as large.
 pub(super) const AT: libc::off_t = 0x006d_656d_736e_6170;
 
 /// Returns a request for a lock of `range`.
