@@ -1,14 +1,11 @@
 //! `cargo xtask mutants`: makes small changes to the code, and checks that the tests detect them.
 
-use std::fs::File;
-use std::io::BufReader;
 use std::ops::AddAssign;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use harness::packages::Install;
 use harness::record::Record;
-use serde::Deserialize;
 use xshell::{Shell, cmd};
 
 use crate::cargo_tool::CargoTool;
@@ -141,8 +138,8 @@ pub(crate) struct Mutants {
     jobs: usize,
 }
 
-/// The results for the mutants of a crate, as cargo-mutants writes them to outcomes.json.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+/// The numbers of the mutants of a crate by result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Outcomes {
     caught: usize,
     /// The tests did not end, which counts as caught.
@@ -221,9 +218,11 @@ impl Mutants {
         let mut mutants = shard.map(str::to_owned).to_vec();
         let mut targets = vec!["--lib"];
         let mut all = Outcomes::default();
+        let mut missed: Option<Vec<String>> = None;
         for files in tiers {
             targets.extend(files.iter().flat_map(|file| ["--test", file]));
-            let (outcomes, missed) = self.pass(sh, tool, name, &mutants, &targets)?;
+            let results = self.pass(sh, tool, name, &mutants, &targets)?;
+            let (outcomes, still_missed) = results.of(missed.as_deref());
             let again = std::mem::take(&mut all.missed);
             ensure!(
                 again == 0 || again == outcomes.tested() + outcomes.unviable,
@@ -231,17 +230,17 @@ impl Mutants {
                 outcomes.tested()
             );
             all += outcomes;
-            if missed.is_empty() {
+            if still_missed.is_empty() {
                 break;
             }
-            mutants = vec!["--re".into(), any_of(&missed)];
+            mutants = vec!["--re".into(), any_of(&still_missed)];
+            missed = Some(still_missed);
             targets.clear();
         }
         Ok(all)
     }
 
-    /// Tests `mutants` with the tests of `targets`. Returns the results, and the names of the
-    /// mutants that no test detected.
+    /// Tests `mutants` with the tests of `targets`. Returns their names by result.
     fn pass(
         &self,
         sh: &Shell,
@@ -249,7 +248,7 @@ impl Mutants {
         name: &str,
         mutants: &[String],
         targets: &[&str],
-    ) -> anyhow::Result<(Outcomes, Vec<String>)> {
+    ) -> anyhow::Result<Results> {
         let out = sh.current_dir().join("target/mutants").join(name);
         sh.create_dir(&out)?;
         let jobs = self.jobs.to_string();
@@ -270,12 +269,49 @@ impl Mutants {
         .ignore_status()
         .run()?;
         let out = out.join("mutants.out");
-        let path = out.join("outcomes.json");
-        let failed = || format!("cargo-mutants left no outcomes in {}", path.display());
-        let file = File::open(&path).with_context(failed)?;
-        let outcomes = serde_json::from_reader(BufReader::new(file)).with_context(failed)?;
-        let missed = sh.read_file(out.join("missed.txt"))?;
-        Ok((outcomes, missed.lines().map(str::to_owned).collect()))
+        Results::read(sh, &out)
+    }
+}
+
+/// The names of mutants by result.
+#[derive(Debug, Default)]
+struct Results {
+    caught: Vec<String>,
+    timeout: Vec<String>,
+    missed: Vec<String>,
+    unviable: Vec<String>,
+}
+
+impl Results {
+    /// Reads the files that cargo-mutants leaves in `out`.
+    fn read(sh: &Shell, out: &Path) -> anyhow::Result<Self> {
+        let names = |result: &str| {
+            let names = sh.read_file(out.join(result).with_extension("txt"));
+            let names = names.context("cargo-mutants left no results")?;
+            anyhow::Ok(names.lines().map(str::to_owned).collect())
+        };
+        Ok(Self {
+            caught: names("caught")?,
+            timeout: names("timeout")?,
+            missed: names("missed")?,
+            unviable: names("unviable")?,
+        })
+    }
+
+    /// Returns the numbers for the mutants in `wanted`, and the names of those that no test
+    /// detected. `None` selects all mutants. cargo-mutants also tries deleted fields of structs
+    /// that its regular expression does not match.
+    fn of(&self, wanted: Option<&[String]>) -> (Outcomes, Vec<String>) {
+        let is_wanted = |name: &&String| wanted.is_none_or(|wanted| wanted.contains(name));
+        let count = |names: &[String]| names.iter().filter(is_wanted).count();
+        let outcomes = Outcomes {
+            caught: count(&self.caught),
+            timeout: count(&self.timeout),
+            missed: count(&self.missed),
+            unviable: count(&self.unviable),
+        };
+        let missed = self.missed.iter().filter(is_wanted).cloned().collect();
+        (outcomes, missed)
     }
 }
 
@@ -289,11 +325,33 @@ fn any_of(names: &[String]) -> String {
 mod tests {
     use super::*;
 
+    fn names(names: &[&str]) -> Vec<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
     #[test]
     fn timeouts_count_as_caught_and_unviable_mutants_are_ignored() {
-        let json = r#"{"caught": 88, "timeout": 1, "missed": 10, "unviable": 7, "success": 0, "outcomes": []}"#;
-        let outcomes: Outcomes = serde_json::from_str(json).expect("as it is written");
-        assert_eq!(outcomes.line(), "99 mutants, 89 caught (89 %), 10 missed");
+        let results = Results {
+            caught: names(&["a", "b", "c"]),
+            timeout: names(&["d"]),
+            missed: names(&["e"]),
+            unviable: names(&["f", "g"]),
+        };
+        let (outcomes, missed) = results.of(None);
+        assert_eq!(outcomes.line(), "5 mutants, 4 caught (80 %), 1 missed");
+        assert_eq!(missed, ["e"]);
+    }
+
+    #[test]
+    fn mutants_that_were_not_missed_before_do_not_count_again() {
+        let results = Results {
+            caught: names(&["a", "not selected"]),
+            missed: names(&["b", "not selected either"]),
+            ..Results::default()
+        };
+        let (outcomes, missed) = results.of(Some(&names(&["a", "b"])));
+        assert_eq!(outcomes.line(), "2 mutants, 1 caught (50 %), 1 missed");
+        assert_eq!(missed, ["b"]);
     }
 
     #[test]
