@@ -56,6 +56,7 @@ const CRATES: [(&str, Tiers); 5] = [
         "dirty-bitmap",
         &[&[
             "allocations",
+            "contents",
             "epochs",
             "loom",
             "loom_epochs",

@@ -68,7 +68,7 @@ use crate::runs::Runs;
 /// ```compile_fail,E0599
 /// # let bitmap = dirty_bitmap::DirtyBitmap::new(0, 1 << 30, 4096).unwrap();
 /// let epoch = bitmap.begin_epoch().unwrap();
-/// epoch.bitmap().set_dirty(0);
+/// epoch.bitmap().mark(0);
 /// ```
 ///
 /// # Units
@@ -91,8 +91,8 @@ use crate::runs::Runs;
 /// use dirty_bitmap::DirtyBitmap;
 ///
 /// let bitmap = DirtyBitmap::new(0x8000_0000, 64 << 20, 16 << 10)?;
-/// assert!(bitmap.set_dirty(0x8000_4123)?); // clean until now
-/// assert!(!bitmap.set_dirty(0x8000_4567)?); // the same page again
+/// assert!(bitmap.mark(0x8000_4123)?); // clean until now
+/// assert!(!bitmap.mark(0x8000_4567)?); // the same page again
 /// assert_eq!(bitmap.runs().collect::<Vec<_>>(), [0x4000..0x8000]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -128,7 +128,7 @@ impl DirtyBitmap {
 
     /// Moves all marks to a new bitmap of the current granule, and returns it.
     ///
-    /// The caller is responsible for the marks. To save their pages, use
+    /// [`mark_all`](Self::mark_all) of an empty bitmap copies them instead. The caller is responsible for the marks. To save their pages, use
     /// [`begin_epoch`](Self::begin_epoch), which keeps them until the save has succeeded.
     ///
     /// # Errors
@@ -143,15 +143,7 @@ impl DirtyBitmap {
     /// # Errors
     /// Returns [`RangeMismatch`] if `other` covers other addresses. Nothing was moved.
     pub fn drain_into<K: Markable>(&self, other: &DirtyBitmap<K>) -> Result<(), RangeMismatch> {
-        let (this, that) = (self.marks.ram, other.marks.ram);
-        if this != that {
-            return Err(RangeMismatch {
-                this_start: this.start,
-                this_size: this.size,
-                other_start: that.start,
-                other_size: that.size,
-            });
-        }
+        self.marks.ram.check_same(other.marks.ram)?;
         // Marking takes no lock. Therefore draining a bitmap into itself, or two into each other,
         // can't deadlock.
         self.marks
@@ -300,58 +292,6 @@ impl<K> DirtyBitmap<K> {
 }
 
 impl<K: Markable> DirtyBitmap<K> {
-    /// Marks the page that holds the guest-physical `address`. Returns whether its granule was
-    /// clean.
-    ///
-    /// # Errors
-    /// Returns [`OutOfRange`] if `address` is outside the RAM. Nothing was marked.
-    #[inline]
-    pub fn set_dirty(&self, address: u64) -> Result<bool, OutOfRange> {
-        self.marks.mark_address(address)
-    }
-
-    /// Marks the page with this index. Returns whether any part of it was clean.
-    ///
-    /// The index counts pages of [`page_size`](Self::page_size) from the start of the RAM. It does
-    /// not depend on the granule.
-    ///
-    /// # Errors
-    /// Returns [`OutOfRange`] if the page is outside the RAM. Nothing was marked.
-    pub fn set_dirty_by_index(&self, index: u64) -> Result<bool, OutOfRange> {
-        let page_size = self.page_size();
-        let start = index
-            .checked_mul(page_size)
-            .filter(|start| *start < self.marks.ram.size);
-        let Some(start) = start else {
-            let start = self
-                .marks
-                .ram
-                .start
-                .saturating_add(index.saturating_mul(page_size));
-            return Err(self
-                .marks
-                .ram
-                .out_of_range(start, start.saturating_add(page_size)));
-        };
-        Ok(self
-            .marks
-            .mark_offsets(start..self.marks.ram.size.min(start + page_size)))
-    }
-
-    /// Marks every page that overlaps the `len` bytes from the guest-physical `address` on. Returns
-    /// whether any of them was clean.
-    ///
-    /// A length of 0 marks no page.
-    ///
-    /// # Errors
-    /// Returns [`OutOfRange`] if any byte lies outside the RAM. The pages inside are marked
-    /// nevertheless.
-    pub fn set_range(&self, address: u64, len: u64) -> Result<bool, OutOfRange> {
-        let (offsets, inside) = self.marks.ram.clip(address, len);
-        let was_clean = !offsets.is_empty() && self.marks.mark_offsets(offsets);
-        inside.map(|()| was_clean)
-    }
-
     /// Changes the granule to `granule` bytes, which may be any power of two up to the size of the
     /// RAM.
     ///

@@ -73,13 +73,13 @@ impl TakeRange {
 /// use dirty_bitmap::{Coverage, DirtyBitmap};
 ///
 /// let bitmap = DirtyBitmap::new(0, 1 << 20, 4096)?;
-/// bitmap.set_dirty(0)?;
+/// bitmap.mark(0)?;
 /// let mut epoch = bitmap.begin_epoch()?;
 /// let mut written = Coverage::new();
 /// written.add_diff(epoch.bitmap()); // once its pages are written
 /// assert!(written.covers(&epoch));
 ///
-/// bitmap.set_dirty(4096)?;
+/// bitmap.mark(4096)?;
 /// epoch.extend()?; // not written
 /// assert!(!written.covers(&epoch));
 /// # Ok::<(), Box<dyn std::error::Error>>(())

@@ -5,7 +5,6 @@ use thiserror::Error;
 use crate::bitmap::DirtyBitmap;
 use crate::geometry::OutOfRange;
 use crate::kind::Markable;
-use crate::ranges::runs_of_word;
 
 impl<K: Markable> DirtyBitmap<K> {
     /// Marks the pages in a dirty log that begins at `address`, an address of the bitmap. Returns
@@ -41,23 +40,8 @@ impl<K: Markable> DirtyBitmap<K> {
         page_size: u64,
         words: &[u64],
     ) -> Result<u64, DirtyLogError> {
-        if !page_size.is_power_of_two() {
-            return Err(DirtyLogError::PageSizeNotPowerOfTwo { page_size });
-        }
-        let mut pages = 0;
-        let mut outside = None;
-        for (word, bits) in words.iter().enumerate() {
-            for run in runs_of_word(u64::from_le(*bits)) {
-                let count = run.end - run.start;
-                pages += count;
-                // A run past the last address is outside the RAM, and saturation keeps it there.
-                let first = word as u64 * 64 + run.start;
-                let start = address.saturating_add(first.saturating_mul(page_size));
-                let marked = self.set_range(start, count.saturating_mul(page_size));
-                outside = outside.or(marked.err());
-            }
-        }
-        outside.map_or(Ok(pages), |source| Err(DirtyLogError::OutOfRange(source)))
+        let words = words.iter().map(|word| u64::from_le(*word));
+        self.mark_words_at(address, page_size, words, |_, len| len)
     }
 }
 

@@ -44,7 +44,7 @@ const MAX_RECYCLED: usize = 2;
 /// let bitmap = DirtyBitmap::new(0, 64 << 20, 4096)?;
 /// let mut epoch = bitmap.begin_epoch()?; // a full save covers all marks so far
 /// save_full(); // the guest runs, and marks pages
-/// bitmap.set_dirty(0x3000)?;
+/// bitmap.mark(0x3000)?;
 /// let dirtied = epoch.extend()?; // the guest is paused
 /// save_diff(dirtied);
 /// epoch.release_after(commit)?; // on an error, all marks return

@@ -56,6 +56,19 @@ impl RamRange {
         ((self.size - 1) >> shift) + 1
     }
 
+    /// Returns an error if `other` covers other addresses.
+    pub(crate) fn check_same(self, other: Self) -> Result<(), RangeMismatch> {
+        if self == other {
+            return Ok(());
+        }
+        Err(RangeMismatch {
+            this_start: self.start,
+            this_size: self.size,
+            other_start: other.start,
+            other_size: other.size,
+        })
+    }
+
     /// Returns the part of `[address, address + len)` inside this RAM, as offsets from its start,
     /// and an error if any other part lies outside.
     pub(crate) fn clip(self, address: u64, len: u64) -> (Range<u64>, Result<(), OutOfRange>) {
@@ -156,7 +169,8 @@ pub struct OutOfRange {
     pub ram_end: u64,
 }
 
-/// An error for moving marks between two bitmaps that cover different RAM. Nothing was moved.
+/// An error for moving or copying marks between two bitmaps that cover different RAM. No mark was
+/// moved or copied.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error(
     "the bitmaps cover different RAM, {this_size:#x} bytes at {this_start:#x} and {other_size:#x} \
@@ -164,7 +178,7 @@ pub struct OutOfRange {
 )]
 #[non_exhaustive]
 pub struct RangeMismatch {
-    /// The first guest-physical address of the bitmap to drain.
+    /// The first guest-physical address of the bitmap that the method was called on.
     pub this_start: u64,
     /// Its size in bytes.
     pub this_size: u64,

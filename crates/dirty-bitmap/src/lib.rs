@@ -9,7 +9,7 @@
 //! # fn write_and_sync(offset: u64, len: u64) -> std::io::Result<()> { Ok(()) }
 //!
 //! let bitmap = DirtyBitmap::new(0x4000_0000, 256 << 20, 4096)?;
-//! bitmap.set_range(0x4000_0ffc, 8)?; // touches two pages
+//! bitmap.mark_range(0x4000_0ffc, 8)?; // touches two pages
 //!
 //! let epoch = bitmap.begin_epoch()?; // new marks now belong to the next save
 //! for run in epoch.bitmap().runs() {
@@ -22,9 +22,9 @@
 //! concurrent change of the page size loses a mark.
 //!
 //! # By task
-//! - **Mark a write**: [`set_dirty`](DirtyBitmap::set_dirty) marks an address,
-//!   [`set_range`](DirtyBitmap::set_range) a range,
-//!   [`set_dirty_by_index`](DirtyBitmap::set_dirty_by_index) a page, and
+//! - **Mark a write**: [`mark`](DirtyBitmap::mark) marks an address,
+//!   [`mark_range`](DirtyBitmap::mark_range) a range, [`mark_page`](DirtyBitmap::mark_page) a page
+//!   by its index, [`mark_words`](DirtyBitmap::mark_words) the set bits of words, and
 //!   [`mark_dirty_log`](DirtyBitmap::mark_dirty_log) the pages in a hypervisor's dirty log. A mark
 //!   outside the RAM is an error, because an ignored mark would be a lost page.
 //! - **Save the marked pages**: [`begin_epoch`](DirtyBitmap::begin_epoch), as above.
@@ -39,6 +39,11 @@
 //!   [`Epoch::release_after`] prevents a save from replacing a later one after its epoch was
 //!   reclaimed.
 //! - **Check that everything was written** before marks are discarded: [`Coverage`].
+//! - **Read the marks**: [`runs`](DirtyBitmap::runs) returns ranges of bytes,
+//!   [`pages`](DirtyBitmap::pages) ranges of page indexes, and
+//!   [`to_words`](DirtyBitmap::to_words) one bit for each page.
+//! - **Copy marks**: [`mark_all`](DirtyBitmap::mark_all) adds the marks of another bitmap, and
+//!   [`to_bytes`](DirtyBitmap::to_bytes) encodes them, for another process.
 //! - **Combine sets of pages**: [`page_set`](DirtyBitmap::page_set) returns a [`PageSet`], and
 //!   [`mark_pages`](DirtyBitmap::mark_pages) takes one.
 //! - **Join and widen ranges** of addresses: [`coalesce`], [`whole_pages`], and [`runs_of`] a bit
@@ -67,14 +72,17 @@
 
 mod bitmap;
 mod blocks;
+mod bytes;
 mod coverage;
 mod dirty_log;
 mod edges;
 mod epoch;
 mod geometry;
 mod kind;
+mod marking;
 mod marks;
 mod page_set;
+mod page_units;
 mod policy;
 mod protection;
 mod ranges;
@@ -83,8 +91,12 @@ mod sync;
 mod table;
 mod tracker;
 
+/// The crate of the bit slices that [`runs_of`] takes.
+pub use bitvec;
+
 pub use bitmap::{DirtyBitmap, TakenBitmap, TrackedBitmap};
 pub use blocks::BLOCK_SIZE;
+pub use bytes::DecodeError;
 pub use coverage::{Coverage, FullBegan};
 pub use dirty_log::DirtyLogError;
 pub use epoch::{

@@ -27,8 +27,8 @@ use spans::Spans;
 /// use dirty_bitmap::DirtyBitmap;
 ///
 /// let (a, b) = (DirtyBitmap::new(0, 1 << 20, 4096)?, DirtyBitmap::new(0, 1 << 20, 4096)?);
-/// a.set_range(0x1000, 0x4000)?;
-/// b.set_range(0x3000, 0x4000)?;
+/// a.mark_range(0x1000, 0x4000)?;
+/// b.mark_range(0x3000, 0x4000)?;
 /// let mut only_a = a.page_set();
 /// only_a.subtract(&b.page_set());
 /// let mut both = a.page_set();
@@ -214,7 +214,12 @@ impl fmt::Debug for PageSet {
 }
 
 impl<K> DirtyBitmap<K> {
-    /// Returns a copy of the marks, in pages of the current granule. The bitmap keeps its marks.
+    /// Returns a copy of the marks, in pages of the current [granule](Self::granule). The bitmap
+    /// keeps its marks.
+    ///
+    /// After [`rebuild`](DirtyBitmap::rebuild), the pages of the set are not those of
+    /// [`page_size`](Self::page_size): [`dirty_pages`](Self::dirty_pages) counts those, and
+    /// [`pages`](Self::pages) returns them.
     #[must_use]
     pub fn page_set(&self) -> PageSet {
         let generation = self.marks.lock();
@@ -242,7 +247,7 @@ impl<K: Markable> DirtyBitmap<K> {
     pub fn mark_pages(&self, set: &PageSet) -> Result<(), OutOfRange> {
         let mut outside = Ok(());
         for run in set.runs() {
-            let marked = self.set_range(run.start, run.end - run.start);
+            let marked = self.mark_range(run.start, run.end - run.start);
             outside = outside.and(marked.map(drop));
         }
         outside

@@ -99,7 +99,7 @@ const MAX_BRIDGED_PAGES: u64 = 16;
 /// // A vCPU's write faults. On return the page is unprotected and marked, and the vCPU may resume.
 /// tracker.on_write_fault(0x8012_3456, &Stage2)?;
 /// // Host writes never fault. The host writes, then marks.
-/// tracker.bitmap().set_range(0x8000_0000, 512)?;
+/// tracker.bitmap().mark_range(0x8000_0000, 512)?;
 ///
 /// let epoch = tracker.checkpoint(&Stage2)?;
 /// write_diff(epoch.bitmap())?; // on an error, the marks return

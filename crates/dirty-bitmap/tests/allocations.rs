@@ -54,7 +54,7 @@ const LITTLE: usize = 16 << 10;
 
 fn mark_a_few(bitmap: &DirtyBitmap) {
     for page in 0..1000 {
-        bitmap.set_dirty(page * (TIB / 1000)).unwrap();
+        bitmap.mark(page * (TIB / 1000)).unwrap();
     }
 }
 

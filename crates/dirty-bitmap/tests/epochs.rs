@@ -7,7 +7,7 @@ use dirty_bitmap::{BeginEpochError, Coverage, DirtyBitmap, Epoch, ExtendError, R
 
 fn marked() -> DirtyBitmap {
     let bitmap = DirtyBitmap::new(0, 1 << 20, 4096).unwrap();
-    bitmap.set_range(0x3000, 0x9000).unwrap();
+    bitmap.mark_range(0x3000, 0x9000).unwrap();
     bitmap
 }
 
@@ -29,7 +29,7 @@ fn release_discards_the_marks() {
 fn drop_restores_the_marks_and_keeps_newer_ones() {
     let bitmap = marked();
     let epoch = bitmap.begin_epoch().unwrap();
-    bitmap.set_dirty(0xc000).unwrap();
+    bitmap.mark(0xc000).unwrap();
     drop(epoch);
     assert_eq!(runs(&bitmap), [0x3000..0xd000]);
 }
@@ -63,7 +63,7 @@ fn marks_are_restored_in_the_current_granule() {
 fn a_second_concurrent_epoch_is_an_error() {
     let bitmap = marked();
     let first = bitmap.begin_epoch().unwrap();
-    bitmap.set_dirty(0).unwrap();
+    bitmap.mark(0).unwrap();
     assert_eq!(
         bitmap.begin_epoch().unwrap_err(),
         BeginEpochError::AlreadyOpen
@@ -77,12 +77,12 @@ fn a_second_concurrent_epoch_is_an_error() {
 fn extending_adds_new_marks_to_the_epoch() {
     let bitmap = marked();
     let mut epoch = bitmap.begin_epoch().unwrap();
-    bitmap.set_dirty(0xf000).unwrap();
+    bitmap.mark(0xf000).unwrap();
     assert_eq!(runs(epoch.extend().unwrap()), [0xf000..0x10000]);
     assert_eq!(runs(epoch.bitmap()), [0x3000..0xc000, 0xf000..0x10000]);
     assert!(bitmap.is_clean());
     bitmap.rebuild(32768).unwrap();
-    bitmap.set_dirty(0x2_0000).unwrap();
+    bitmap.mark(0x2_0000).unwrap();
     assert_eq!(runs(epoch.extend().unwrap()), [0x2_0000..0x2_8000]);
     drop(epoch);
     assert_eq!(
@@ -104,7 +104,7 @@ fn an_epoch_of_an_arc_can_move_to_another_thread() {
 fn reclaim_restores_all_marks_of_a_leaked_epoch() {
     let bitmap = marked();
     let mut epoch = bitmap.begin_epoch().unwrap();
-    bitmap.set_dirty(0xf000).unwrap();
+    bitmap.mark(0xf000).unwrap();
     epoch.extend().unwrap();
     std::mem::forget(epoch);
     assert_eq!(
@@ -136,7 +136,7 @@ fn a_reclaimed_epoch_does_not_affect_the_next_one() {
     let mut stuck = bitmap.begin_epoch().unwrap();
     bitmap.reclaim_epoch().unwrap();
     let next = bitmap.begin_epoch().unwrap();
-    bitmap.set_dirty(0xf000).unwrap();
+    bitmap.mark(0xf000).unwrap();
     assert!(matches!(stuck.extend(), Err(ExtendError::Reclaimed(_))));
     assert_eq!(
         runs(&bitmap),
@@ -171,11 +171,11 @@ fn an_epoch_has_no_marks_of_earlier_epochs() {
         bitmap.rebuild(granule).unwrap();
         let page = 0x2_0000 + round as u64 * 0x8000;
         bitmap.begin_epoch().unwrap().release().unwrap();
-        bitmap.set_dirty(page).unwrap();
+        bitmap.mark(page).unwrap();
         let mut epoch = bitmap.begin_epoch().unwrap();
         assert_eq!(runs(epoch.bitmap()), [page..page + granule]);
         assert_eq!(epoch.bitmap().granule(), granule);
-        bitmap.set_dirty(page + 0x4000).unwrap();
+        bitmap.mark(page + 0x4000).unwrap();
         let more = epoch.extend().unwrap();
         assert_eq!(runs(more), [page + 0x4000..page + 0x4000 + granule]);
         assert_eq!(runs(epoch.extend().unwrap()), []);
@@ -252,7 +252,7 @@ fn a_full_write_covers_only_earlier_takes() {
     written.add_full(began);
     assert!(!written.covers(&epoch), "the write began before the epoch");
     let began = Coverage::begin_full();
-    bitmap.set_dirty(0).unwrap();
+    bitmap.mark(0).unwrap();
     epoch.extend().unwrap();
     written.add_full(began);
     assert!(
@@ -270,7 +270,7 @@ fn diffs_cover_an_epoch_if_no_take_is_missing() {
     let bitmap = marked();
     let mut epoch = bitmap.begin_epoch().unwrap();
     let mut written = Coverage::new();
-    bitmap.set_dirty(0).unwrap();
+    bitmap.mark(0).unwrap();
     written.add_diff(epoch.extend().unwrap());
     assert!(!written.covers(&epoch), "the first take is missing");
     written.add_diff(epoch.bitmap());
@@ -281,18 +281,18 @@ fn diffs_cover_an_epoch_if_no_take_is_missing() {
         "a take without marks needs no write"
     );
     for address in [0, 0x10_000] {
-        bitmap.set_dirty(address).unwrap();
+        bitmap.mark(address).unwrap();
         let more = epoch.extend().unwrap();
         written.add_diff(more);
         assert!(written.covers(&epoch));
     }
-    bitmap.set_dirty(0).unwrap();
+    bitmap.mark(0).unwrap();
     epoch.extend().unwrap();
     assert!(
         !written.covers(&epoch),
         "a page written before is marked again"
     );
-    bitmap.set_dirty(0x20_000).unwrap();
+    bitmap.mark(0x20_000).unwrap();
     written.add_diff(epoch.extend().unwrap());
     assert!(!written.covers(&epoch), "the take before is missing");
 }
@@ -308,7 +308,7 @@ fn a_diff_of_another_epoch_or_bitmap_covers_nothing() {
     written.add_diff(elsewhere.bitmap());
     written.add_diff(&bitmap);
     written.add_diff(&bitmap.drain().unwrap());
-    bitmap.set_dirty(0).unwrap();
+    bitmap.mark(0).unwrap();
     let epoch = bitmap.begin_epoch().unwrap();
     assert!(!written.covers(&epoch));
     assert!(written.covers(&elsewhere));

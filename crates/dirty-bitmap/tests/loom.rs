@@ -84,7 +84,7 @@ fn dirty_bytes_racing_a_mark_is_consistent() {
         let bitmap = Arc::new(DirtyBitmap::new(0, PAGE + 1, PAGE).unwrap());
         let marker = {
             let bitmap = Arc::clone(&bitmap);
-            thread::spawn(move || bitmap.set_dirty_by_index(1).unwrap())
+            thread::spawn(move || bitmap.mark_page(1).unwrap())
         };
         let counted = bitmap.dirty_bytes();
         assert!([0, 1].contains(&counted), "{counted} bytes counted");

@@ -34,11 +34,11 @@ fn an_invalid_geometry_is_an_error(
 #[test]
 fn addresses_count_from_the_start_of_the_ram() {
     let bitmap = bitmap();
-    assert!(bitmap.set_dirty(START + 0x5000).unwrap());
+    assert!(bitmap.mark(START + 0x5000).unwrap());
     assert_eq!(runs(&bitmap), [0x5000..0x6000]);
     assert!(bitmap.is_dirty(START + 0x5fff).unwrap());
     assert!(!bitmap.is_dirty(START + 0x6000).unwrap());
-    let error = bitmap.set_dirty(0x5000).unwrap_err();
+    let error = bitmap.mark(0x5000).unwrap_err();
     assert_eq!(
         (error.start, error.ram_start, error.ram_end),
         (0x5000, START, START + SIZE)
@@ -46,15 +46,15 @@ fn addresses_count_from_the_start_of_the_ram() {
 }
 
 #[test]
-fn set_dirty_returns_the_clean_to_dirty_edge() {
+fn mark_returns_the_clean_to_dirty_edge() {
     let bitmap = bitmap();
-    assert!(bitmap.set_dirty(START).unwrap());
-    assert!(!bitmap.set_dirty(START + 4095).unwrap());
+    assert!(bitmap.mark(START).unwrap());
+    assert!(!bitmap.mark(START + 4095).unwrap());
     assert!(
-        bitmap.set_range(START, 4097).unwrap(),
+        bitmap.mark_range(START, 4097).unwrap(),
         "the second page was clean"
     );
-    assert!(!bitmap.set_dirty_by_index(1).unwrap());
+    assert!(!bitmap.mark_page(1).unwrap());
 }
 
 #[rstest]
@@ -64,7 +64,7 @@ fn set_dirty_returns_the_clean_to_dirty_edge() {
 #[case::last_address(u64::MAX)]
 fn a_mark_outside_the_ram_is_an_error_and_marks_nothing(#[case] address: u64) {
     let bitmap = bitmap();
-    assert_eq!(bitmap.set_dirty(address).unwrap_err().start, address);
+    assert_eq!(bitmap.mark(address).unwrap_err().start, address);
     assert!(bitmap.is_dirty(address).is_err());
     assert!(bitmap.is_clean());
 }
@@ -75,9 +75,9 @@ fn a_mark_outside_the_ram_is_an_error_and_marks_nothing(#[case] address: u64) {
 #[case::the_largest(u64::MAX)]
 fn an_index_outside_the_ram_is_an_error(#[case] index: u64) {
     let bitmap = bitmap();
-    assert!(bitmap.set_dirty_by_index(index).is_err());
+    assert!(bitmap.mark_page(index).is_err());
     assert!(bitmap.is_clean());
-    assert!(bitmap.set_dirty_by_index(255).unwrap());
+    assert!(bitmap.mark_page(255).unwrap());
 }
 
 #[rstest]
@@ -91,27 +91,27 @@ fn a_partly_outside_range_is_an_error_but_marks_the_inside(
     #[case] marked: Option<std::ops::Range<u64>>,
 ) {
     let bitmap = bitmap();
-    bitmap.set_range(address, len).unwrap_err();
+    bitmap.mark_range(address, len).unwrap_err();
     assert_eq!(runs(&bitmap), Vec::from_iter(marked));
 }
 
 #[test]
 fn an_empty_range_marks_nothing_and_must_be_in_the_ram() {
     let bitmap = bitmap();
-    assert!(!bitmap.set_range(START + 17, 0).unwrap());
-    assert!(!bitmap.set_range(START + SIZE, 0).unwrap());
+    assert!(!bitmap.mark_range(START + 17, 0).unwrap());
+    assert!(!bitmap.mark_range(START + SIZE, 0).unwrap());
     assert!(bitmap.is_clean());
-    bitmap.set_range(START + SIZE + 1, 0).unwrap_err();
-    bitmap.set_range(0, 0).unwrap_err();
+    bitmap.mark_range(START + SIZE + 1, 0).unwrap_err();
+    bitmap.mark_range(0, 0).unwrap_err();
 }
 
 #[test]
 fn the_last_page_ends_where_the_ram_ends() {
     let bitmap = DirtyBitmap::new(0, 10_000, 4096).unwrap();
-    assert!(bitmap.set_dirty_by_index(2).unwrap());
+    assert!(bitmap.mark_page(2).unwrap());
     assert_eq!(runs(&bitmap), [8192..10_000]);
     assert_eq!(bitmap.dirty_bytes(), 10_000 - 8192);
-    bitmap.set_dirty(0).unwrap();
+    bitmap.mark(0).unwrap();
     assert_eq!(bitmap.dirty_bytes(), 4096 + 10_000 - 8192);
 }
 
@@ -119,9 +119,9 @@ fn the_last_page_ends_where_the_ram_ends() {
 fn runs_are_maximal_across_words_and_summary_words() {
     let pages = 3 * 64 * 64;
     let bitmap = DirtyBitmap::new(0, pages * 4096, 4096).unwrap();
-    bitmap.set_range(63 * 4096, 2 * 4096).unwrap();
-    bitmap.set_range(4000 * 4096, 5000 * 4096).unwrap();
-    bitmap.set_dirty_by_index(pages - 1).unwrap();
+    bitmap.mark_range(63 * 4096, 2 * 4096).unwrap();
+    bitmap.mark_range(4000 * 4096, 5000 * 4096).unwrap();
+    bitmap.mark_page(pages - 1).unwrap();
     let expected =
         [63..65, 4000..9000, pages - 1..pages].map(|run| run.start * 4096..run.end * 4096);
     assert_eq!(runs(&bitmap), expected);
@@ -137,11 +137,11 @@ fn marks_far_apart_are_found() {
     let pages = (0..groups).map(|group| group * 4096 + 67 * group % 4096);
     let expected: Vec<_> = pages.map(|page| page * 4096..(page + 1) * 4096).collect();
     for run in &expected {
-        bitmap.set_dirty(run.start).unwrap();
+        bitmap.mark(run.start).unwrap();
         assert_eq!(runs(&bitmap.drain().unwrap()), std::slice::from_ref(run));
     }
     for run in &expected {
-        bitmap.set_dirty(run.start).unwrap();
+        bitmap.mark(run.start).unwrap();
     }
     assert_eq!(runs(&bitmap), expected);
     assert_eq!(bitmap.dirty_bytes(), groups * 4096);
@@ -156,7 +156,7 @@ fn marks_at_the_same_bit_of_eight_summary_words_are_found() {
         let bitmap = DirtyBitmap::new(0, 24 * PAGES, 4096).unwrap();
         let starts: Vec<_> = (8..8 + count).map(|word| word * PAGES + 0x5000).collect();
         for start in &starts {
-            bitmap.set_dirty(*start).unwrap();
+            bitmap.mark(*start).unwrap();
         }
         let expected: Vec<_> = starts
             .into_iter()
@@ -169,7 +169,7 @@ fn marks_at_the_same_bit_of_eight_summary_words_are_found() {
 #[test]
 fn more_runs_than_a_batch_are_in_order() {
     let bitmap = DirtyBitmap::new(0, 4 << 20, 4096).unwrap();
-    (0..512).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i).unwrap());
+    (0..512).for_each(|i| _ = bitmap.mark_page(2 * i).unwrap());
     let expected: Vec<_> = (0..512).map(|i| i * 8192..i * 8192 + 4096).collect();
     assert_eq!(runs(&bitmap), expected);
 }
@@ -188,7 +188,7 @@ fn a_run_across_the_end_of_a_batch_is_one_run(#[values(0, 1)] first: u64) {
             .map(|run| run.start * 4096..run.end * 4096)
             .collect();
         for run in &expected {
-            bitmap.set_range(run.start, run.end - run.start).unwrap();
+            bitmap.mark_range(run.start, run.end - run.start).unwrap();
         }
         assert_eq!(runs(&bitmap), expected);
         bitmap.drain().unwrap();
@@ -198,7 +198,7 @@ fn a_run_across_the_end_of_a_batch_is_one_run(#[values(0, 1)] first: u64) {
 #[test]
 fn draining_during_iteration_is_allowed() {
     let bitmap = DirtyBitmap::new(0, 4 << 20, 4096).unwrap();
-    (0..512).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i).unwrap());
+    (0..512).for_each(|i| _ = bitmap.mark_page(2 * i).unwrap());
     let mut walk = bitmap.runs();
     assert_eq!(walk.next(), Some(0..4096));
     let drained = bitmap.drain().unwrap();
@@ -212,7 +212,7 @@ fn draining_during_iteration_is_allowed() {
 #[test]
 fn drain_takes_all_marks() {
     let bitmap = bitmap();
-    bitmap.set_range(START + 0x3000, 0x9000).unwrap();
+    bitmap.mark_range(START + 0x3000, 0x9000).unwrap();
     let drained = bitmap.drain().unwrap();
     assert!(bitmap.is_clean());
     assert_eq!(runs(&drained), [0x3000..0xc000]);
@@ -231,7 +231,7 @@ fn drain_into_converts_the_page_size(
     #[case] expected: Vec<std::ops::Range<u64>>,
 ) {
     let (from, into) = (bitmap(), DirtyBitmap::new(START, SIZE, page_size).unwrap());
-    from.set_dirty(START + 0x3000).unwrap();
+    from.mark(START + 0x3000).unwrap();
     from.drain_into(&into).unwrap();
     assert!(from.is_clean());
     assert_eq!(runs(&into), expected);
@@ -242,7 +242,7 @@ fn drain_into_converts_the_page_size(
 #[case::size(START, SIZE / 2)]
 fn drain_into_other_ram_is_an_error_and_moves_nothing(#[case] start: u64, #[case] size: u64) {
     let (from, into) = (bitmap(), DirtyBitmap::new(start, size, 4096).unwrap());
-    from.set_dirty(START).unwrap();
+    from.mark(START).unwrap();
     from.drain_into(&into).unwrap_err();
     assert!(into.is_clean() && !from.is_clean());
 }
@@ -250,7 +250,7 @@ fn drain_into_other_ram_is_an_error_and_moves_nothing(#[case] start: u64, #[case
 #[test]
 fn drain_into_itself_keeps_the_marks() {
     let bitmap = bitmap();
-    bitmap.set_range(START + 0x3000, 0x9000).unwrap();
+    bitmap.mark_range(START + 0x3000, 0x9000).unwrap();
     bitmap.drain_into(&bitmap).unwrap();
     assert_eq!(runs(&bitmap), [0x3000..0xc000]);
 }
@@ -315,7 +315,7 @@ fn a_dirty_log_may_have_padding_but_no_pages_outside_the_ram() {
 #[test]
 fn a_page_set_is_a_copy_that_can_be_marked_again() {
     let bitmap = bitmap();
-    bitmap.set_range(START + 0x3000, 0x9000).unwrap();
+    bitmap.mark_range(START + 0x3000, 0x9000).unwrap();
     let set = bitmap.page_set();
     assert_eq!((set.page_size(), set.page_count()), (4096, 9));
     assert_eq!(set.range(), START..START + SIZE);

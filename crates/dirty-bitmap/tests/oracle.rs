@@ -99,14 +99,14 @@ proptest! {
                     let inside = if len == 0 { at <= size } else { at + len <= size };
                     let was_clean = oracle.runs();
                     oracle.mark(at..at + len);
-                    match bitmap.set_range(START + at, len) {
+                    match bitmap.mark_range(START + at, len) {
                         Ok(edge) => prop_assert!(inside && edge == (was_clean != oracle.runs())),
                         Err(_) => prop_assert!(!inside),
                     }
                 }
                 Step::MarkIndex(index) => {
                     let start = index * page_size;
-                    prop_assert_eq!(bitmap.set_dirty_by_index(index).is_ok(), start < size);
+                    prop_assert_eq!(bitmap.mark_page(index).is_ok(), start < size);
                     oracle.mark(start..start + page_size);
                 }
                 Step::Log { at, shift, words } => {

@@ -22,29 +22,29 @@ fn a_rebuilt_bitmap_covers_every_marked_byte(
     #[case] expected: Vec<std::ops::Range<u64>>,
 ) {
     let bitmap = DirtyBitmap::new(0x8000_0000, SIZE, 4096).unwrap();
-    bitmap.set_dirty_by_index(3).unwrap();
-    bitmap.set_dirty_by_index(8).unwrap();
+    bitmap.mark_page(3).unwrap();
+    bitmap.mark_page(8).unwrap();
     bitmap.rebuild(granule).unwrap();
     assert_eq!(runs(&bitmap), expected);
     assert_eq!((bitmap.granule(), bitmap.page_size()), (granule, 4096));
-    assert!(!bitmap.set_dirty(0x8000_3000).unwrap());
+    assert!(!bitmap.mark(0x8000_3000).unwrap());
 }
 
 #[test]
 fn an_index_is_the_same_page_before_and_after_a_rebuild() {
     let bitmap = DirtyBitmap::new(0, SIZE, 16384).unwrap();
     bitmap.rebuild(4096).unwrap();
-    bitmap.set_dirty_by_index(1).unwrap();
+    bitmap.mark_page(1).unwrap();
     assert_eq!(runs(&bitmap), [16384..32768]);
     bitmap.rebuild(65536).unwrap();
-    bitmap.set_dirty_by_index(63).unwrap();
+    bitmap.mark_page(63).unwrap();
     assert_eq!(runs(&bitmap), [0..65536, SIZE - 65536..SIZE]);
 }
 
 #[test]
 fn rebuilding_back_and_forth_leaves_no_stale_mark() {
     let bitmap = DirtyBitmap::new(0, SIZE, 4096).unwrap();
-    bitmap.set_dirty(0x3000).unwrap();
+    bitmap.mark(0x3000).unwrap();
     bitmap.rebuild(65536).unwrap();
     bitmap.drain().unwrap();
     bitmap.rebuild(4096).unwrap();
@@ -54,7 +54,7 @@ fn rebuilding_back_and_forth_leaves_no_stale_mark() {
 #[test]
 fn a_partial_last_page_keeps_its_mark_at_every_granule() {
     let bitmap = DirtyBitmap::new(0, 10_000, 4096).unwrap();
-    bitmap.set_dirty(9_999).unwrap();
+    bitmap.mark(9_999).unwrap();
     for granule in [8192, 1, 2048, 4096] {
         bitmap.rebuild(granule).unwrap();
         assert_eq!(runs(&bitmap), [8192..10_000]);
@@ -64,7 +64,7 @@ fn a_partial_last_page_keeps_its_mark_at_every_granule() {
 #[test]
 fn an_invalid_granule_is_an_error_and_changes_nothing() {
     let bitmap = DirtyBitmap::new(0, SIZE, 4096).unwrap();
-    bitmap.set_dirty(0).unwrap();
+    bitmap.mark(0).unwrap();
     assert_eq!(
         bitmap.rebuild(0).unwrap_err(),
         GeometryError::PageSizeNotPowerOfTwo { page_size: 0 }
@@ -82,7 +82,7 @@ fn an_invalid_granule_is_an_error_and_changes_nothing() {
 #[test]
 fn iteration_during_a_rebuild_misses_and_repeats_no_page() {
     let bitmap = DirtyBitmap::new(0, 4 << 20, 4096).unwrap();
-    (0..512).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i).unwrap());
+    (0..512).for_each(|i| _ = bitmap.mark_page(2 * i).unwrap());
     let mut iter = bitmap.runs();
     let mut seen: Vec<_> = iter.by_ref().take(64).collect();
     // The whole RAM becomes one page, and the first batch ends inside it.
@@ -101,8 +101,8 @@ fn iteration_during_a_rebuild_misses_and_repeats_no_page() {
 /// followed by a long run in which the first batch ends.
 fn marked_for_two_batches() -> (DirtyBitmap, Vec<std::ops::Range<u64>>) {
     let bitmap = DirtyBitmap::new(0, 8 << 20, 4096).unwrap();
-    (0..255).for_each(|i| _ = bitmap.set_dirty_by_index(2 * i + 1).unwrap());
-    bitmap.set_range(511 * 4096, 989 * 4096).unwrap();
+    (0..255).for_each(|i| _ = bitmap.mark_page(2 * i + 1).unwrap());
+    bitmap.mark_range(511 * 4096, 989 * 4096).unwrap();
     let runs = runs(&bitmap);
     assert_eq!(
         (runs.len(), runs[255].clone()),
@@ -147,7 +147,7 @@ fn iteration_finds_later_marks_after_a_drain_and_a_rebuild() {
     // The iteration continues in a word that has no marks any more. The new mark is in the next
     // word.
     bitmap.rebuild(65536).unwrap();
-    bitmap.set_dirty(64 * 65536).unwrap();
+    bitmap.mark(64 * 65536).unwrap();
     assert_eq!(iter.last(), Some(64 * 65536..65 * 65536));
 }
 
@@ -170,7 +170,7 @@ fn concurrent_rebuilds_and_drains_lose_no_mark() {
                     scope.spawn(move || {
                         (m..pages)
                             .step_by(MARKERS as usize)
-                            .for_each(|page| _ = bitmap.set_dirty_by_index(page).unwrap());
+                            .for_each(|page| _ = bitmap.mark_page(page).unwrap());
                     })
                 })
                 .collect();

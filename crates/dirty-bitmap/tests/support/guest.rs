@@ -28,7 +28,7 @@ impl Guest {
     /// Writes a page, then marks it.
     pub(crate) fn write(&self, page: u64, value: u64) {
         self.pages[page as usize].store(value, Relaxed);
-        self.bitmap.set_dirty_by_index(page).unwrap();
+        self.bitmap.mark_page(page).unwrap();
     }
 
     /// Takes the marks and copies the marked pages to `image`.

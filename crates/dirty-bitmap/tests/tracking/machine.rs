@@ -74,7 +74,7 @@ impl Machine {
     pub(crate) fn host_write(&self, tracker: &WriteTracker, page: u64, word: u64) {
         self.pages[page as usize].lock().unwrap().word = word;
         let address = self.start + page * self.page_size;
-        tracker.bitmap().set_dirty(address).unwrap();
+        tracker.bitmap().mark(address).unwrap();
     }
 
     /// Copies the pages of `taken`.
