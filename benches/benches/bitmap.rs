@@ -22,7 +22,7 @@ fn mark(c: &mut Criterion) {
     let mark_ours = || {
         addresses
             .iter()
-            .for_each(|address| _ = black_box(ours.set_dirty(*address)))
+            .for_each(|address| _ = black_box(ours.mark(*address)))
     };
     let mark_squib = || {
         addresses
@@ -58,7 +58,7 @@ fn walk(c: &mut Criterion) {
         let mut random = Random::seeded(4);
         for _ in 0..dirty {
             let page = random.number() % (ram / PAGE);
-            ours.set_dirty_by_index(page).unwrap();
+            ours.mark_page(page).unwrap();
             squib.set_dirty_by_index(page);
         }
         group.bench_function(BenchmarkId::new("dirty-bitmap", share), |b| {
@@ -89,7 +89,7 @@ fn epoch(c: &mut Criterion) {
         let mark = || {
             pages
                 .iter()
-                .for_each(|page| _ = ours.set_dirty_by_index(*page).unwrap())
+                .for_each(|page| _ = ours.mark_page(*page).unwrap())
         };
         group.bench_function(BenchmarkId::new("begin_epoch", name), |b| {
             b.iter_custom(|times| {

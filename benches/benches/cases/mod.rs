@@ -99,7 +99,7 @@ impl Dirty {
         let ours = DirtyBitmap::new(0, size, page).unwrap();
         let squib = squib_snapshot::DirtyBitmap::new(0, size, page).unwrap();
         for page in dirty {
-            ours.set_dirty_by_index(page).unwrap();
+            ours.mark_page(page).unwrap();
             squib.set_dirty_by_index(page);
         }
         let runs = ours.runs().collect();

@@ -31,7 +31,7 @@ impl Comparison<'_> {
             let mut random = Random::seeded(4);
             for _ in 0..pages / one_in {
                 let page = random.number() % pages;
-                ours.set_dirty_by_index(page).unwrap();
+                ours.mark_page(page).unwrap();
                 squib.set_dirty_by_index(page);
             }
             let walk_ours = || {
@@ -64,7 +64,7 @@ impl Comparison<'_> {
             if self.wants(&name) {
                 let mark_ours = || {
                     in_threads(threads, &|address| {
-                        black_box(ours.set_dirty(address).unwrap());
+                        black_box(ours.mark(address).unwrap());
                     })
                 };
                 let mark_squib = || {

@@ -120,7 +120,7 @@ impl Comparison<'_> {
                 let dirty = DirtyBitmap::new(0, ram_size, PAGE).unwrap();
                 for index in 0..pages {
                     let page = (number * pages + index).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-                    dirty.set_dirty_by_index(page % (ram_size / PAGE)).unwrap();
+                    dirty.mark_page(page % (ram_size / PAGE)).unwrap();
                 }
                 writer.write_diff(&Ones, &dirty).unwrap();
             }

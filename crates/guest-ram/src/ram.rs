@@ -163,7 +163,7 @@ impl<K: BitmapKind> GuestRam<K> {
     }
 
     fn mark_offsets(&self, offset: u64, size: u64) {
-        let marked = self.dirty.set_range(self.dirty.ram_start() + offset, size);
+        let marked = self.dirty.mark_range(self.dirty.ram_start() + offset, size);
         assert!(
             marked.is_ok(),
             "the bitmap covers the RAM: checked when the RAM was created"

@@ -242,7 +242,7 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     )]
     pub fn mark_host_write(&self, guest_start: u64, len: u64) -> Result<(), OutsideRam> {
         for piece in self.layout.guest_pieces(guest_start, len)? {
-            let marked = self.bitmap().set_range(piece.offset, piece.size);
+            let marked = self.bitmap().mark_range(piece.offset, piece.size);
             assert!(
                 marked.is_ok(),
                 "the bitmap covers the RAM: checked in `new`"
@@ -338,7 +338,7 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     pub fn stop(self) -> Result<P, P::Error> {
         let ram = 0..self.layout.ram_size();
         let lifted = self.protection.unprotect(ram.clone());
-        let marked = self.bitmap().set_range(ram.start, ram.end);
+        let marked = self.bitmap().mark_range(ram.start, ram.end);
         assert!(
             marked.is_ok(),
             "the bitmap covers the RAM: checked when made"

@@ -115,7 +115,7 @@ mod linux {
                 for run in 0..100_u64 {
                     let at = (run * 10 + number).wrapping_mul(0x9e37_79b9_7f4a_7c15)
                         % (size - (64 << 10));
-                    dirty.set_range(at, 16 << 10)?;
+                    dirty.mark_range(at, 16 << 10)?;
                 }
                 writer.write_diff(&ram, &dirty)?;
             }

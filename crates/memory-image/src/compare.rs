@@ -177,7 +177,7 @@ fn mark(changed: &DirtyBitmap, page_size: u64, start: u64, before: &[u8], after:
     for (index, (before, after)) in pages.enumerate() {
         if before != after {
             changed
-                .set_dirty(start + (index * page) as u64)
+                .mark(start + (index * page) as u64)
                 .expect("a page of the RAM");
         }
     }

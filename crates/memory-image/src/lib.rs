@@ -16,7 +16,7 @@
 //! # writer.write_full(&vec![1; 1 << 20])?;
 //! # writer.commit()?;
 //! # let dirty = DirtyBitmap::new(0, 1 << 20, 4096)?;
-//! # dirty.set_dirty(8192)?;
+//! # dirty.mark(8192)?;
 //! # let mut writer = MemoryWriter::open(&diff, 1 << 20, 4096)?;
 //! # writer.write_diff(&vec![2; 1 << 20], &dirty)?;
 //! # writer.commit()?;

@@ -299,9 +299,9 @@ fn flattening_with_reflinks_allocates_only_the_diffs() {
     writer.commit().unwrap();
     let dirty = DirtyBitmap::new(0, size, PAGE).unwrap();
     ram[5 * PAGE as usize..6 * PAGE as usize].fill(0);
-    dirty.set_dirty(5 * PAGE).unwrap();
+    dirty.mark(5 * PAGE).unwrap();
     ram[size as usize - 1] = 7;
-    dirty.set_dirty(size - 1).unwrap();
+    dirty.mark(size - 1).unwrap();
     let mut writer = MemoryWriter::open(path("diff"), size, PAGE).unwrap();
     writer.write_diff(&ram, &dirty).unwrap();
     writer.commit().unwrap();

@@ -22,7 +22,7 @@ fn small(layout: Layout) -> (tempfile::TempDir, [PathBuf; 2]) {
     for (path, pages) in paths.iter().zip([1..3_u64, 2..4]) {
         let start = pages.start * PAGE;
         ram[start as usize..][..PAGE as usize].fill(pages.start as u8);
-        dirty.set_range(start, pages.end * PAGE - start).unwrap();
+        dirty.mark_range(start, pages.end * PAGE - start).unwrap();
         let taken = dirty.drain().unwrap();
         let seal = match parent {
             Some(parent) => Seal::new().parent(parent),

@@ -24,7 +24,7 @@ fn options(layout: Layout, seal: Seal) -> MemoryWriterOptions {
 fn diff(path: &Path, layout: Layout, seal: Seal, value: u8, pages: &[u64]) {
     let dirty = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
     for page in pages {
-        dirty.set_dirty(page * PAGE).unwrap();
+        dirty.mark(page * PAGE).unwrap();
     }
     let mut writer = options(layout, seal).open(path, SIZE, PAGE).unwrap();
     writer

@@ -136,7 +136,7 @@ fn bytes_between_the_header_and_a_large_page_are_damage() {
 fn a_sealed_diff_of_raw_images_says_so_again_when_it_is_merged() {
     let (_dir, path) = dir();
     let dirty = DirtyBitmap::new(0, 1 << 20, 4096).unwrap();
-    dirty.set_dirty(8192).unwrap();
+    dirty.mark(8192).unwrap();
     let seal = Seal::new().on_raw_image();
     let options = MemoryWriter::options().layout(Layout::Packed).seal(seal);
     let mut writer = options.open(&path, 1 << 20, 4096).unwrap();

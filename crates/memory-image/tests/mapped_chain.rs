@@ -117,7 +117,7 @@ fn zeros_of_a_packed_base_are_zeros_when_it_is_mapped() {
     for page in (0..32).map(|page| if page % 2 == 0 { page } else { page + 32 }) {
         ram[(page * PAGE) as usize..][..PAGE as usize].fill(page as u8 + 1);
         let dirty = DirtyBitmap::new(0, ram.len() as u64, PAGE).unwrap();
-        dirty.set_dirty(page * PAGE).unwrap();
+        dirty.mark(page * PAGE).unwrap();
         writer.write_diff(&ram, &dirty).unwrap();
     }
     writer.commit().unwrap();

@@ -47,7 +47,7 @@ impl Guest {
         let at = page * PAGE;
         self.ram[at as usize..][..PAGE as usize].fill(value);
         let dirty = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
-        dirty.set_dirty(at).unwrap();
+        dirty.mark(at).unwrap();
         let mut writer = options(layout, seal).open(&path, SIZE, PAGE).unwrap();
         writer.write_diff(&self.ram, &dirty).unwrap();
         writer.commit().unwrap();

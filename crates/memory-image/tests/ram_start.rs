@@ -31,7 +31,7 @@ fn diff_and_full_image_of_one_bitmap_cover_the_same_ram(
     let path = |name: &str| directory.path().join(name);
     let mut ram = vec![1; SIZE as usize];
     let bitmap = DirtyBitmap::new(START, SIZE, PAGE).unwrap();
-    bitmap.set_range(START, SIZE).unwrap();
+    bitmap.mark_range(START, SIZE).unwrap();
 
     let epoch = bitmap.begin_epoch().unwrap();
     let mut writer = MemoryWriter::options()
@@ -43,7 +43,7 @@ fn diff_and_full_image_of_one_bitmap_cover_the_same_ram(
     commit(writer, epoch, in_a_group);
 
     ram[5000] = 9;
-    bitmap.set_dirty(START + 5000).unwrap();
+    bitmap.mark(START + 5000).unwrap();
     let epoch = bitmap.begin_epoch().unwrap();
     let mut writer = MemoryWriter::options()
         .layout(diff)

@@ -18,7 +18,7 @@
 //! writer.write_full(&ram)?; // any `PageReader`: mapped memory, a file, another process
 //! writer.commit()?;
 //! # ram[5000] = 1;
-//! # dirty.set_dirty(0x4000_0000 + 5000)?;
+//! # dirty.mark(0x4000_0000 + 5000)?;
 //!
 //! let epoch = dirty.begin_epoch()?; // restores the marks if it is dropped
 //! let mut writer = MemoryWriter::open(&diff, 1 << 20, 4096)?;

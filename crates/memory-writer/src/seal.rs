@@ -23,7 +23,7 @@ use image_format::ImageId;
 /// writer.write_full(&ram)?;
 /// writer.commit()?;
 ///
-/// dirty.set_dirty(0x5000)?;
+/// dirty.mark(0x5000)?;
 /// let epoch = dirty.begin_epoch()?;
 /// let mut writer = MemoryWriter::options()
 ///     .layout(Layout::Packed)

@@ -29,7 +29,7 @@ impl PageReader for Ones {
 fn dirty(addresses: impl IntoIterator<Item = u64>) -> DirtyBitmap {
     let dirty = DirtyBitmap::new(0, RAM, 1024).unwrap();
     for address in addresses {
-        dirty.set_dirty(address).unwrap();
+        dirty.mark(address).unwrap();
     }
     dirty
 }

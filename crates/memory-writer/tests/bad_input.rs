@@ -236,7 +236,7 @@ fn commit_after_a_failed_write_is_refused() {
 fn page_dirty_at_a_failed_save_is_in_the_next_diff() {
     let place = Place::new();
     let dirty = DirtyBitmap::new(0, SIZE, 4096).unwrap();
-    dirty.set_dirty(5 * PAGE).unwrap();
+    dirty.mark(5 * PAGE).unwrap();
     let save = |reader: &dyn page_reader::PageReader| -> Result<u64, SnapshotError> {
         let epoch = dirty.begin_epoch().unwrap();
         let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE)?;
@@ -251,7 +251,7 @@ fn page_dirty_at_a_failed_save_is_in_the_next_diff() {
         then: || io::Error::other("not now"),
     })
     .unwrap_err();
-    dirty.set_dirty(9 * PAGE).unwrap();
+    dirty.mark(9 * PAGE).unwrap();
     assert_eq!(save(&ram()).unwrap(), 2);
     assert!(dirty.is_clean());
 }

@@ -38,7 +38,7 @@ fn raw_snapshot_takes_memory_for_written_pages_only() {
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("mem");
     let dirty = DirtyBitmap::new(0, RAM, PAGE).unwrap();
-    dirty.set_dirty(TOUCHED.start).unwrap();
+    dirty.mark(TOUCHED.start).unwrap();
     let before = peak_memory();
     let write = |full: bool, recycle: u64| {
         let options = MemoryWriter::options()

@@ -289,7 +289,7 @@ proptest! {
                 Step::Write { at, len, value } => {
                     let end = (at + len).min(size);
                     ram[at as usize..end as usize].fill(value);
-                    dirty.set_range(at, end - at).unwrap();
+                    dirty.mark_range(at, end - at).unwrap();
                 }
                 Step::Full => {
                     writer.write_full(&ram).unwrap();

@@ -45,9 +45,9 @@ fn peaks(layout: Layout, dirty: &DirtyBitmap) -> (usize, usize, usize) {
 fn diff_takes_24_bytes_a_run_and_its_footer_no_more() {
     let [scattered, one_run] = [(); 2].map(|()| DirtyBitmap::new(0, SIZE, PAGE).unwrap());
     for run in 0..RUNS {
-        scattered.set_dirty(2 * PAGE * run).unwrap();
+        scattered.mark(2 * PAGE * run).unwrap();
     }
-    one_run.set_range(0, RUNS * PAGE).unwrap();
+    one_run.mark_range(0, RUNS * PAGE).unwrap();
     for layout in [Layout::Sealed, Layout::Packed] {
         // Both use the same buffers of the engine.
         let (buffers, _, _) = peaks(layout, &one_run);

@@ -60,7 +60,7 @@ proptest! {
         let write = |ram: &mut Vec<u8>, at: u64, len: u64, value: u8| {
             let end = (at + len).min(size);
             ram[at as usize..end as usize].fill(value);
-            dirty.set_range(at, end - at).unwrap();
+            dirty.mark_range(at, end - at).unwrap();
         };
         for step in steps {
             match step {

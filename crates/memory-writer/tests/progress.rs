@@ -36,7 +36,7 @@ fn reporting_progress(place: &Place) -> (MemoryWriter, mpsc::Receiver<Progress>)
 #[test]
 fn progress_counts_bytes_up_to_the_total() {
     let (place, dirty) = (Place::new(), bitmap(4096));
-    dirty.set_range(START, 2 << 20).unwrap();
+    dirty.mark_range(START, 2 << 20).unwrap();
     let (mut writer, receive) = reporting_progress(&place);
     writer.write_diff(&ram(1), &dirty).unwrap();
     let seen: Vec<_> = receive.try_iter().collect();
@@ -55,8 +55,8 @@ fn progress_counts_bytes_up_to_the_total() {
 #[test]
 fn progress_of_a_diff_counts_the_dirty_pages() {
     let (place, dirty) = (Place::new(), bitmap(PAGE));
-    dirty.set_range(START + 3 * PAGE, 2 * PAGE).unwrap();
-    dirty.set_dirty(START + 100 * PAGE).unwrap();
+    dirty.mark_range(START + 3 * PAGE, 2 * PAGE).unwrap();
+    dirty.mark(START + 100 * PAGE).unwrap();
     let (mut writer, receive) = reporting_progress(&place);
     writer.write_diff(&ram(1), &dirty).unwrap();
     let seen: Vec<_> = receive.try_iter().collect();
@@ -67,12 +67,12 @@ fn progress_of_a_diff_counts_the_dirty_pages() {
 #[test]
 fn pages_marked_during_a_write_are_not_part_of_it() {
     let (place, dirty) = (Place::new(), std::sync::Arc::new(bitmap(PAGE)));
-    dirty.set_dirty_by_index(0).unwrap();
+    dirty.mark_page(0).unwrap();
     let (send, receive) = mpsc::channel();
     let marked = std::sync::Arc::clone(&dirty);
     let mut writer = MemoryWriter::options()
         .progress(move |progress| {
-            marked.set_dirty_by_index(200).unwrap();
+            marked.mark_page(200).unwrap();
             send.send(progress).unwrap();
             ControlFlow::Continue(())
         })

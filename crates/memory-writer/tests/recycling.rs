@@ -43,7 +43,7 @@ fn data(path: &Path) -> Vec<Range<u64>> {
 fn dirty(size: u64, page: u64, pages: &[u64]) -> DirtyBitmap {
     let dirty = DirtyBitmap::new(0, size, page).unwrap();
     for page in pages {
-        dirty.set_dirty_by_index(*page).unwrap();
+        dirty.mark_page(*page).unwrap();
     }
     dirty
 }

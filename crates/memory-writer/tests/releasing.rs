@@ -17,7 +17,7 @@ fn marked(pages: &[u64]) -> DirtyBitmap {
 
 fn mark(bitmap: &DirtyBitmap, pages: &[u64]) {
     for page in pages {
-        bitmap.set_dirty_by_index(*page).unwrap();
+        bitmap.mark_page(*page).unwrap();
     }
 }
 

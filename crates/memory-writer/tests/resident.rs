@@ -46,7 +46,7 @@ fn written() {
     }
     let dirty = DirtyBitmap::new(0, SIZE, 4096).unwrap();
     for page in (0..SIZE / 4096).step_by(3) {
-        dirty.set_range(page * 4096, 1).unwrap();
+        dirty.mark_range(page * 4096, 1).unwrap();
     }
     let taken = dirty.drain().unwrap();
     let before = peak_memory();

@@ -112,7 +112,7 @@ fn short_runs_of_zeros_are_written() {
 #[test]
 fn page_that_became_zero_is_in_the_diff() {
     let (place, dirty) = (Place::new(), DirtyBitmap::new(0, SIZE, PAGE).unwrap());
-    dirty.set_range(0, 256 * KIB).unwrap();
+    dirty.mark_range(0, 256 * KIB).unwrap();
     let mut writer = skipping().open(&place.dest, SIZE, PAGE).unwrap();
     assert_eq!(writer.write_diff(&sparse(&[]), &dirty).unwrap(), 64);
     writer.commit().unwrap();
@@ -122,7 +122,7 @@ fn page_that_became_zero_is_in_the_diff() {
 #[test]
 fn skipped_page_with_an_earlier_write_is_zero() {
     let (place, dirty) = (Place::new(), DirtyBitmap::new(0, SIZE, PAGE).unwrap());
-    dirty.set_range(0, 256 * KIB).unwrap();
+    dirty.mark_range(0, 256 * KIB).unwrap();
     for diff in [true, false] {
         let mut writer = skipping().open(&place.dest, SIZE, PAGE).unwrap();
         let old = pattern(SIZE as usize, 1);

@@ -86,7 +86,7 @@ proptest! {
                         let bytes = vec![value; (range.end - range.start) as usize];
                         guest.write(range.start, &bytes);
                         ram[range.start as usize..range.end as usize].copy_from_slice(&bytes);
-                        dirty.set_range(range.start, range.end - range.start).unwrap();
+                        dirty.mark_range(range.start, range.end - range.start).unwrap();
                     }
                     Step::Full => {
                         if save.memory {

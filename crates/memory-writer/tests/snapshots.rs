@@ -72,7 +72,7 @@ fn full_twice_does_not_double_the_file() {
 #[test]
 fn diff_then_full_is_at_the_right_offsets() {
     let (place, dirty) = (Place::new(), bitmap(4096));
-    dirty.set_dirty(START + SIZE / 2).unwrap();
+    dirty.mark(START + SIZE / 2).unwrap();
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     assert_eq!(writer.write_diff(&ram(1), &dirty).unwrap(), 1);
     writer.write_full(&ram(2)).unwrap();
@@ -90,7 +90,7 @@ fn pre_copy_snapshot_equals_the_ram_at_the_pause() {
     for round in 0..3 {
         for page in [3, 400 + round, 1023] {
             ram[page * 4096 + 17] ^= 0xff;
-            dirty.set_dirty(START + page as u64 * 4096).unwrap();
+            dirty.mark(START + page as u64 * 4096).unwrap();
         }
         let dirtied = epoch.extend().unwrap();
         assert_eq!(writer.write_diff(&ram, dirtied).unwrap(), 3);
@@ -109,7 +109,7 @@ fn only_a_successful_commit_releases_marks() {
         writer.write_diff(&ram, epoch.bitmap()).unwrap();
         (writer, epoch)
     };
-    dirty.set_dirty_by_index(7).unwrap();
+    dirty.mark_page(7).unwrap();
     let (writer, epoch) = save();
     std::fs::remove_file(&place.dest).unwrap();
     std::fs::create_dir(&place.dest).unwrap();
@@ -135,7 +135,7 @@ fn only_a_successful_commit_releases_marks() {
 fn diff_has_the_size_of_the_ram_and_the_dirty_pages() {
     let (place, ram, dirty) = (Place::new(), ram(1), bitmap(PAGE));
     for index in [0, 7, 8] {
-        dirty.set_dirty_by_index(index).unwrap();
+        dirty.mark_page(index).unwrap();
     }
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     assert_eq!(writer.write_diff(&ram, &dirty).unwrap(), 3);
@@ -156,7 +156,7 @@ fn finer_and_coarser_bitmaps_are_accepted(
 ) {
     let (place, ram, dirty) = (Place::new(), ram(1), bitmap(granule));
     for address in [0, 3 * PAGE + 4095, 3 * PAGE + 5000, SIZE / 2, SIZE - 1] {
-        dirty.set_dirty(START + address).unwrap();
+        dirty.mark(START + address).unwrap();
     }
     let mut writer = MemoryWriter::options()
         .allow_ambiguous_diff(true) // of every page, in the end
@@ -176,7 +176,7 @@ fn finer_and_coarser_bitmaps_are_accepted(
 #[rstest]
 fn rebuilt_bitmap_yields_the_same_or_a_larger_diff(#[values(512, 65536)] granule: u64) {
     let (place, ram, dirty) = (Place::new(), ram(1), bitmap(PAGE));
-    dirty.set_dirty(START + 5 * PAGE).unwrap();
+    dirty.mark(START + 5 * PAGE).unwrap();
     dirty.rebuild(granule).unwrap();
     let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
     assert_eq!(
@@ -199,7 +199,7 @@ fn diff_of_a_clean_guest_is_one_hole() {
 #[test]
 fn reader_without_host_memory_yields_the_same_bytes() {
     let (place, dirty) = (Place::new(), bitmap(4096));
-    dirty.set_range(START + 1000, 2 << 20).unwrap();
+    dirty.mark_range(START + 1000, 2 << 20).unwrap();
     let reader = Until {
         ram: ram(3),
         offset: SIZE,
@@ -336,7 +336,7 @@ mod sharing {
         std::fs::write(&place.dest, &base).unwrap();
         after[7 * PAGE as usize] ^= 1;
         let dirty = bitmap(PAGE);
-        dirty.set_dirty(START + 7 * PAGE).unwrap();
+        dirty.mark(START + 7 * PAGE).unwrap();
 
         let image = File::open(&place.dest).unwrap();
         let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();

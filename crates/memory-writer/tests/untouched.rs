@@ -236,7 +236,7 @@ fn diff_of_all_pages_does_not_touch_ram(
     let (ram, _tmpfs, _huge) = ram(kind);
     let place = Place::new();
     let dirty = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
-    dirty.set_range(0, SIZE).unwrap();
+    dirty.mark_range(0, SIZE).unwrap();
     let before = ram.resident();
     ways(|options, layout, way| {
         if !layout.has_footer() {

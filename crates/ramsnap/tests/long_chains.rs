@@ -37,7 +37,7 @@ fn chain(work: &Work, count: usize, packed: bool) -> Vec<String> {
             let dirty = DirtyBitmap::new(0, RAM, PAGE).unwrap();
             let start = number * 7 * PAGE as usize % RAM as usize;
             ram[start..start + PAGE as usize].fill(number as u8);
-            dirty.set_dirty(start as u64).unwrap();
+            dirty.mark(start as u64).unwrap();
             writer.write_diff(&ram, &dirty).unwrap();
         }
         parent = writer.image_id();

@@ -196,7 +196,7 @@ mod tests {
     fn picture(gap: Option<u64>, dirty: &[(u64, u64)]) -> Picture {
         let bitmap = DirtyBitmap::new(0, 8 << 20, 4096).unwrap();
         for (start, len) in dirty {
-            bitmap.set_range(*start, *len).unwrap();
+            bitmap.mark_range(*start, *len).unwrap();
         }
         let mut picture = Picture::new(8 << 20, gap);
         picture.add("round 1", &bitmap);

@@ -109,8 +109,8 @@ impl<'a> Dirty<'a> {
         of_either!(self, bitmap => bitmap.is_dirty(offset))
     }
 
-    pub fn set_range(self, offset: u64, len: u64) -> Result<bool, OutOfRange> {
-        of_either!(self, bitmap => bitmap.set_range(offset, len))
+    pub fn mark_range(self, offset: u64, len: u64) -> Result<bool, OutOfRange> {
+        of_either!(self, bitmap => bitmap.mark_range(offset, len))
     }
 
     pub fn rebuild(self, granule: u64) -> Result<(), GeometryError> {

@@ -39,7 +39,7 @@ fn full(path: &Path, layout: Layout, ram: &[u8]) {
 fn dirty(pages: &[u64]) -> DirtyBitmap {
     let dirty = DirtyBitmap::new(0, RAM, PAGE).unwrap();
     for page in pages {
-        dirty.set_dirty(page * PAGE).unwrap();
+        dirty.mark(page * PAGE).unwrap();
     }
     dirty
 }

@@ -169,7 +169,7 @@ fn write_diff(
 fn dirty(stamp: u32) -> anyhow::Result<DirtyBitmap> {
     let dirty = DirtyBitmap::new(0, RAM, PAGE)?;
     for page in (u64::from(stamp)..RAM / PAGE).step_by(EVERY as usize) {
-        dirty.set_dirty_by_index(page)?;
+        dirty.mark_page(page)?;
     }
     Ok(dirty)
 }

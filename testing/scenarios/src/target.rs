@@ -138,7 +138,7 @@ fn misread(dirty: &DirtyBitmap, page_size: u64) -> anyhow::Result<DirtyBitmap> {
         .runs()
         .flat_map(|run| run.start / granule..run.end.div_ceil(granule));
     for bit in bits.filter(|bit| *bit < dirty.ram_size() / page_size) {
-        wrong.set_dirty_by_index(bit)?;
+        wrong.mark_page(bit)?;
     }
     Ok(wrong)
 }

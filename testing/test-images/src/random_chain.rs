@@ -119,7 +119,7 @@ impl RandomGuest {
                 let bytes = &mut self.ram[at..at + self.page as usize];
                 let words = bytes.chunks_mut(8);
                 words.for_each(|word| word.copy_from_slice(&unique.to_le_bytes()));
-                self.dirty.set_dirty(page * self.page).unwrap();
+                self.dirty.mark(page * self.page).unwrap();
             }
         }
     }

@@ -99,7 +99,7 @@ pub fn save_secrets(dir: &Path, engine: Engine, layout: Layout) -> [PathBuf; 2] 
     writer.commit().unwrap();
     let dirty = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
     for at in (0..SIZE).step_by(5 * PAGE as usize) {
-        dirty.set_dirty(at).unwrap();
+        dirty.mark(at).unwrap();
     }
     let mut writer = options(Seal::new().parent(id))
         .open(&diff, SIZE, PAGE)

@@ -97,7 +97,7 @@ impl Guest {
         };
         let size = self.ram.len() as u64;
         let dirty = DirtyBitmap::new(0, size, PAGE).unwrap();
-        dirty.set_dirty(page * PAGE).unwrap();
+        dirty.mark(page * PAGE).unwrap();
         let mut writer = MemoryWriter::options()
             .layout(layout)
             .seal(seal)

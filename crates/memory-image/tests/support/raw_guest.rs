@@ -36,7 +36,7 @@ impl Guest {
 
     pub fn write(&mut self, at: u64, len: u64, value: u8) {
         self.ram[at as usize..(at + len) as usize].fill(value);
-        self.dirty.set_range(at, len).unwrap();
+        self.dirty.mark_range(at, len).unwrap();
     }
 
     pub fn save(&mut self) -> PathBuf {

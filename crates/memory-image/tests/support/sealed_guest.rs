@@ -49,7 +49,7 @@ impl Guest {
     pub fn write(&mut self, at: u64, len: u64, value: u8) {
         let end = (at + len).min(SIZE);
         self.ram[at as usize..end as usize].fill(value);
-        self.dirty.set_range(at, end - at).unwrap();
+        self.dirty.mark_range(at, end - at).unwrap();
     }
 
     pub fn save(&mut self, layout: Layout) -> PathBuf {

@@ -41,7 +41,7 @@ pub(crate) fn options(layout: Layout, seal: Seal) -> MemoryWriterOptions {
 pub(crate) fn dirty(size: u64, pages: &[u64]) -> DirtyBitmap {
     let dirty = DirtyBitmap::new(0, size, PAGE).unwrap();
     for page in pages {
-        dirty.set_dirty_by_index(*page).unwrap();
+        dirty.mark_page(*page).unwrap();
     }
     dirty
 }

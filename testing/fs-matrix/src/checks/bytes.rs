@@ -78,11 +78,11 @@ fn diff(fixture: &Fixture, bitmap_page: u64, granule: u64, size: u64) -> anyhow:
     let addresses = dirtied(size);
     let (before, after) = addresses.split_at(addresses.len() / 2);
     for offset in before {
-        dirty.set_dirty(0x4000_0000 + offset)?;
+        dirty.mark(0x4000_0000 + offset)?;
     }
     dirty.rebuild(granule)?;
     for offset in after {
-        dirty.set_dirty(0x4000_0000 + offset)?;
+        dirty.mark(0x4000_0000 + offset)?;
     }
     // What must be in the file, worked out page by page: a mark is as wide as the bitmap's page was
     // when it was made.
@@ -139,7 +139,7 @@ fn pre_copy(fixture: &Fixture) -> anyhow::Result<Outcome> {
     let dest = fixture.path("live.mem");
     let (old, new) = (Stamped::new(1, RAM), Stamped::new(2, RAM));
     let dirty = DirtyBitmap::new(0, RAM, PAGE)?;
-    dirty.set_range(5 * PAGE, 7 * PAGE)?;
+    dirty.mark_range(5 * PAGE, 7 * PAGE)?;
     let mut writer = MemoryWriter::open(&dest, RAM, PAGE)?;
     writer.write_full(&old)?;
     writer.write_diff(&new, &dirty)?;
@@ -181,7 +181,7 @@ fn chain(fixture: &Fixture) -> anyhow::Result<Outcome> {
     for (stamp, runs) in (2..).zip(runs) {
         let dirty = DirtyBitmap::new(0, RAM, PAGE)?;
         for run in &runs {
-            dirty.set_range(run.start, run.end - run.start)?;
+            dirty.mark_range(run.start, run.end - run.start)?;
             owner[(run.start / PAGE) as usize..(run.end / PAGE) as usize].fill(stamp);
         }
         let diff = fixture.path(&format!("diff-{stamp}.mem"));
@@ -228,7 +228,7 @@ fn read_back(fixture: &Fixture) -> anyhow::Result<Outcome> {
         .target
         .full(&base, &Stamped::new(1, RAM), RAM, PAGE)?;
     let dirty = DirtyBitmap::new(0, RAM, PAGE)?;
-    dirty.set_range(3 * PAGE, 2 * PAGE)?;
+    dirty.mark_range(3 * PAGE, 2 * PAGE)?;
     let diff = fixture.path("diff.mem");
     let mut writer = MemoryWriter::open(&diff, RAM, PAGE)?;
     match writer.write_diff(&Stamped::new(2, RAM), &dirty) {
@@ -265,7 +265,7 @@ fn over_4_gib(fixture: &Fixture) -> anyhow::Result<Outcome> {
     let dirty = DirtyBitmap::new(0, SIZE, PAGE)?;
     let pages = [0, BORDER - PAGE, BORDER, SIZE - PAGE];
     for page in pages {
-        dirty.set_dirty(page)?;
+        dirty.mark(page)?;
     }
     let dest = fixture.path("large.mem");
     let ram = Stamped::new(3, SIZE);

@@ -325,7 +325,7 @@ fn lazy_unmount(fixture: &Fixture) -> anyhow::Result<Outcome> {
         let options = MemoryWriter::options().allow_ambiguous_diff(true);
         let mut writer = options.open(point.path().join(DEST), RAM, PAGE)?;
         let dirty = dirty_bitmap::DirtyBitmap::new(0, RAM, PAGE)?;
-        dirty.set_range(0, RAM / 2)?;
+        dirty.mark_range(0, RAM / 2)?;
         writer.write_diff(&Stamped::new(1, RAM), &dirty)?;
         umount2(point.path(), MntFlags::MNT_DETACH)?;
         writer.write_full(&Stamped::new(1, RAM))?;

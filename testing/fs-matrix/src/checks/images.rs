@@ -60,7 +60,7 @@ fn make(dir: &Path, layout: Layout) -> anyhow::Result<Made> {
                 let bytes = page * PAGE..(page + 1) * PAGE;
                 let fill = if page == 4 { 0 } else { page as u8 };
                 ram[bytes.start as usize..bytes.end as usize].fill(fill);
-                dirty.set_dirty(bytes.start)?;
+                dirty.mark(bytes.start)?;
             }
             writer.write_diff(&ram, &dirty)?;
         }

@@ -35,7 +35,7 @@ const DIRTY: [u64; 8] = [0, 4, 8, 12, 16, 20, 24, 28];
 fn sparse_diff(fixture: &Fixture) -> anyhow::Result<File> {
     let dirty = DirtyBitmap::new(0, RAM, PAGE)?;
     for mebibyte in DIRTY {
-        dirty.set_dirty(mebibyte << 20)?;
+        dirty.mark(mebibyte << 20)?;
     }
     let dest = fixture.path("sparse.mem");
     fixture

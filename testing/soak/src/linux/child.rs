@@ -46,7 +46,7 @@ pub(super) fn save(order: &Path) -> anyhow::Result<()> {
     let order: Order = serde_json::from_slice(&fs::read(order)?)?;
     let dirty = DirtyBitmap::new(0, order.size, 4096)?;
     for run in &order.dirty {
-        dirty.set_range(run.start, run.end - run.start)?;
+        dirty.mark_range(run.start, run.end - run.start)?;
     }
     let mut options = MemoryWriter::options()
         .allow_ambiguous_diff(true)

@@ -219,7 +219,7 @@ fn device(
         let len = (1 + random.below(6000)).min(piece.range.end - offset);
         let bytes = vec![random.below(256) as u8; len as usize];
         file.write_all_at(&bytes, offset - piece.range.start)?;
-        tracker.dirty().set_range(offset, len)?;
+        tracker.dirty().mark_range(offset, len)?;
         thread::sleep(2 * IDLE);
     }
     Ok(())

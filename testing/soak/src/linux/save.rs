@@ -323,7 +323,7 @@ pub(super) fn rebuild(bitmap: Dirty<'_>, granules: &[u64]) -> anyhow::Result<()>
 /// Marks in `pages` what is marked in `more`.
 fn add(pages: &DirtyBitmap, more: &TakenBitmap) -> anyhow::Result<()> {
     for run in more.runs() {
-        pages.set_range(pages.ram_start() + run.start, run.end - run.start)?;
+        pages.mark_range(pages.ram_start() + run.start, run.end - run.start)?;
     }
     Ok(())
 }
@@ -335,7 +335,7 @@ fn drop_a_mark(marks: &DirtyBitmap) -> anyhow::Result<()> {
     for run in all.runs() {
         let start = run.start + std::mem::take(&mut first);
         if start < run.end {
-            marks.set_range(start, run.end - start)?;
+            marks.mark_range(start, run.end - start)?;
         }
     }
     Ok(())

@@ -166,7 +166,7 @@ mod tests {
         let dirty = DirtyBitmap::new(0, SIZE, 4096).expect("a bitmap");
         let check = || violation(shadow(&now).check_marks(&shadow(&then), &dirty));
         assert_eq!(check(), Some((4096, PageViolation::Lost)));
-        dirty.set_dirty(4096).expect("inside");
+        dirty.mark(4096).expect("inside");
         assert_eq!(check(), None);
     }
 }

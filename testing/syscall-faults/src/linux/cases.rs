@@ -110,7 +110,7 @@ fn save(
 
 fn all_marked() -> anyhow::Result<Arc<DirtyBitmap>> {
     let live = DirtyBitmap::new(0, RAM, PAGE)?;
-    live.set_range(0, RAM)?;
+    live.mark_range(0, RAM)?;
     Ok(Arc::new(live))
 }
 
@@ -123,7 +123,7 @@ const PRECOPY: Scenario = Scenario {
         let mut epoch = live.begin_epoch()?;
         let mut writer = MemoryWriter::open(dir.join(DEST), RAM, PAGE)?;
         writer.write_full(&Stamped::new(9, RAM))?;
-        live.set_range(0, RAM)?;
+        live.mark_range(0, RAM)?;
         let dirtied = epoch.extend()?;
         writer.write_diff(&Stamped::new(2, RAM), dirtied)?;
         writer.commit()?;

@@ -108,7 +108,7 @@ enum Mutant {
 /// Commits without the library, correctly except for the mutant.
 fn commit(dir: &Path, observer: &dyn CommitObserver, mutant: Option<Mutant>) -> anyhow::Result<()> {
     let live = DirtyBitmap::new(0, RAM, PAGE)?;
-    live.set_range(0, RAM)?;
+    live.mark_range(0, RAM)?;
     let live = Arc::new(live);
     observer.saving(&live);
     let mut epoch = Some(live.begin_epoch()?);
