@@ -65,6 +65,7 @@ const CRATES: [(&str, Tiers); 5] = [
             "oracle",
             "rebuild",
             "tracking",
+            "vm_memory",
         ]],
     ),
     (

@@ -128,8 +128,9 @@ impl DirtyBitmap {
 
     /// Moves all marks to a new bitmap of the current granule, and returns it.
     ///
-    /// [`mark_all`](Self::mark_all) of an empty bitmap copies them instead. The caller is responsible for the marks. To save their pages, use
-    /// [`begin_epoch`](Self::begin_epoch), which keeps them until the save has succeeded.
+    /// The caller is responsible for the marks. To save their pages, use
+    /// [`begin_epoch`](Self::begin_epoch), which keeps them until the save has succeeded. To copy
+    /// the marks, use [`mark_all`](Self::mark_all).
     ///
     /// # Errors
     /// Returns [`GeometryError::OutOfMemory`]. No mark was taken.

@@ -63,6 +63,11 @@
 //! marking against draining, rebuilding, epochs and write faults in every interleaving that loom
 //! distinguishes.
 //!
+//! # Features
+//! - `vm-memory` (off by default): `DirtyBitmapSlice`, by which a `GuestMemoryMmap` of the
+//!   `vm-memory` crate marks each write, and `DirtyBitmap::mark_guest_memory`, which takes the marks
+//!   of its `AtomicBitmap`s.
+//!
 //! # Limitations
 //! A bitmap covers one range of addresses. Where the RAM has gaps, let the bitmap cover the offsets
 //! in the memory file. Draining, rebuilding and reading a bitmap exclude each other by a lock.
@@ -90,6 +95,8 @@ mod runs;
 mod sync;
 mod table;
 mod tracker;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 
 /// The crate of the bit slices that [`runs_of`] takes.
 pub use bitvec;
@@ -111,6 +118,8 @@ pub use protection::WriteProtection;
 pub use ranges::{Coalesce, coalesce, coalesce_within, runs_of, whole_pages};
 pub use runs::Runs;
 pub use tracker::{CheckpointError, FaultError, TrackerError, WriteTracker};
+#[cfg(feature = "vm-memory")]
+pub use vm_memory::{DirtyBitmapSlice, MarkMemoryError};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
