@@ -110,7 +110,7 @@ fn epoch(c: &mut Criterion) {
                 let once = |_| {
                     mark();
                     let start = Instant::now();
-                    black_box(epoch.extend().unwrap());
+                    let _ = black_box(epoch.extend().unwrap());
                     start.elapsed()
                 };
                 (0..times).map(once).sum()

@@ -60,6 +60,7 @@ use commit::{Commit, discard_all};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a group that is dropped leaves its destinations unchanged: commit it"]
 pub struct AtomicGroup {
     members: Vec<AtomicWriter>,
     /// Length of the group's record, in bytes.
@@ -77,7 +78,6 @@ impl Default for AtomicGroup {
 
 impl AtomicGroup {
     /// Returns a group without members. Its commit does nothing.
-    #[must_use]
     pub fn new() -> Self {
         Self::default()
     }

@@ -37,7 +37,16 @@ use crate::version::FileVersion;
 /// assert_eq!(std::fs::metadata(&dest)?.len(), 4100);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+/// The compiler warns about a writer that is not used:
+/// ```compile_fail
+/// #![deny(unused_must_use)]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// atomic_file::AtomicWriter::open("memory.bin")?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
+#[must_use = "a writer that is dropped leaves the destination unchanged: commit it"]
 pub struct AtomicWriter {
     pub(crate) staged: StagedFile,
     pub(crate) dest: Destination,

@@ -96,6 +96,7 @@ use crate::runs::Runs;
 /// assert_eq!(bitmap.runs().collect::<Vec<_>>(), [0x4000..0x8000]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+#[must_use = "a bitmap that is dropped discards its marks: save their pages"]
 pub struct DirtyBitmap<K = Untracked> {
     pub(crate) marks: Marks,
     pub(crate) epochs: Epochs,
@@ -131,6 +132,24 @@ impl DirtyBitmap {
     /// The caller is responsible for the marks. To save their pages, use
     /// [`begin_epoch`](Self::begin_epoch), which keeps them until the save has succeeded. To copy
     /// the marks, use [`mark_all`](Self::mark_all).
+    ///
+    /// The compiler warns if the result is dropped, which would lose the marks:
+    /// ```compile_fail
+    /// #![deny(unused_must_use)]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let bitmap = dirty_bitmap::DirtyBitmap::new(0, 1 << 20, 4096)?;
+    /// bitmap.drain()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    /// ```
+    /// # #![deny(unused_must_use)]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let bitmap = dirty_bitmap::DirtyBitmap::new(0, 1 << 20, 4096)?;
+    /// let taken = bitmap.drain()?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// Returns [`GeometryError::OutOfMemory`]. No mark was taken.
@@ -278,7 +297,6 @@ impl<K> DirtyBitmap<K> {
     ///
     /// The bitmap may be marked, drained and rebuilt during the iteration. The runs are then not a
     /// point-in-time copy, but every page that stays marked throughout is in one of them.
-    #[must_use]
     pub fn runs(&self) -> Runs<'_> {
         Runs::new(&self.marks)
     }

@@ -80,11 +80,12 @@ impl TakeRange {
 /// assert!(written.covers(&epoch));
 ///
 /// bitmap.mark(4096)?;
-/// epoch.extend()?; // not written
+/// let _dirtied = epoch.extend()?; // not written
 /// assert!(!written.covers(&epoch));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, Default)]
+#[must_use = "a coverage that is dropped cannot be compared with an epoch"]
 pub struct Coverage {
     /// The number of the latest full write.
     full: u64,
@@ -99,7 +100,6 @@ pub struct FullBegan(u64);
 
 impl Coverage {
     /// Creates a record of no writes, which covers nothing.
-    #[must_use]
     pub fn new() -> Self {
         Self::default()
     }

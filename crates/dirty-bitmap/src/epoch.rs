@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use crate::bitmap::{DirtyBitmap, TakenBitmap};
 use crate::coverage::TakeRange;
+use crate::extension::Extension;
 use crate::geometry::GeometryError;
 use crate::kind::{Tracked, Untracked};
 use crate::marks::Marks;
@@ -46,7 +47,7 @@ const MAX_RECYCLED: usize = 2;
 /// save_full(); // the guest runs, and marks pages
 /// bitmap.mark(0x3000)?;
 /// let dirtied = epoch.extend()?; // the guest is paused
-/// save_diff(dirtied);
+/// save_diff(&dirtied);
 /// epoch.release_after(commit)?; // on an error, all marks return
 /// assert!(bitmap.is_clean());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -62,7 +63,7 @@ const MAX_RECYCLED: usize = 2;
 /// # }
 /// ```
 #[derive(Debug)]
-#[must_use = "an epoch that is dropped restores its marks at once"]
+#[must_use = "an epoch that is dropped restores its marks at once: keep it until its pages are durable"]
 pub struct Epoch<B: Deref<Target = DirtyBitmap<K>>, K = Untracked> {
     /// The bitmap that the marks were taken out of.
     source: B,
@@ -94,14 +95,13 @@ impl<B: Deref<Target = DirtyBitmap>> Epoch<B> {
     ///
     /// # Errors
     /// Returns [`ExtendError`]. No mark was taken.
-    pub fn extend(&mut self) -> Result<&TakenBitmap, ExtendError> {
+    pub fn extend(&mut self) -> Result<Extension<'_>, ExtendError> {
         self.extend_any_kind()
     }
 }
 
 impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
     /// Returns all marks that this epoch has taken so far.
-    #[must_use]
     pub fn bitmap(&self) -> &TakenBitmap {
         &self.taken
     }
@@ -164,7 +164,7 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
     }
 
     /// Extends an epoch of a bitmap of any kind.
-    pub(crate) fn extend_any_kind(&mut self) -> Result<&TakenBitmap, ExtendError> {
+    pub(crate) fn extend_any_kind(&mut self) -> Result<Extension<'_>, ExtendError> {
         // Held until the marks are in `taken`: a reclaim in between would miss them.
         let mut epochs = self.source.epochs.lock();
         if !epochs.is_open(&self.taken) {
@@ -181,7 +181,7 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
         }
         self.taken.marks.add(&extension.marks);
         drop(epochs);
-        Ok(self.extension.insert(extension))
+        Ok(Extension::new(self.extension.insert(extension)))
     }
 
     /// Returns the bitmap that the marks were taken out of.

@@ -82,6 +82,7 @@ mod coverage;
 mod dirty_log;
 mod edges;
 mod epoch;
+mod extension;
 mod geometry;
 mod kind;
 mod marking;
@@ -110,6 +111,7 @@ pub use epoch::{
     BeginEpochError, Epoch, EpochCommitting, EpochReclaimed, ExtendError, ReleaseError,
     TrackedEpoch,
 };
+pub use extension::Extension;
 pub use geometry::{GeometryError, MAX_RAM_SIZE, OutOfRange, RangeMismatch};
 pub use kind::{Markable, Taken, Tracked, Untracked};
 pub use page_set::PageSet;

@@ -37,6 +37,7 @@ use spans::Spans;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone)]
+#[must_use = "a set of pages does nothing until it is read"]
 pub struct PageSet {
     range: Range<u64>,
     page_size: u64,
@@ -50,7 +51,6 @@ impl PageSet {
     ///
     /// # Panics
     /// Panics if `page_size` is not a power of two, or if the range ends before it starts.
-    #[must_use]
     pub fn new(range: Range<u64>, page_size: u64) -> Self {
         assert!(page_size.is_power_of_two(), "a page of {page_size} bytes");
         assert!(range.start <= range.end, "the range {range:?}");
@@ -220,7 +220,6 @@ impl<K> DirtyBitmap<K> {
     /// After [`rebuild`](DirtyBitmap::rebuild), the pages of the set are not those of
     /// [`page_size`](Self::page_size): [`dirty_pages`](Self::dirty_pages) counts those, and
     /// [`pages`](Self::pages) returns them.
-    #[must_use]
     pub fn page_set(&self) -> PageSet {
         let generation = self.marks.lock();
         let shift = generation.shift();

@@ -10,6 +10,7 @@ use bitvec::slice::BitSlice;
 ///
 /// Created by [`coalesce`] and [`coalesce_within`].
 #[derive(Clone, Debug)]
+#[must_use = "iterators do nothing until they are consumed"]
 pub struct Coalesce<I: Iterator<Item = Range<u64>>> {
     ranges: Peekable<I>,
     max_gap: u64,

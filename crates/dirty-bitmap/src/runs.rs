@@ -10,6 +10,7 @@ use crate::marks::Marks;
 /// An iterator over the runs of marked pages, as byte offsets from the start of the RAM.
 ///
 /// Created by [`DirtyBitmap::runs`](crate::DirtyBitmap::runs).
+#[must_use = "iterators do nothing until they are consumed"]
 pub struct Runs<'a> {
     marks: &'a Marks,
     /// The start of the next batch, in bytes: it stays valid when the granule changes.

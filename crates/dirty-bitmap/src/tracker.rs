@@ -9,9 +9,10 @@ use std::sync::atomic::Ordering::SeqCst;
 
 pub use error::{CheckpointError, FaultError, TrackerError};
 
-use crate::bitmap::{TakenBitmap, TrackedBitmap};
+use crate::bitmap::TrackedBitmap;
 use crate::blocks::{BLOCK_SIZE, Blocks, Unprotect};
 use crate::epoch::{Epoch, EpochCommitting, TrackedEpoch};
+use crate::extension::Extension;
 use crate::policy::Policy;
 use crate::protection::WriteProtection;
 use crate::ranges::{coalesce_within, widen};
@@ -106,6 +107,7 @@ const MAX_BRIDGED_PAGES: u64 = 16;
 /// epoch.release()?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+#[must_use = "a tracker that is dropped leaves its pages protected, and handles no fault"]
 pub struct WriteTracker {
     bitmap: Arc<TrackedBitmap>,
     blocks: Blocks,
@@ -285,7 +287,7 @@ impl WriteTracker {
         &self,
         epoch: &'e mut TrackedEpoch,
         protection: &P,
-    ) -> Result<&'e TakenBitmap, CheckpointError<P::Error>> {
+    ) -> Result<Extension<'e>, CheckpointError<P::Error>> {
         if !Arc::ptr_eq(epoch.source(), &self.bitmap) {
             return Err(CheckpointError::OtherBitmap);
         }

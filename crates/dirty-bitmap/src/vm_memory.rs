@@ -55,6 +55,7 @@ use crate::ranges::runs_of_word;
 /// # }
 /// ```
 #[derive(Debug)]
+#[must_use = "a slice marks nothing until a region of guest memory uses it"]
 pub struct DirtyBitmapSlice<K = Untracked> {
     bitmap: Arc<DirtyBitmap<K>>,
     /// The first byte of the slice, as an offset from the start of the RAM.

@@ -78,12 +78,12 @@ fn extending_adds_new_marks_to_the_epoch() {
     let bitmap = marked();
     let mut epoch = bitmap.begin_epoch().unwrap();
     bitmap.mark(0xf000).unwrap();
-    assert_eq!(runs(epoch.extend().unwrap()), [0xf000..0x10000]);
+    assert_eq!(runs(&epoch.extend().unwrap()), [0xf000..0x10000]);
     assert_eq!(runs(epoch.bitmap()), [0x3000..0xc000, 0xf000..0x10000]);
     assert!(bitmap.is_clean());
     bitmap.rebuild(32768).unwrap();
     bitmap.mark(0x2_0000).unwrap();
-    assert_eq!(runs(epoch.extend().unwrap()), [0x2_0000..0x2_8000]);
+    assert_eq!(runs(&epoch.extend().unwrap()), [0x2_0000..0x2_8000]);
     drop(epoch);
     assert_eq!(
         runs(&bitmap),
@@ -105,7 +105,7 @@ fn reclaim_restores_all_marks_of_a_leaked_epoch() {
     let bitmap = marked();
     let mut epoch = bitmap.begin_epoch().unwrap();
     bitmap.mark(0xf000).unwrap();
-    epoch.extend().unwrap();
+    let _ = epoch.extend().unwrap();
     std::mem::forget(epoch);
     assert_eq!(
         bitmap.begin_epoch().unwrap_err(),
@@ -177,8 +177,8 @@ fn an_epoch_has_no_marks_of_earlier_epochs() {
         assert_eq!(epoch.bitmap().granule(), granule);
         bitmap.mark(page + 0x4000).unwrap();
         let more = epoch.extend().unwrap();
-        assert_eq!(runs(more), [page + 0x4000..page + 0x4000 + granule]);
-        assert_eq!(runs(epoch.extend().unwrap()), []);
+        assert_eq!(runs(&more), [page + 0x4000..page + 0x4000 + granule]);
+        assert_eq!(runs(&epoch.extend().unwrap()), []);
         if round % 3 == 0 {
             bitmap.reclaim_epoch().unwrap();
             epoch.release().unwrap_err();
@@ -253,7 +253,7 @@ fn a_full_write_covers_only_earlier_takes() {
     assert!(!written.covers(&epoch), "the write began before the epoch");
     let began = Coverage::begin_full();
     bitmap.mark(0).unwrap();
-    epoch.extend().unwrap();
+    let _ = epoch.extend().unwrap();
     written.add_full(began);
     assert!(
         !written.covers(&epoch),
@@ -271,7 +271,7 @@ fn diffs_cover_an_epoch_if_no_take_is_missing() {
     let mut epoch = bitmap.begin_epoch().unwrap();
     let mut written = Coverage::new();
     bitmap.mark(0).unwrap();
-    written.add_diff(epoch.extend().unwrap());
+    written.add_diff(&epoch.extend().unwrap());
     assert!(!written.covers(&epoch), "the first take is missing");
     written.add_diff(epoch.bitmap());
     assert!(written.covers(&epoch));
@@ -283,17 +283,17 @@ fn diffs_cover_an_epoch_if_no_take_is_missing() {
     for address in [0, 0x10_000] {
         bitmap.mark(address).unwrap();
         let more = epoch.extend().unwrap();
-        written.add_diff(more);
+        written.add_diff(&more);
         assert!(written.covers(&epoch));
     }
     bitmap.mark(0).unwrap();
-    epoch.extend().unwrap();
+    let _ = epoch.extend().unwrap();
     assert!(
         !written.covers(&epoch),
         "a page written before is marked again"
     );
     bitmap.mark(0x20_000).unwrap();
-    written.add_diff(epoch.extend().unwrap());
+    written.add_diff(&epoch.extend().unwrap());
     assert!(!written.covers(&epoch), "the take before is missing");
 }
 

@@ -88,7 +88,7 @@ fn a_reclaim_racing_a_save_loses_no_mark() {
         let mut image = vec![0; 2];
         copy(&guest.pages, epoch.bitmap(), &mut image);
         if let Ok(more) = epoch.extend() {
-            copy(&guest.pages, more, &mut image);
+            copy(&guest.pages, &more, &mut image);
         }
         // Only a released epoch counts as saved.
         let released = epoch.release().is_ok();

@@ -244,7 +244,7 @@ fn a_fault_racing_an_extended_save_is_kept() {
             .tracker
             .checkpoint_incremental(&mut epoch, &Mmu(&guest, None))
             .unwrap();
-        guest.copy(more, &mut image);
+        guest.copy(&more, &mut image);
         epoch.release().unwrap();
         vcpu.join().unwrap();
         guest.assert_saved(image);

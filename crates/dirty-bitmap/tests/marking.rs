@@ -191,7 +191,7 @@ fn a_run_across_the_end_of_a_batch_is_one_run(#[values(0, 1)] first: u64) {
             bitmap.mark_range(run.start, run.end - run.start).unwrap();
         }
         assert_eq!(runs(&bitmap), expected);
-        bitmap.drain().unwrap();
+        drop(bitmap.drain().unwrap());
     }
 }
 

@@ -46,7 +46,7 @@ fn rebuilding_back_and_forth_leaves_no_stale_mark() {
     let bitmap = DirtyBitmap::new(0, SIZE, 4096).unwrap();
     bitmap.mark(0x3000).unwrap();
     bitmap.rebuild(65536).unwrap();
-    bitmap.drain().unwrap();
+    drop(bitmap.drain().unwrap());
     bitmap.rebuild(4096).unwrap();
     assert!(bitmap.is_clean());
 }
@@ -132,7 +132,7 @@ fn a_partial_run_ends_with_its_batch_after_a_drain(#[case] granule: u64) {
     let (bitmap, mut expected) = marked_for_two_batches();
     let mut iter = bitmap.runs();
     assert_eq!(iter.next(), Some(expected[0].clone()));
-    bitmap.drain().unwrap();
+    drop(bitmap.drain().unwrap());
     bitmap.rebuild(granule).unwrap();
     expected[255].end = 512 * 4096;
     assert_eq!(iter.collect::<Vec<_>>(), expected[1..]);
@@ -143,7 +143,7 @@ fn iteration_finds_later_marks_after_a_drain_and_a_rebuild() {
     let (bitmap, _) = marked_for_two_batches();
     let mut iter = bitmap.runs();
     iter.next();
-    bitmap.drain().unwrap();
+    drop(bitmap.drain().unwrap());
     // The iteration continues in a word that has no marks any more. The new mark is in the next
     // word.
     bitmap.rebuild(65536).unwrap();
@@ -194,6 +194,6 @@ fn concurrent_rebuilds_and_drains_lose_no_mark() {
         });
         bitmap.drain_into(&collected).unwrap();
         assert_eq!(runs(&collected), [0..SIZE], "round {round}");
-        collected.drain().unwrap();
+        drop(collected.drain().unwrap());
     }
 }

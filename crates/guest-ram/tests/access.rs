@@ -90,12 +90,12 @@ fn the_pages_of_a_write_are_marked_and_no_others(#[values(4096, 16384)] page_siz
     let third = LOW_SIZE + 2 * page_size;
     assert_eq!(runs(&ram), [third..third + 2 * page_size]);
 
-    ram.dirty_bitmap().drain().unwrap();
+    drop(ram.dirty_bitmap().drain().unwrap());
     ram.mark(HIGH + 8 * page_size, page_size + 1).unwrap();
     let ninth = LOW_SIZE + 8 * page_size;
     assert_eq!(runs(&ram), [ninth..ninth + 2 * page_size]);
 
-    ram.dirty_bitmap().drain().unwrap();
+    drop(ram.dirty_bitmap().drain().unwrap());
     ram.write(0, &[]).unwrap();
     ram.mark(HIGH, 0).unwrap();
     assert!(ram.dirty_bitmap().is_clean());

@@ -7,8 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use dirty_bitmap::{
-    EpochCommitting, Policy, TakenBitmap, TrackedBitmap, TrackedEpoch, WriteProtection,
-    WriteTracker,
+    EpochCommitting, Extension, Policy, TrackedBitmap, TrackedEpoch, WriteProtection, WriteTracker,
 };
 use guest_ram::{BitmapMismatch, MisalignedRegion};
 use page_reader::{OutsideRam, RamLayout};
@@ -78,6 +77,7 @@ use vcpus::Vcpus;
 /// # Host writes
 /// Host writes don't fault. After each, call [`mark_host_write`](Self::mark_host_write) or mark the
 /// pages in the bitmap. `GuestRam` marks its own writes.
+#[must_use = "a tracker that is dropped handles no fault"]
 pub struct Stage2Tracker<P> {
     layout: RamLayout,
     tracker: WriteTracker,
@@ -289,7 +289,7 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     pub fn checkpoint_incremental<'e>(
         &self,
         epoch: &'e mut TrackedEpoch,
-    ) -> Result<&'e TakenBitmap, Stage2CheckpointError<P::Error>> {
+    ) -> Result<Extension<'e>, Stage2CheckpointError<P::Error>> {
         Ok(self
             .tracker
             .checkpoint_incremental(epoch, &self.protection)?)
@@ -306,7 +306,7 @@ impl<P: WriteProtection> Stage2Tracker<P> {
     pub fn checkpoint_final<'e>(
         &self,
         epoch: &'e mut TrackedEpoch,
-    ) -> Result<&'e TakenBitmap, Stage2CheckpointError<P::Error>> {
+    ) -> Result<Extension<'e>, Stage2CheckpointError<P::Error>> {
         let _stopped = self
             .vcpus
             .stop()

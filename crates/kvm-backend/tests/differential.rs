@@ -171,13 +171,13 @@ fn image_of_every_pause_of_several_vcpus_equals_the_ram(
             copy(&ram, epoch.bitmap(), &mut image);
             for _ in 0..random.below(3) {
                 log.harvest_live().unwrap();
-                copy(&ram, epoch.extend().unwrap(), &mut image);
+                copy(&ram, &epoch.extend().unwrap(), &mut image);
             }
             drop(other);
             pause.store(true, Ordering::Release);
             at_pause.wait();
             let harvest = log.harvest(vcpus.pause().unwrap()).unwrap();
-            copy(&ram, epoch.extend().unwrap(), &mut image);
+            copy(&ram, &epoch.extend().unwrap(), &mut image);
             assert_same(&image, &whole(&ram), round);
             pause.store(false, Ordering::Release);
             end.store(round + 1 == rounds, Ordering::Release);

@@ -26,13 +26,13 @@ fn log_has_exactly_the_written_pages_of_both_slots(
 
     guest.touch(&TOUCHED);
     let marks = guest.ram.dirty_bitmap();
-    marks.drain().unwrap();
+    drop(marks.drain().unwrap());
     let harvest = log.harvest_live().unwrap();
     assert_eq!(pages(marks), pages_of(&TOUCHED));
     assert_eq!(harvest.pages * harvest.page_size, marks.dirty_bytes());
 
     // Without writes nothing is found; a page written again is found again.
-    marks.drain().unwrap();
+    drop(marks.drain().unwrap());
     assert_eq!(log.harvest_live().unwrap().pages, 0);
     assert!(marks.is_clean());
     guest.touch(&TOUCHED[3..4]);
@@ -110,7 +110,7 @@ fn harvest_that_fails_at_the_second_slot_loses_no_page(
 
     log_high_slot(&guest, false);
     let marks = Arc::clone(guest.ram.dirty_bitmap());
-    marks.drain().unwrap();
+    drop(marks.drain().unwrap());
     let error = log.harvest_live().unwrap_err();
     assert!(matches!(error, HarvestError::Get { slot: 1, .. }));
     assert!(error.source().is_some() && error.to_string().contains("slot 1"));
@@ -263,7 +263,7 @@ fn page_copied_and_rewritten_during_a_harvest_is_found_again(
             while !marks.is_dirty(scattered[0]).unwrap() {
                 std::hint::spin_loop();
             }
-            marks.drain().unwrap();
+            drop(marks.drain().unwrap());
             let copied = word(&guest, scattered[0]);
             guest.touch(&scattered[..1]);
             harvest.join().unwrap();

@@ -88,7 +88,7 @@ fn pages_of_a_log_that_ends_are_marked(
     let start = |slots: &Arc<RamSlots>| {
         let log = DirtyLog::start_with(slots, reprotect).unwrap();
         log.harvest_live().unwrap();
-        marks.drain().unwrap();
+        drop(marks.drain().unwrap());
         log
     };
     match end {
@@ -99,7 +99,7 @@ fn pages_of_a_log_that_ends_are_marked(
         }
         End::StopThenWrite => {
             start(&guest.slots).stop().unwrap();
-            marks.drain().unwrap();
+            drop(marks.drain().unwrap());
             guest.touch(&TOUCHED);
             drop(guest.slots);
         }
@@ -134,7 +134,7 @@ fn dropping_slots_that_were_never_logged_marks_nothing() {
     needs!(Kvm);
     let guest = Guest::new();
     let marks = Arc::clone(guest.ram.dirty_bitmap());
-    marks.drain().unwrap();
+    drop(marks.drain().unwrap());
     drop(guest.slots);
     assert!(marks.is_clean());
 }
@@ -172,5 +172,5 @@ fn second_log_of_the_same_ram_is_refused() {
     guest.touch(&TOUCHED);
     assert_eq!(pages(&logged(&guest, &log)), pages_of(&TOUCHED));
     drop(log);
-    DirtyLog::start(&guest.slots).unwrap();
+    let _ = DirtyLog::start(&guest.slots).unwrap();
 }

@@ -182,7 +182,7 @@ fn failed_registration_removes_the_slots_of_the_call() {
     assert_eq!(Arc::strong_count(&ram), 1);
     // If the slots were still registered, other memory could not take their place.
     let other = Arc::new(GuestRam::new(ram.layout().clone()).unwrap());
-    RamSlots::register(&guest.vm, &other, 2).unwrap();
+    let _ = RamSlots::register(&guest.vm, &other, 2).unwrap();
 }
 
 #[test]

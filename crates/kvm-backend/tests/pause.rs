@@ -151,7 +151,7 @@ fn pause_is_refused_after_a_drop_with_pending_io() {
 
     // The reason: a harvest now would lack the write through the other descriptor.
     log.harvest_live().unwrap();
-    ram.dirty_bitmap().drain().unwrap();
+    drop(ram.dirty_bitmap().drain().unwrap());
     // SAFETY: it is a descriptor of a vCPU of this virtual machine, and has no other owner.
     let other = unsafe { vm.create_vcpu_from_rawfd(other.into_raw_fd()) };
     let mut other = vcpus.adopt(other.unwrap());

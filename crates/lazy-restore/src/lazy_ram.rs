@@ -105,6 +105,7 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "the restore ends when this is dropped"]
 pub struct LazyRam {
     pages: Arc<Pages>,
     handler: Arc<PageFaultHandler>,

@@ -47,6 +47,7 @@ use crate::image::Image;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "the memory is unmapped when this is dropped"]
 pub struct MappedImage {
     ram: Region,
 }

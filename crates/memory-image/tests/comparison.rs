@@ -38,7 +38,7 @@ fn comparison_reports_progress_cancellation_and_read_errors() {
     let guest = Guest::with_history(Layout::Packed);
     let chain = guest.chain();
     let mut seen = Vec::new();
-    compare(&guest.ram, &chain, SIZE, PAGE, &mut |progress| {
+    let _ = compare(&guest.ram, &chain, SIZE, PAGE, &mut |progress| {
         assert_eq!(progress.total, SIZE);
         seen.push(progress.done);
         ControlFlow::Continue(())

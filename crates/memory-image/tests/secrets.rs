@@ -33,7 +33,7 @@ fn restored([full, diff]: [PathBuf; 2]) {
     let chain = Chain::open_sealed(&[&full, &diff]).unwrap();
     chain.restore(&mut Elsewhere).unwrap();
     let go_on = &mut |_| ControlFlow::Continue(());
-    compare(&Secrets, &chain, Secrets::RAM_SIZE, Secrets::PAGE, go_on).unwrap();
+    let _ = compare(&Secrets, &chain, Secrets::RAM_SIZE, Secrets::PAGE, go_on).unwrap();
     chain
         .merge(MemoryWriter::options(), full.with_extension("merged"))
         .unwrap();

@@ -44,7 +44,7 @@
 //! writer.write_full(&ram)?; // the guest runs and marks the pages that it writes
 //! pause();
 //! let dirtied = epoch.extend()?;
-//! writer.write_diff(&ram, dirtied)?;
+//! writer.write_diff(&ram, &dirtied)?;
 //! resume();
 //! writer.commit_and_release(epoch)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())

@@ -104,7 +104,7 @@ proptest! {
                     let mut writer = open("mem");
                     writer.write_full(&ram).unwrap();
                     write(&mut ram, at, 1, value);
-                    writer.write_diff(&ram, epoch.extend().unwrap()).unwrap();
+                    writer.write_diff(&ram, &epoch.extend().unwrap()).unwrap();
                     writer.commit().unwrap();
                     epoch.release().unwrap();
                     restored = std::fs::read(dir.path().join("mem")).unwrap();

@@ -55,7 +55,7 @@ fn marks_taken_after_the_diff_are_not_released() {
     let mut writer = open(&place);
     writer.write_diff(&ram(), epoch.bitmap()).unwrap();
     mark(&dirty, &[2]);
-    epoch.extend().unwrap();
+    let _ = epoch.extend().unwrap();
     assert_refused(&place, writer, epoch, &[0, 2]);
     assert!(is_restored(&dirty, &[0, 2]));
 }
@@ -67,7 +67,7 @@ fn page_marked_again_after_its_write_is_not_released() {
     let mut writer = open(&place);
     writer.write_diff(&ram(), epoch.bitmap()).unwrap();
     mark(&dirty, &[0]);
-    epoch.extend().unwrap();
+    let _ = epoch.extend().unwrap();
     assert_refused(&place, writer, epoch, &[0]);
     assert!(is_restored(&dirty, &[0]));
 }
@@ -137,7 +137,7 @@ fn first_part_that_was_not_written_is_not_released() {
     let mut epoch = dirty.begin_epoch().unwrap();
     let mut writer = open(&place);
     mark(&dirty, &[2]);
-    writer.write_diff(&ram(), epoch.extend().unwrap()).unwrap();
+    writer.write_diff(&ram(), &epoch.extend().unwrap()).unwrap();
     assert_refused(&place, writer, epoch, &[0, 2]);
     assert!(is_restored(&dirty, &[0, 2]));
 }
@@ -177,7 +177,7 @@ fn pre_copy_of_a_diff_or_of_all_the_ram_releases_the_epoch() {
         }
         for round in 0..4 {
             mark(&dirty, &[0, 20 + round]);
-            writer.write_diff(&ram, epoch.extend().unwrap()).unwrap();
+            writer.write_diff(&ram, &epoch.extend().unwrap()).unwrap();
         }
         assert!(epoch.extend().unwrap().is_clean(), "needs no write");
         writer.commit_and_release(epoch).unwrap();
@@ -190,7 +190,7 @@ fn full_write_while_an_epoch_is_open_covers_it() {
     let (place, dirty, ram) = (Place::new(), marked(&[0]), ram());
     let mut epoch = dirty.begin_epoch().unwrap();
     mark(&dirty, &[1]);
-    epoch.extend().unwrap();
+    let _ = epoch.extend().unwrap();
     let mut writer = open(&place);
     writer.write_full(&ram).unwrap();
     writer.commit_and_release(epoch).unwrap();
@@ -208,7 +208,7 @@ fn epoch_of_a_rebuilt_bitmap_is_released() {
         mark(&dirty, &[9]);
         let mut writer = open(&place);
         writer.write_diff(&ram, epoch.bitmap()).unwrap();
-        writer.write_diff(&ram, epoch.extend().unwrap()).unwrap();
+        writer.write_diff(&ram, &epoch.extend().unwrap()).unwrap();
         writer.commit_and_release(epoch).unwrap();
         assert!(dirty.is_clean());
     }

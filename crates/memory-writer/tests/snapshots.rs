@@ -93,7 +93,7 @@ fn pre_copy_snapshot_equals_the_ram_at_the_pause() {
             dirty.mark(START + page as u64 * 4096).unwrap();
         }
         let dirtied = epoch.extend().unwrap();
-        assert_eq!(writer.write_diff(&ram, dirtied).unwrap(), 3);
+        assert_eq!(writer.write_diff(&ram, &dirtied).unwrap(), 3);
     }
     writer.commit_and_release(epoch).unwrap();
     assert!(place.read() == ram);

@@ -37,6 +37,7 @@ const WINDOW: u64 = 256 << 10;
 /// let runs = NonzeroRuns::new(&reader, 1 << 20, 4096).find_zeros(true);
 /// assert!(runs.eq([499_712..503_808]));
 /// ```
+#[must_use = "iterators do nothing until they are consumed"]
 pub struct NonzeroRuns<'a, R: ?Sized> {
     reader: &'a Touched<'a, R>,
     find_zeros: bool,
@@ -61,7 +62,6 @@ impl<'a, R: PageReader + ?Sized> NonzeroRuns<'a, R> {
     /// Creates an iterator that skips the pages which the reader knows to be untouched. `ram_size`
     /// is a multiple of `page_size`, which is a power of two. Pages of less than 4 KiB are examined
     /// together.
-    #[must_use]
     pub fn new(reader: &'a Touched<'a, R>, ram_size: u64, page_size: u64) -> Self {
         Self {
             reader,
@@ -80,7 +80,6 @@ impl<'a, R: PageReader + ?Sized> NonzeroRuns<'a, R> {
 
     /// Sets whether to read the other pages, and to skip those that hold only zeros. The default is
     /// false.
-    #[must_use]
     pub fn find_zeros(mut self, find: bool) -> Self {
         self.find_zeros = find;
         self
@@ -88,7 +87,6 @@ impl<'a, R: PageReader + ?Sized> NonzeroRuns<'a, R> {
 
     /// Calls `callback` with the number of bytes of each part that is skipped. The iterator ends
     /// early if it returns [`ControlFlow::Break`].
-    #[must_use]
     pub fn on_skip(mut self, callback: impl FnMut(u64) -> ControlFlow<()> + 'a) -> Self {
         self.on_skip = Box::new(callback);
         self

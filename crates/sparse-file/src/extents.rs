@@ -152,6 +152,7 @@ fn reported_extents_in<F: Borrow<File>>(
 
 /// An iterator over the extents of a file in ascending order: see [`extents`].
 #[derive(Debug)]
+#[must_use = "iterators do nothing until they are consumed"]
 pub struct Extents<F: Borrow<File> = File> {
     file: F,
     /// The length of the file when the listing began.
@@ -210,7 +211,6 @@ impl<F: Borrow<File>> Extents<F> {
     ///
     /// Use it on file systems where the call is slow and reading data takes less time than finding
     /// holes.
-    #[must_use]
     pub fn limit_calls(mut self, calls: u64) -> Self {
         self.calls_left = calls;
         self

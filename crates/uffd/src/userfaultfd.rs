@@ -32,6 +32,7 @@ use crate::sys;
 /// When the last duplicate of the descriptor is closed, all ranges are unregistered: waiting
 /// accesses continue, and missing pages are zeros.
 #[derive(Debug)]
+#[must_use = "all ranges are unregistered when this is dropped"]
 pub struct Userfaultfd {
     fault: OwnedFd,
     features: Option<Features>,

@@ -64,9 +64,10 @@ impl<P: PageFaults> Tracker for Watch<P> {
 
     fn extend<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
         let epoch = epoch.tracked()?;
-        Ok(self
+        let more = self
             .tracker
-            .checkpoint_incremental(epoch, &self.protection)?)
+            .checkpoint_incremental(epoch, &self.protection)?;
+        Ok(more.bitmap())
     }
 }
 

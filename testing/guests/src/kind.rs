@@ -95,7 +95,7 @@ impl Kind {
             Self::Hvf => Err(self.of_other_system()),
             #[cfg(target_os = "linux")]
             Self::Userfaultfd => {
-                write_faults::open_userfaultfd()?;
+                let _ = write_faults::open_userfaultfd()?;
                 Ok(())
             }
             #[cfg(not(target_os = "linux"))]

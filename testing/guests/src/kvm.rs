@@ -187,7 +187,7 @@ impl Tracker for LogTracker {
     fn extend<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
         self.harvest()?;
         match epoch {
-            Epoch::Logged(epoch) => Ok(epoch.extend()?),
+            Epoch::Logged(epoch) => Ok(epoch.extend()?.bitmap()),
             Epoch::Tracked(_) => bail!("the epoch belongs to another tracker"),
         }
     }

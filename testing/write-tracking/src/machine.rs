@@ -130,7 +130,7 @@ impl<B: Backend> Machine<B> {
     ) -> Result<&'e TakenBitmap, CheckpointError> {
         // Once the vCPUs have stopped, this is refused because a save is in progress.
         once_stopped(|| self.tracker.checkpoint()).unwrap_err();
-        self.tracker.checkpoint_final(epoch)
+        Ok(self.tracker.checkpoint_final(epoch)?.bitmap())
     }
 
     /// Returns the contents of the RAM.

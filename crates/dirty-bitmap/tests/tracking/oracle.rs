@@ -72,7 +72,7 @@ fn save(
     machine.copy(epoch.bitmap(), &mut next);
     during();
     let more = tracker.checkpoint_incremental(&mut epoch, machine).ok()?;
-    machine.copy(more, &mut next);
+    machine.copy(&more, &mut next);
     if fails {
         return None;
     }

@@ -56,6 +56,7 @@ const PROTECTED: hv_memory_flags_t = HV_MEMORY_READ | HV_MEMORY_EXEC;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "the guest loses its memory when this is dropped"]
 pub struct Stage2 {
     ram: Arc<GuestRam>,
     /// Serializes the calls that change permissions.

@@ -48,6 +48,7 @@ struct RawExit {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "the vCPU is destroyed when this is dropped"]
 pub struct Vcpu {
     pub(crate) id: hv_vcpu_t,
     /// The framework's exit structure.

@@ -27,6 +27,7 @@ pub const PAGE_SIZE: u64 = applevisor_sys::PAGE_SIZE as u64;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
+#[must_use = "the virtual machine ends when its last clone is dropped"]
 pub struct Vm {
     /// Ends the machine when its last clone is dropped.
     #[cfg_attr(not(feature = "macos-15"), expect(dead_code))]

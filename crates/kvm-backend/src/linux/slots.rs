@@ -41,6 +41,7 @@ use super::ram::GuestRam;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "the guest loses its memory when the slots are dropped"]
 pub struct RamSlots {
     vm: Arc<VmFd>,
     ram: Arc<GuestRam>,

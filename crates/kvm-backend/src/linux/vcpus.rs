@@ -126,6 +126,7 @@ pub struct Vcpus {
 /// [Complete](Self::complete_io) its I/O first, or [close](Self::close) it, which states that it
 /// has no other descriptor.
 #[derive(Debug)]
+#[must_use = "the vCPU is closed when this is dropped"]
 pub struct Vcpu {
     fd: VcpuFd,
     /// Dropped after the descriptor is closed.
@@ -159,7 +160,6 @@ impl Vcpus {
     }
 
     /// Adds a vCPU of this virtual machine that was created elsewhere and may have run.
-    #[must_use]
     pub fn adopt(&self, fd: VcpuFd) -> Vcpu {
         let state = self.states.add_adopted();
         Vcpu { fd, state }

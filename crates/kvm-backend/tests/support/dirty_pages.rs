@@ -21,7 +21,7 @@ pub const TOUCHED: [u64; 7] = [
 /// Takes the contents of the log, without the host's writes.
 pub fn logged(guest: &Guest, log: &DirtyLog) -> DirtyBitmap {
     let marks = guest.ram.dirty_bitmap();
-    marks.drain().unwrap();
+    drop(marks.drain().unwrap());
     log.harvest_live().unwrap();
     marks.drain().unwrap()
 }

@@ -260,7 +260,7 @@ impl Guest {
     pub fn log(&self, reprotect: Reprotect) -> DirtyLog {
         let log = DirtyLog::start_with(&self.slots, reprotect).unwrap();
         log.harvest_live().unwrap();
-        self.ram.dirty_bitmap().drain().unwrap();
+        let _ = self.ram.dirty_bitmap().drain().unwrap();
         log
     }
 

@@ -60,6 +60,7 @@ use crate::restore::{HostRam, RamTarget};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "the memory is unmapped when this is dropped"]
 pub struct MappedChain {
     ram: Region,
     mapped: u64,

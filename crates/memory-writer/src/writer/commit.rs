@@ -98,6 +98,16 @@ impl MemoryWriter {
     /// Completes the staged file and returns it, for a commit as part of an
     /// [`atomic_file::AtomicGroup`]: for example together with the state of the vCPUs.
     ///
+    /// The compiler warns if the result is dropped, which leaves no snapshot:
+    /// ```compile_fail
+    /// #![deny(unused_must_use)]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let writer = memory_writer::MemoryWriter::open("full.mem", 1 << 20, 4096)?;
+    /// writer.finish()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// Returns [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`],
     /// [`SnapshotError::MemoryIo`] (a recycled file could not be wiped),

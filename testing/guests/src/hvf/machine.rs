@@ -181,7 +181,8 @@ impl Tracker for StageTracker {
     }
 
     fn extend<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
-        Ok(self.tracker()?.checkpoint_incremental(epoch.tracked()?)?)
+        let more = self.tracker()?.checkpoint_incremental(epoch.tracked()?)?;
+        Ok(more.bitmap())
     }
 }
 

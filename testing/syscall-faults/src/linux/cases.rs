@@ -125,7 +125,7 @@ const PRECOPY: Scenario = Scenario {
         writer.write_full(&Stamped::new(9, RAM))?;
         live.mark_range(0, RAM)?;
         let dirtied = epoch.extend()?;
-        writer.write_diff(&Stamped::new(2, RAM), dirtied)?;
+        writer.write_diff(&Stamped::new(2, RAM), &dirtied)?;
         writer.commit()?;
         epoch.release()?;
         observer.returned()

@@ -181,7 +181,7 @@ pub fn write_after_protection<B: Backend>(extends: bool) {
         let checkpoint = scope.spawn(|| match begun.take() {
             None => machine.tracker.checkpoint_live().unwrap(),
             Some(mut epoch) => {
-                machine.tracker.checkpoint_incremental(&mut epoch).unwrap();
+                let _ = machine.tracker.checkpoint_incremental(&mut epoch).unwrap();
                 epoch
             }
         });
@@ -211,9 +211,9 @@ pub fn checkpoint_while_a_vcpu_runs<B: Backend>() {
 
     let mut epoch = machine.tracker.checkpoint_live().unwrap();
     machine.tracker.checkpoint_final(&mut epoch).unwrap_err();
-    machine.tracker.checkpoint_incremental(&mut epoch).unwrap();
+    let _ = machine.tracker.checkpoint_incremental(&mut epoch).unwrap();
     drop(run_guard);
-    machine.tracker.checkpoint_final(&mut epoch).unwrap();
+    let _ = machine.tracker.checkpoint_final(&mut epoch).unwrap();
     let error = machine.tracker.checkpoint().unwrap_err();
     let Some(dirty_bitmap::CheckpointError::Epoch(open)) = tracker_error(&error) else {
         panic!("{error:?}");

@@ -139,10 +139,10 @@ pub fn saves_while_all_vcpus_write<B: LoggedBackend>() {
             let running: Vec<_> = (0..backend.vcpus()).map(vcpu).collect();
             while !running.iter().all(|vcpu| vcpu.is_finished()) {
                 backend.harvest_live();
-                copy(backend.ram(), epoch.extend().unwrap(), image);
+                copy(backend.ram(), &epoch.extend().unwrap(), image);
             }
         });
-        backend.harvest_paused(|| copy(backend.ram(), epoch.extend().unwrap(), image));
+        backend.harvest_paused(|| copy(backend.ram(), &epoch.extend().unwrap(), image));
         epoch.release().unwrap();
         saved.assert_complete(&format!("round {round}"));
     }

@@ -139,7 +139,7 @@ pub fn precopy_save<B: Backend>(page_size: u64) {
             writer.write_diff(machine.ram(), epoch.bitmap()).unwrap();
             while !running.iter().all(|vcpu| vcpu.is_finished()) {
                 let more = machine.tracker.checkpoint_incremental(&mut epoch).unwrap();
-                writer.write_diff(machine.ram(), more).unwrap();
+                writer.write_diff(machine.ram(), &more).unwrap();
             }
             machine.host_write(pages[round] + 512, b"host");
             let last = machine.checkpoint_final(&mut epoch).unwrap();
