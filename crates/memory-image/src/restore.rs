@@ -19,6 +19,12 @@ use crate::error::RestoreError;
 use crate::image::READ_SIZE;
 
 /// Memory that a guest's RAM can be restored to, addressed by the offset in the memory file.
+#[diagnostic::on_unimplemented(
+    message = "a guest's RAM cannot be restored to `{Self}`",
+    label = "this type does not implement `RamTarget`",
+    note = "for mapped memory, pass `&mut HostRam`; for ordinary memory, `&mut [u8]`",
+    note = "for any other target, implement `RamTarget`: `ram_size` and `write_at` are required"
+)]
 pub trait RamTarget {
     /// Returns the size of the memory in bytes.
     fn ram_size(&self) -> u64;

@@ -43,6 +43,15 @@ use crate::populated_memory::in_host_memory;
 /// assert!(guest.host_memory(0, 4096).is_none());
 /// # Ok::<(), io::Error>(())
 /// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a source of a guest's RAM",
+    label = "this type does not implement `PageReader`",
+    note = "for guest memory of the crate `vm-memory`, pass `GuestMemoryReader::new(&memory)?` \
+            (feature `vm-memory` of `page-reader`)",
+    note = "for a file or memfd, pass `FileReader::new(file)`",
+    note = "for memory that vCPUs write, pass `MappedMemory::new(layout, regions)?`",
+    note = "for any other source, implement `PageReader`: only `read_at` is required"
+)]
 pub trait PageReader {
     /// Fills `buf` with the bytes at `offset`. Offset and length are arbitrary and need no
     /// alignment.
