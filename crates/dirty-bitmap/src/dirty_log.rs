@@ -22,6 +22,15 @@ impl<K: Markable> DirtyBitmap<K> {
     /// `Documentation/virt/kvm/api.rst` 4.8). On a little-endian host they are plain integers.
     /// Clear bits may reach past the end of the RAM, because KVM pads its logs.
     ///
+    /// <div class="warning">
+    ///
+    /// Your devices' writes are not in KVM's log, which has only those of the vCPUs. Pages that the
+    /// VMM writes through its own mapping must be marked too, or they are missing from the next
+    /// diff: by [`mark_range`](Self::mark_range) after each write, or for the guest memory of the
+    /// `vm-memory` crate by `DirtyBitmapSlice` or `mark_guest_memory` (feature `vm-memory`).
+    ///
+    /// </div>
+    ///
     /// # Errors
     /// Returns [`DirtyLogError`]. Every page inside the RAM is marked nevertheless, unless the page
     /// size is invalid.

@@ -26,6 +26,27 @@
 //! # fn main() {}
 //! ```
 //!
+//! # Writes of the host
+//! <div class="warning">
+//!
+//! Your devices' writes are not in KVM's log. KVM logs what the vCPUs write, not what the VMM
+//! writes through its own mapping of the memory: emulated devices, loaders, vhost, I/O into guest
+//! memory. A page that only they wrote is missing from the next diff, and nothing reports it,
+//! unless it is marked in the bitmap of the RAM.
+//!
+//! </div>
+//!
+//! How to mark the pages depends on what the VMM writes through:
+//!
+//! - [`GuestRam::write`](guest_ram::GuestRam::write) marks them itself.
+//! - `GuestMemoryMmap<DirtyBitmapSlice>` of the crate `vm-memory` marks them itself.
+//! - `GuestMemoryMmap<AtomicBitmap>` of that crate needs a call of `DirtyBitmap::mark_guest_memory`
+//!   before each epoch.
+//! - After a write by a host address, by the kernel or by another process, call
+//!   [`GuestRam::mark`](guest_ram::GuestRam::mark).
+//!
+//! The types for `vm-memory` are in the crate `dirty-bitmap`, with its feature `vm-memory`.
+//!
 //! # Example
 //! A guest that writes a page, saved and restored in a new virtual machine:
 //! ```
@@ -128,7 +149,7 @@
 //!
 //! # Limitations
 //! - The VMM saves the devices that it emulates itself, and marks what they write to guest memory:
-//!   [`GuestRam::mark`](guest_ram::GuestRam::mark).
+//!   see [above](#writes-of-the-host).
 //! - Not captured: the page-directory pointers of 32-bit PAE guests (KVM reads them from RAM
 //!   again), machine-check banks, Xen and SEV state, and the time that passed while the guest was
 //!   saved.

@@ -22,6 +22,16 @@ use crate::reader::PageReader;
 /// Host addresses are available, unless `vm-memory` is built with its feature `xen`: memory that is
 /// mapped for a single access has no lasting address, so it is read by copy.
 ///
+/// <div class="warning">
+///
+/// This source reads memory, and does not know which pages changed. Your devices' writes through
+/// `vm-memory` are not in the hypervisor's dirty log: a diff of that log lacks them, and nothing
+/// reports it. Create the memory as `GuestMemoryMmap<DirtyBitmapSlice>`, which marks each write, or
+/// call `DirtyBitmap::mark_guest_memory` before each save (crate `dirty-bitmap`, feature
+/// `vm-memory`).
+///
+/// </div>
+///
 /// # Examples
 /// ```
 /// use page_reader::{GuestMemoryReader, PageReader};

@@ -49,11 +49,19 @@ const CLEAR_PAGES: usize = 1 << 18;
 /// # Contents of the log
 /// The log has the guest's writes, the processor's own writes to the guest's page tables (accessed
 /// and dirty bits), and KVM's writes (the page of kvmclock). It may also have a page that the guest
-/// reads for the first time, since KVM maps that page writable at once. It does not have the host's
-/// writes: [`GuestRam::write`](guest_ram::GuestRam::write) marks them itself.
+/// reads for the first time, since KVM maps that page writable at once.
+///
+/// <div class="warning">
+///
+/// Your devices' writes are not in the log: it has none of the host's writes.
+/// [`GuestRam::write`](guest_ram::GuestRam::write) marks them itself. For all others see the
+/// [documentation of the crate](crate#writes-of-the-host).
+///
+/// </div>
 ///
 /// [bitmap]: guest_ram::GuestRam::dirty_bitmap
 #[derive(Debug)]
+#[must_use = "a dirty log that is dropped can neither be harvested nor stopped"]
 pub struct DirtyLog {
     slots: Arc<RamSlots>,
     reprotect: Reprotect,
