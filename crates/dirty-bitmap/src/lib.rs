@@ -64,9 +64,9 @@
 //! distinguishes.
 //!
 //! # Features
-//! - `vm-memory` (off by default): `DirtyBitmapSlice`, by which a `GuestMemoryMmap` of the
-//!   `vm-memory` crate marks each write, and `DirtyBitmap::mark_guest_memory`, which takes the marks
-//!   of its `AtomicBitmap`s.
+//! - `vm-memory` (off by default): `DirtyBitmapSlice`, by which a `GuestMemoryMmap` of the crate
+//!   `vm-memory` marks each write, and `DirtyBitmap::mark_guest_memory`, which takes the marks of
+//!   its `AtomicBitmap`s. Use them for the writes of devices, which a hypervisor's dirty log lacks.
 //!
 //! # Limitations
 //! A bitmap covers one range of addresses. Where the RAM has gaps, let the bitmap cover the offsets

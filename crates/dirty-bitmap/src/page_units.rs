@@ -12,8 +12,8 @@ impl<K> DirtyBitmap<K> {
     /// Returns the maximal runs of marked pages in ascending order, as ranges of page indexes.
     ///
     /// The index counts pages of [`page_size`](Self::page_size) from the start of the RAM, as in
-    /// [`mark_page`](Self::mark_page), whatever the granule. A page with a mark on any part of it
-    /// is marked. While threads mark, the same applies as to [`runs`](Self::runs).
+    /// [`mark_page`](Self::mark_page). It does not depend on the granule. A page with a mark on any
+    /// part of it is marked. While threads mark, the same applies as to [`runs`](Self::runs).
     ///
     /// # Examples
     /// ```
@@ -30,7 +30,7 @@ impl<K> DirtyBitmap<K> {
         coalesce(self.runs().map(move |run| pages_touched(&run, shift)))
     }
 
-    /// Returns the number of marked pages of [`page_size`](Self::page_size), whatever the granule.
+    /// Returns the number of marked pages of [`page_size`](Self::page_size), for any granule.
     #[must_use]
     pub fn dirty_pages(&self) -> u64 {
         self.pages().map(|run| run.end - run.start).sum()
