@@ -48,7 +48,7 @@ const CRATES: [(&str, Tiers); 5] = [
             &["obstacles", "orphans", "staged_files"],
             &["preflight", "preserve", "preserve_access", "replace_only"],
             &["user_namespaces"],
-            &["faults", "kills"],
+            &["faults", "kills", "write"],
             &["group_faults"],
         ],
     ),

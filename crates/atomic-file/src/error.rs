@@ -1,6 +1,7 @@
 //! Error types: one per operation, each naming the affected path.
 
 mod commit;
+mod kind;
 mod open;
 mod recover;
 

@@ -1,8 +1,18 @@
 //! Replaces files atomically and durably, one file or a group at once.
 //!
+//! Replace a config file, completely or not at all:
+//! ```
+//! # let dir = tempfile::tempdir()?;
+//! # let path = dir.path().join("config.toml");
+//! let config = "answer = 42\n";
+//! atomic_file::write(&path, config)?;
+//! assert_eq!(std::fs::read_to_string(&path)?, config);
+//! # Ok::<(), std::io::Error>(())
+//! ```
 //! A program that overwrites a file in place can leave a mixture of old and new bytes if it is
 //! killed, fails to write, or loses power. This crate writes a staged file beside the destination,
-//! syncs it, renames it onto the destination, and syncs the directory:
+//! syncs it, renames it onto the destination, and syncs the directory. [`AtomicWriter`] takes the
+//! bytes in parts:
 //! ```
 //! use std::io::Write;
 //! use atomic_file::AtomicWriter;
@@ -12,12 +22,13 @@
 //! let mut writer = AtomicWriter::open(&dest)?;
 //! writer.write_all(b"registers")?;
 //! writer.commit()?;
-//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # Ok::<(), std::io::Error>(())
 //! ```
 //! At every instant the destination is the complete old file or the complete new file. After
 //! [`commit`](AtomicWriter::commit) returns `Ok`, it is the new file, also after a power loss. An
 //! error states which of the two files the destination is, or that this is unknown. It also names
-//! every staged file that it leaves in the directory.
+//! every staged file that it leaves in the directory. All errors convert to [`std::io::Error`] with
+//! `?` and keep their kind.
 //!
 //! # Examples
 //!
@@ -339,6 +350,7 @@ mod sweep;
 mod sys;
 mod ticket;
 mod version;
+mod write;
 mod writer;
 
 pub use attribute::{Attribute, NotPreserved};
@@ -357,4 +369,9 @@ pub use recover::recover;
 pub use report::{RecoverReport, Skipped, SweepReport};
 pub use sweep::{preview_sweep, sweep};
 pub use version::FileVersion;
+pub use write::write;
 pub use writer::AtomicWriter;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -83,7 +83,7 @@ use narrow::narrowed;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[must_use]
+#[must_use = "it has no effect until it is passed to `AtomicWriterOptions::preserve`"]
 pub struct Preserve {
     owner: bool,
     group: bool,
