@@ -16,6 +16,7 @@ use crate::sys::{Lock, Unlock, try_lock};
 ///
 /// [`StagedFile::from`](crate::staged_file::StagedFile) takes over the name.
 #[derive(Debug)]
+#[must_use = "the lock is released when this is dropped"]
 pub(crate) struct LockedFile(NamedFile);
 
 impl LockedFile {

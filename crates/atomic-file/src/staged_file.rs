@@ -71,6 +71,7 @@ enum OnDrop {
 
 /// A file under a staged name of its own, which drop removes.
 #[derive(Debug)]
+#[must_use = "the staged file is removed when this is dropped"]
 pub(crate) struct StagedFile {
     named: NamedFile,
     on_drop: OnDrop,

@@ -176,6 +176,7 @@ impl FileVersion {
 
 /// The lock of a file that is about to be replaced; released on drop.
 #[derive(Debug)]
+#[must_use = "the lock is released when this is dropped"]
 pub(crate) struct CommitLock {
     file: File,
     leased: bool,

@@ -41,6 +41,7 @@ pub fn host_page_size() -> u64 {
 /// # Ok::<(), std::io::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "the memory is unmapped when this is dropped"]
 pub struct Mapping {
     start: NonNull<u8>,
     len: usize,

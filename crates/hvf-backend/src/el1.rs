@@ -32,7 +32,6 @@ impl Start {
     /// # assert_eq!(state.pc, 0x8000_4000);
     /// // ram.write(start.page_table, &el1::page_table())?; ... state.restore(&vcpu, 0)?;
     /// ```
-    #[must_use]
     pub fn state(&self) -> VcpuState {
         // TCR_EL1: tables of 4 KiB for 39 address bits, walked through inner-shareable write-back
         // caches, and no table for the upper half.

@@ -23,6 +23,7 @@ use thiserror::Error;
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
+#[must_use = "the state is lost unless it is saved"]
 pub struct VcpuState {
     format: FormatVersion<1>,
     /// X0 to X30.
@@ -109,6 +110,7 @@ pub struct VirtualTimer {
 ///
 /// The bytes have the private format of the framework. A later version of macOS may refuse them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[must_use = "the state is lost unless it is saved"]
 pub struct GicState {
     format: FormatVersion<1>,
     data: Vec<u8>,
@@ -116,7 +118,6 @@ pub struct GicState {
 
 impl GicState {
     /// Creates a state from the bytes that the framework returned (`hv_gic_state_get_data`).
-    #[must_use]
     pub fn new(data: Vec<u8>) -> Self {
         let format = FormatVersion;
         Self { format, data }

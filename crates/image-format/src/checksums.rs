@@ -17,11 +17,11 @@ pub type Checksum = [u8; 32];
 
 /// An incremental checksum of one chunk, over its present bytes in ascending order.
 #[derive(Clone, Debug, Default)]
+#[must_use = "a checksum is lost unless it is finished"]
 pub struct ChunkSum(blake3::Hasher);
 
 impl ChunkSum {
     /// Creates a checksum of no bytes.
-    #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
@@ -49,6 +49,7 @@ impl ChunkSum {
 /// Memory: 32 bytes for each chunk with present bytes, in blocks of 512 chunks, and the same amount
 /// again in [`finish`](Self::finish). The memory does not grow with the size of the RAM.
 #[derive(Clone, Debug)]
+#[must_use = "the checksums are lost unless they are finished"]
 pub struct Checksums {
     chunks: u64,
     /// Keyed by the number of the first chunk of the block.
@@ -88,7 +89,6 @@ struct OpenChunk {
 
 impl Checksums {
     /// Creates the checksums of RAM of `ram_size` bytes, none of which is present yet.
-    #[must_use]
     pub fn new(ram_size: u64) -> Self {
         Self {
             chunks: ram_size.div_ceil(CHUNK_SIZE),

@@ -83,7 +83,6 @@ impl ExtentMap {
 
     /// Plans a write of `runs` of pages, which are ascending ranges of guest offsets. Reserves
     /// memory for `count` extents: with the number of runs, the list does not grow beyond its need.
-    #[must_use]
     pub fn plan(&self, count: u64, runs: impl IntoIterator<Item = Range<u64>>) -> WritePlan {
         let mut extents = Vec::new();
         // If this allocation fails, the list grows as runs are added.

@@ -9,6 +9,7 @@ use crate::layout::Placement;
 ///
 /// Takes 24 bytes for each extent.
 #[derive(Clone, Debug)]
+#[must_use = "the pages are not part of the image until `ExtentMap::merge`"]
 pub struct WritePlan {
     pub(crate) placement: Placement,
     /// The offset of the first page.

@@ -268,7 +268,6 @@ impl LazyRam {
 
     /// Returns the pages touched so far, in the order of their first touch. It is empty without
     /// [`record`](LazyRamOptions::record).
-    #[must_use]
     pub fn recorded(&self) -> WorkingSet {
         let recorded = self.handler.recorded();
         recorded.unwrap_or_else(|| WorkingSet::of(self.ram_size()))

@@ -39,6 +39,7 @@ const RUN: usize = 16;
 /// # Examples
 /// See [`LazyRam`](crate::LazyRam#examples).
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use = "a working set is lost unless it is saved or used"]
 pub struct WorkingSet {
     ram_size: u64,
     runs: Vec<Range<u64>>,

@@ -14,8 +14,20 @@ use crate::parallel;
 const LISTED: usize = 1000;
 
 /// The result of [`Image::verify`].
+///
+/// Damage is part of the result, not an error. The compiler warns if the result is unused:
+/// ```compile_fail
+/// #![deny(unused_must_use)]
+/// use std::ops::ControlFlow;
+///
+/// fn verify(image: &memory_image::Image) -> Result<(), memory_image::VerifyError> {
+///     image.verify(&mut |_| ControlFlow::Continue(()))?;
+///     Ok(())
+/// }
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
+#[must_use = "a damaged image is not an error: call `is_ok`"]
 pub struct VerifyReport {
     /// Bytes of pages that were checksummed.
     pub bytes: u64,

@@ -26,10 +26,11 @@ impl RamTarget for Elsewhere {
 }
 
 fn restored([full, diff]: [PathBuf; 2]) {
-    Image::open(&diff)
+    let verified = Image::open(&diff)
         .unwrap()
         .verify(&mut |_| ControlFlow::Continue(()))
         .unwrap();
+    assert!(verified.is_ok());
     let chain = Chain::open_sealed(&[&full, &diff]).unwrap();
     chain.restore(&mut Elsewhere).unwrap();
     let go_on = &mut |_| ControlFlow::Continue(());

@@ -74,12 +74,13 @@ fn verification_reports_progress_and_can_be_cancelled() {
     let guest = Guest::with_history(Layout::Sealed);
     let image = Image::open(&guest.snapshots[0]).unwrap();
     let mut seen = Vec::new();
-    image
+    let report = image
         .verify(&mut |progress| {
             seen.push(progress);
             ControlFlow::Continue(())
         })
         .unwrap();
+    assert!(report.is_ok());
     let (first, last) = (seen[0], seen.last().unwrap());
     assert_eq!((first.done, last.done), (0, first.total));
     let error = image.verify(&mut |_| ControlFlow::Break(())).unwrap_err();

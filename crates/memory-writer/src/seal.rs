@@ -35,7 +35,7 @@ use image_format::ImageId;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, Default)]
-#[must_use]
+#[must_use = "a seal has no effect until it is passed to `MemoryWriterOptions::seal`"]
 pub struct Seal {
     pub(crate) id: Option<ImageId>,
     pub(crate) parent: Parent,

@@ -97,7 +97,7 @@ fn memory_that_a_process_fills_is_refused(
 ) {
     needs!(Userfaultfd, Root);
     let file = file();
-    check_lazy_fill(&file).unwrap();
+    let _ = check_lazy_fill(&file).unwrap();
     let child = child(|| register(&file));
     assert_filled_in(check_lazy_fill(&file), child.pid());
     // A mapping of this process, in which missing pages are zeros.
@@ -112,10 +112,10 @@ fn memory_that_a_process_fills_is_refused(
     assert_filled_in(check_lazy_fill_of_region(region), child.pid());
 
     // Mappings of another file do not matter, and an ended process fills nothing.
-    check_lazy_fill(&small_pages()).unwrap();
+    let _ = check_lazy_fill(&small_pages()).unwrap();
     drop(child);
-    check_lazy_fill(&file).unwrap();
-    check_lazy_fill_of_memory(&guest).unwrap();
+    let _ = check_lazy_fill(&file).unwrap();
+    let _ = check_lazy_fill_of_memory(&guest).unwrap();
 }
 
 #[test]
@@ -126,7 +126,7 @@ fn memory_filled_in_this_process_is_refused() {
     let registered = register_missing(&mapping, SIZE / 2);
     assert_filled_in(check_lazy_fill(&file), std::process::id());
     drop(registered);
-    check_lazy_fill(&file).unwrap();
+    let _ = check_lazy_fill(&file).unwrap();
 }
 
 /// The mappings are listed with a device other than that of `fstat`, because the lower and upper
@@ -148,15 +148,15 @@ fn a_file_on_overlayfs_that_is_filled_is_refused() {
         file
     };
     let (file, other) = (open("ram"), open("other"));
-    check_lazy_fill(&file).unwrap();
+    let _ = check_lazy_fill(&file).unwrap();
     let child = child(|| missing(&file));
     assert_filled_in(check_lazy_fill(&file), child.pid());
     // Opened again, for reading.
     let again = File::open(overlay.path().join("ram")).unwrap();
     assert_filled_in(check_lazy_fill(&again), child.pid());
-    check_lazy_fill(&other).unwrap();
+    let _ = check_lazy_fill(&other).unwrap();
     drop(child);
-    check_lazy_fill(&file).unwrap();
+    let _ = check_lazy_fill(&file).unwrap();
     // The check has allocated no page.
     let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
     assert_eq!(blocks, 0);
@@ -186,7 +186,7 @@ fn a_private_mapping_that_is_filled_does_not_matter() {
     let file = small_pages();
     let mapping = Mapping::of_file(file.as_fd(), SIZE, false);
     let _registered = register_missing(&mapping, SIZE);
-    check_lazy_fill(&file).unwrap();
+    let _ = check_lazy_fill(&file).unwrap();
 }
 
 /// `/proc/<pid>/maps` is empty for such a process, those of its threads are not.
@@ -223,8 +223,8 @@ fn a_process_whose_first_thread_ended_is_found() {
 #[test]
 fn a_file_on_disk_is_not_searched_for() {
     let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    check_lazy_fill(&file).unwrap();
-    check_lazy_fill(&File::open("/dev/null").unwrap()).unwrap();
+    let _ = check_lazy_fill(&file).unwrap();
+    let _ = check_lazy_fill(&File::open("/dev/null").unwrap()).unwrap();
 }
 
 /// Runs `work` in a thread that has dropped its privileges. The process keeps them.

@@ -22,6 +22,7 @@ const BATCH: usize = 32;
 /// Pages cannot be filled until it has continued ([`Stop::Changing`](crate::Stop::Changing)).
 #[derive(Debug)]
 #[non_exhaustive]
+#[must_use = "a thread may wait until the event is handled"]
 pub enum Event {
     /// A thread waits for a page.
     PageFault {

@@ -37,6 +37,7 @@ pub use options::GuestRamOptions;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "the RAM is unmapped when this is dropped"]
 pub struct GuestRam {
     ram: guest_ram::GuestRam,
     memfd: Option<OwnedFd>,

@@ -24,6 +24,7 @@ use super::{RamTarget, TargetMemory};
 /// # Ok::<(), std::io::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a target has no effect until it is passed to a restore"]
 pub struct HostRam<'a> {
     regions: Vec<(*mut u8, usize)>,
     memory: PhantomData<&'a mut ()>,
@@ -35,7 +36,6 @@ impl HostRam<'_> {
     /// # Safety
     /// For the lifetime of the value every region must stay mapped and writable, no two regions may
     /// overlap, and nothing else may read or write them: no vCPU runs and no device is active.
-    #[must_use]
     pub unsafe fn new(regions: impl IntoIterator<Item = (*mut u8, usize)>) -> Self {
         Self {
             regions: regions.into_iter().collect(),

@@ -14,6 +14,7 @@ use nix::libc;
 
 /// Writable memory of a restore target, by address. No Rust reference covers it.
 #[derive(Debug)]
+#[must_use = "a target has no effect until bytes are copied to it"]
 pub struct TargetMemory<'a> {
     start: *mut u8,
     len: usize,
@@ -26,7 +27,6 @@ impl TargetMemory<'_> {
     /// # Safety
     /// For the lifetime of the value the memory must stay mapped and writable, and nothing else may
     /// read or write it.
-    #[must_use]
     pub unsafe fn new(start: *mut u8, len: usize) -> Self {
         Self {
             start,

@@ -8,6 +8,7 @@ use std::fmt;
 /// others, and the reason why more processes may be hidden.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
+#[must_use = "each of these processes may be filling the memory"]
 pub struct Unexamined {
     /// The processes that are listed in `/proc`, that run as the owner of the memory, and that this
     /// process may not examine.

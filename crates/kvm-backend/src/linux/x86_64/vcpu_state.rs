@@ -40,6 +40,7 @@ use super::abi::{self, FormatVersion};
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
+#[must_use = "the state is lost unless it is saved"]
 pub struct VcpuState {
     pub(super) format: FormatVersion<1>,
     /// General registers, instruction pointer and flags.

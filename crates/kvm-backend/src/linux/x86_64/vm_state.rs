@@ -27,6 +27,7 @@ const CHIPS: [u32; 3] = [
 /// Like [`VcpuState`](crate::VcpuState) it is data for any serde format.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
+#[must_use = "the state is lost unless it is saved"]
 pub struct VmState {
     format: FormatVersion<1>,
     /// Both PICs and the I/O APIC; empty if they are not in the kernel.
