@@ -25,6 +25,7 @@ pub enum Tracking {
 }
 
 /// A write tracker, and the page protection whose faults it handles.
+#[derive(Debug)]
 pub struct Watch<P> {
     tracker: Arc<WriteTracker>,
     protection: P,
@@ -72,6 +73,7 @@ impl<P: PageFaults> Tracker for Watch<P> {
 }
 
 /// A guest inside this process.
+#[derive(Debug)]
 pub struct Embedded {
     tracking: Tracking,
     memory: Arc<Memory>,

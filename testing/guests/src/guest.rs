@@ -1,5 +1,6 @@
 //! The interface of guests.
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 
@@ -74,7 +75,7 @@ pub trait Tracker: Send + Sync {
 
 /// The pages that a guest wrote, for reading and marking. The method of tracking determines how
 /// they are taken.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub enum Dirty<'a> {
     /// Found by a hypervisor's log.
     Logged(&'a DirtyBitmap),
@@ -119,6 +120,7 @@ impl<'a> Dirty<'a> {
 }
 
 /// The pages of one save. They become dirty again unless the save is released.
+#[derive(Debug)]
 pub enum Epoch {
     Logged(dirty_bitmap::Epoch<Arc<DirtyBitmap>>),
     Tracked(TrackedEpoch),
@@ -152,6 +154,12 @@ impl Epoch {
 /// A guest's RAM, shared between the guest and its readers.
 #[derive(Clone)]
 pub struct Ram(Arc<dyn PageReader + Send + Sync>);
+
+impl fmt::Debug for Ram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ram").finish_non_exhaustive()
+    }
+}
 
 impl Ram {
     pub fn new(ram: Arc<impl PageReader + Send + Sync + 'static>) -> Self {

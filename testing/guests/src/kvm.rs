@@ -39,6 +39,7 @@ const STACK: u64 = Layout::FRONT;
 const PAUSE_WITHIN: u64 = 400;
 
 /// A virtual machine with one vCPU.
+#[derive(Debug)]
 pub struct Machine {
     kvm: Kvm,
     vcpu: Vcpu,

@@ -8,7 +8,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 /// Whether this process was asked to end. Everything that waits or works for long checks it, so
 /// that guards clean up.
-#[derive(Clone, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Interrupt(Arc<AtomicBool>);
 
 impl Interrupt {

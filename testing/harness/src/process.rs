@@ -28,6 +28,7 @@ pub fn this_program() -> anyhow::Result<&'static Path> {
 }
 
 /// A running process and the lines of its standard output. Dropping it kills its process group.
+#[derive(Debug)]
 pub struct Process {
     child: Child,
     lines: Receiver<io::Result<String>>,

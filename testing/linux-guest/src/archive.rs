@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 /// Writes an archive to `out`, entry by entry; [`finish`](Self::finish) ends it.
+#[derive(Debug)]
 pub struct Archive<W> {
     out: W,
     written: usize,

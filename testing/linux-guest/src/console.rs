@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use harness::process::Silence;
 
 /// The file that QEMU writes a guest's console to.
+#[derive(Debug)]
 pub struct Console(pub PathBuf);
 
 impl Console {

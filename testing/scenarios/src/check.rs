@@ -67,7 +67,7 @@ pub enum Next {
 }
 
 /// A directory as a crash or a failure left it.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct PostCrashState<'a> {
     pub dir: &'a Path,
     /// The commits that had returned.

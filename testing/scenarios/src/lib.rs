@@ -34,6 +34,7 @@ pub use file_systems::start;
 use check::{PostCrashState, Violation};
 
 /// Work in an empty directory of a disk. Small: every write of it is a state to check.
+#[derive(Debug)]
 pub struct Scenario {
     pub name: &'static str,
     pub about: &'static str,

@@ -127,6 +127,7 @@ pub fn first_difference(
 }
 
 /// Memory of zeros.
+#[derive(Debug)]
 pub struct Zeros;
 
 impl PageReader for Zeros {

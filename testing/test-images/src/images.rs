@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use page_reader::PageReader;
 
 /// Raw images, and the RAM that they represent.
+#[derive(Debug)]
 pub struct Images {
     dir: tempfile::TempDir,
     page: u64,

@@ -65,6 +65,7 @@ pub fn layer(base: bool) -> impl Strategy<Value = Layer> {
 }
 
 /// A guest and its images.
+#[derive(Debug)]
 pub struct RandomGuest {
     dir: tempfile::TempDir,
     page: u64,

@@ -21,6 +21,7 @@ fn secret(at: u64) -> u8 {
 }
 
 /// A guest whose RAM is full of secrets. It can only be read, like the RAM of another process.
+#[derive(Debug)]
 pub struct Secrets;
 
 impl Secrets {

@@ -27,6 +27,7 @@ pub fn pattern(len: usize) -> Vec<u8> {
 ///
 /// Private memory is between guard pages: the kernel merges adjacent mappings of the same kind,
 /// also those of two tests, and then lists them as one.
+#[derive(Debug)]
 pub struct Mapping {
     start: NonNull<libc::c_void>,
     len: usize,

@@ -27,6 +27,7 @@ pub fn world_executable() -> Program {
 }
 
 /// A copy of this program, removed on drop.
+#[derive(Debug)]
 pub struct Program {
     path: PathBuf,
     _dir: TempDir,

@@ -7,6 +7,7 @@ use uffd::{Features, Modes, Userfaultfd};
 use crate::mapping::Mapping;
 
 /// Memory that is registered for page faults until this value is dropped.
+#[derive(Debug)]
 pub struct Registered {
     fault: Userfaultfd,
     range: Range<u64>,

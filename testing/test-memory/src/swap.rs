@@ -26,6 +26,7 @@ pub fn stay_on_this_processor() {
 }
 
 /// An enabled swap file.
+#[derive(Debug)]
 pub struct Swap {
     path: CString,
     _dir: TempDir,

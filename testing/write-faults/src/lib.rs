@@ -10,6 +10,7 @@ mod mprotect;
 #[cfg(target_os = "linux")]
 mod userfaultfd;
 
+use std::fmt;
 use std::io;
 
 use dirty_bitmap::WriteProtection;
@@ -48,6 +49,12 @@ pub trait PageFaults: WriteProtection<Error = io::Error> + Clone + Send + Sync +
 #[must_use = "faults are answered as long as this lives"]
 pub struct FaultHandler {
     _dropped: Box<dyn Send + Sync>,
+}
+
+impl fmt::Debug for FaultHandler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FaultHandler").finish_non_exhaustive()
+    }
 }
 
 impl FaultHandler {

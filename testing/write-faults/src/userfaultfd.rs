@@ -4,6 +4,7 @@
 
 #![allow(unsafe_code)]
 
+use std::fmt;
 use std::io::{self, PipeReader, PipeWriter};
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -34,6 +35,14 @@ pub fn open_userfaultfd() -> Result<uffd::Userfaultfd, OpenError> {
 #[derive(Clone)]
 pub struct Userfaultfd {
     inner: Arc<Inner>,
+}
+
+impl fmt::Debug for Userfaultfd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Userfaultfd")
+            .field("fault", &self.inner.fault)
+            .finish_non_exhaustive()
+    }
 }
 
 struct Inner {

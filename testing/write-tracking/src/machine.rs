@@ -20,6 +20,7 @@ pub(crate) const PROGRAM_END: u64 = 0x20000;
 pub(crate) type CheckpointError = Stage2CheckpointError<io::Error>;
 
 /// A guest of a backend, and the tracker of its writes.
+#[derive(Debug)]
 pub struct Machine<B> {
     // The order of the fields is the order of dropping: the vCPUs before the handler of their
     // faults.

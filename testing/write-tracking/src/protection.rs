@@ -1,5 +1,6 @@
 //! A write protection with injected failures and delays.
 
+use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
@@ -20,6 +21,12 @@ pub struct Protection {
     pub(crate) hold_unprotect: Hold,
     /// Whether each call yields to other threads, which reveals steps in the wrong order.
     yields: bool,
+}
+
+impl fmt::Debug for Protection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Protection").finish_non_exhaustive()
+    }
 }
 
 /// A block on one call after it has done its work.
