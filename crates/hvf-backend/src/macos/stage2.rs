@@ -119,7 +119,6 @@ impl Stage2 {
     }
 
     /// Returns the virtual machine.
-    #[must_use]
     pub fn vm(&self) -> &Vm {
         &self.vm
     }

@@ -132,7 +132,6 @@ impl Vcpu {
     }
 
     /// Returns the virtual machine.
-    #[must_use]
     pub fn vm(&self) -> &Vm {
         &self.vm
     }
