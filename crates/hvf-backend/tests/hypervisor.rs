@@ -222,7 +222,7 @@ fn a_second_machine_in_a_process_is_an_error() {
     assert!(matches!(error, CreateVmError::Exists(_)), "{error:?}");
     assert!(error.to_string().contains("process of its own"), "{error}");
     drop(vm);
-    Vm::new().unwrap();
+    let _vm = Vm::new().unwrap();
 }
 
 #[test]
@@ -245,7 +245,7 @@ fn overlapping_ram_is_an_error_and_stays_unmapped() {
         "{error:?}"
     );
     let lower = Arc::new(GuestRam::new(RamLayout::single(RAM - SIZE, SIZE).unwrap()).unwrap());
-    Stage2::map(&vm, &lower).unwrap();
+    let _lower = Stage2::map(&vm, &lower).unwrap();
 }
 
 #[test]

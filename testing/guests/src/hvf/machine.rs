@@ -32,6 +32,7 @@ const PAUSE_WITHIN: u64 = 400;
 const INTERVAL: Duration = Duration::from_micros(50);
 
 /// A guest, which takes the virtual machine of this process when it runs.
+#[derive(Debug)]
 pub struct Machine {
     shared: Arc<SharedVmGuest>,
     /// The state of the vCPU when it last left the guest. Each run restores it into a new vCPU.

@@ -16,6 +16,7 @@ use super::start;
 static VM_HOLDER: Mutex<Weak<SharedVmGuest>> = Mutex::new(Weak::new());
 
 /// The RAM of a guest, mapped into the virtual machine or not, and its tracker.
+#[derive(Debug)]
 pub(super) struct SharedVmGuest {
     pub(super) ram: Arc<GuestRam>,
     pub(super) tracker: OnceLock<Stage2Tracker<OptionalStage>>,
@@ -37,7 +38,7 @@ pub(super) struct VmLease {
 pub(super) fn available() -> anyhow::Result<()> {
     let holder = lock(&VM_HOLDER);
     if holder.upgrade().is_none() {
-        Vm::new()?;
+        drop(Vm::new()?);
     }
     Ok(())
 }
