@@ -324,6 +324,8 @@
 
 mod acl;
 mod attribute;
+#[cfg(test)]
+mod auto_traits;
 mod destination;
 mod directory;
 mod durability;

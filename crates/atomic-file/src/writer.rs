@@ -22,6 +22,9 @@ use crate::version::FileVersion;
 /// Until the commit, it has a name of its own in the destination's directory. Dropping the writer
 /// removes it, also during a panic.
 ///
+/// The type is `Send` and `Sync`: threads may share a writer and call
+/// [`write_all_at`](Self::write_all_at), and any thread may commit it.
+///
 /// # Examples
 /// ```
 /// use std::io::Write;

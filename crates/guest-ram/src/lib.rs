@@ -48,11 +48,17 @@
 //!   seen here: call [`GuestRam::mark`] after it.
 //! - The regions of a layout must consist of whole pages of the host.
 
+#[cfg(test)]
+mod auto_traits;
 mod create;
 mod errors;
 mod mapping;
 mod options;
 mod ram;
+
+// The crates whose types are in public signatures.
+pub use dirty_bitmap;
+pub use page_reader;
 
 pub use errors::{BitmapMismatch, GuestRamError, MisalignedRegion};
 pub use mapping::{Mapping, host_page_size};

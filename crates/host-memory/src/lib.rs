@@ -50,6 +50,8 @@
 //! The crate supports Linux and macOS. It has no cargo features.
 
 mod aligned;
+#[cfg(test)]
+mod auto_traits;
 mod memory;
 mod range;
 mod secret;

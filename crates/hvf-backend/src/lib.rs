@@ -144,6 +144,8 @@
     allow(rustdoc::broken_intra_doc_links)
 )]
 
+#[cfg(test)]
+mod auto_traits;
 pub mod el1;
 mod exit;
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
@@ -152,6 +154,11 @@ mod ram;
 mod state;
 mod syndrome;
 mod tracker;
+
+// The crates whose types are in public signatures.
+pub use dirty_bitmap;
+pub use guest_ram;
+pub use page_reader;
 
 pub use exit::{Exception, Exit};
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]

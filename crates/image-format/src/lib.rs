@@ -94,6 +94,8 @@
 #![doc = include_str!("../FORMAT.md")]
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+mod auto_traits;
 mod check;
 mod checksums;
 mod error;

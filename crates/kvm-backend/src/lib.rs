@@ -168,7 +168,16 @@
 // On the other two, some links above have no targets.
 #![cfg_attr(not(target_arch = "x86_64"), allow(rustdoc::broken_intra_doc_links))]
 
+#[cfg(test)]
+mod auto_traits;
 mod linux;
+
+// The crates whose types are in public signatures.
+pub use dirty_bitmap;
+pub use guest_ram;
+pub use kvm_bindings;
+pub use kvm_ioctls;
+pub use page_reader;
 
 pub use linux::{
     dirty_log::{DirtyLog, HarvestError, HarvestStats, PausedHarvest, Reprotect, StartError},

@@ -54,6 +54,8 @@
 #![cfg_attr(not(target_os = "linux"), allow(rustdoc::broken_intra_doc_links))]
 #![cfg(target_os = "linux")]
 
+#[cfg(test)]
+mod auto_traits;
 mod error;
 mod fault_handler;
 mod lazy_ram;
@@ -69,6 +71,11 @@ mod status;
 mod turns;
 mod userfaultfd;
 mod working_set;
+
+// The crates whose types are in public signatures.
+pub use atomic_file;
+pub use memory_image;
+pub use page_reader;
 
 pub use error::{LazyError, WaitError};
 pub use lazy_ram::LazyRam;

@@ -59,6 +59,9 @@ use segment::{Segment, SegmentSource};
 /// [merge](Self::merge) the chain, or raise the limit before opening it. This matters most in a
 /// process that drops the permission to open files. An image that cannot be found by its path (a
 /// memfd, an unlinked file) stays open.
+///
+/// Threads: the type is `Send` and `Sync`. Several threads may read and restore one chain at the
+/// same time.
 #[derive(Debug)]
 pub struct Chain {
     page_size: u64,

@@ -101,6 +101,8 @@
 //! # Limitations
 //! Reading a chain does not verify checksums: [`Image::verify`] does.
 
+#[cfg(test)]
+mod auto_traits;
 mod chain;
 mod compare;
 mod error;
@@ -113,6 +115,12 @@ mod parallel;
 mod raw;
 mod restore;
 mod verify;
+
+// The crates whose types are in public signatures.
+pub use dirty_bitmap;
+pub use memory_writer;
+pub use page_reader;
+pub use sparse_file;
 
 pub use chain::Chain;
 pub use chain::segment::{Segment, SegmentSource};

@@ -108,6 +108,8 @@
 //!
 //! A raw diff does not record its page size: read it in pages of the size that it was written in.
 
+#[cfg(test)]
+mod auto_traits;
 mod error;
 #[cfg(test)]
 mod footer_limit;
@@ -122,6 +124,12 @@ mod sealing;
 mod stale_pages;
 mod write_pass;
 mod writer;
+
+// The crates whose types are in public signatures.
+pub use atomic_file;
+pub use dirty_bitmap;
+pub use page_reader;
+pub use sparse_file;
 
 pub use atomic_file::{
     CommitError, Durability, FileVersion, NotPreserved, OpenError, Preserve, Symlinks,

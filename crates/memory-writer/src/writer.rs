@@ -30,6 +30,8 @@ use crate::stale_pages::StalePages;
 /// `write_full` and `write_diff` may be called in any order and as often as needed; the last write
 /// of a page counts. A write that fails, panics or is cancelled leaves a file that lacks pages, so
 /// the writer then refuses to commit.
+///
+/// The type is `Send`: one thread may open a writer, another one write, and a third one commit.
 #[derive(Debug)]
 #[must_use = "a writer that is dropped leaves no snapshot"]
 pub struct MemoryWriter {

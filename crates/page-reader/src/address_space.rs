@@ -62,6 +62,9 @@ impl MemoryFiles {
 /// [`PageReader::populated`](crate::PageReader::populated) describes what the kernel reports, and
 /// where everything may be populated.
 ///
+/// The type is neither `Send` nor `Sync`. [`MemoryFiles`] is both: create one address space for
+/// each thread.
+///
 /// # Examples
 /// ```
 /// use page_reader::{AddressSpace, MemoryFiles};

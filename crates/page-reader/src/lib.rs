@@ -161,6 +161,8 @@
 
 #[cfg(target_os = "linux")]
 mod address_space;
+#[cfg(test)]
+mod auto_traits;
 mod bytes;
 mod fault_in;
 mod file;
@@ -182,6 +184,10 @@ mod touched;
 #[cfg(target_os = "linux")]
 pub use address_space::{AddressSpace, MemoryFiles};
 pub use fault_in::fault_in;
+// The crates whose types are in public signatures.
+#[cfg(feature = "vm-memory")]
+pub use vm_memory;
+
 pub use file::FileReader;
 #[cfg(feature = "vm-memory")]
 pub use guest_memory::GuestMemoryReader;

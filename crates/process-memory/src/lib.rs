@@ -53,6 +53,8 @@
 // Elsewhere the links above have no targets.
 #![cfg_attr(not(target_os = "linux"), allow(rustdoc::broken_intra_doc_links))]
 
+#[cfg(all(test, target_os = "linux"))]
+mod auto_traits;
 #[cfg(target_os = "linux")]
 mod lazy_fill;
 #[cfg(target_os = "linux")]
@@ -65,6 +67,10 @@ mod proc_error;
 mod stop;
 #[cfg(target_os = "linux")]
 mod sys;
+
+// The crates whose types are in public signatures.
+#[cfg(target_os = "linux")]
+pub use page_reader;
 
 #[cfg(target_os = "linux")]
 pub use lazy_fill::{

@@ -164,6 +164,8 @@
 //!
 //! There are no cargo features.
 
+#[cfg(test)]
+mod auto_traits;
 mod extents;
 mod holes;
 mod identity;

@@ -22,7 +22,7 @@ impl Filled {
         let (bytes, stop) = match answer {
             Ok(()) => (len, None),
             Err(Errno::EAGAIN) if done > 0 => (done.cast_unsigned(), Some(Stop::Partial)),
-            Err(errno) => (0, Some(errno.into())),
+            Err(errno) => (0, Some(Stop::of(errno))),
         };
         Self { bytes, stop }
     }
@@ -80,10 +80,8 @@ impl Stop {
             Self::Other(errno) => errno,
         }
     }
-}
 
-impl From<Errno> for Stop {
-    fn from(errno: Errno) -> Self {
+    pub(crate) fn of(errno: Errno) -> Self {
         match errno {
             Errno::EAGAIN => Self::Changing,
             Errno::EEXIST => Self::Present,

@@ -101,6 +101,8 @@
 #![cfg(target_os = "linux")]
 
 mod abi;
+#[cfg(test)]
+mod auto_traits;
 mod error;
 mod event;
 mod filled;
@@ -110,6 +112,9 @@ mod open;
 mod options;
 mod sys;
 mod userfaultfd;
+
+// The crates whose types are in public signatures.
+pub use bitflags;
 
 pub use error::{OpenError, RegisterError};
 pub use event::Event;

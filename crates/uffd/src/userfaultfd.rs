@@ -236,10 +236,8 @@ impl Userfaultfd {
 
     fn set_protection(&self, range: &Range<u64>, mode: u64) -> Result<(), Stop> {
         let range = kernel_range(range);
-        Ok(sys::write_protect(
-            &self.fault,
-            uffdio_writeprotect { range, mode },
-        )?)
+        let request = uffdio_writeprotect { range, mode };
+        sys::write_protect(&self.fault, request).map_err(Stop::of)
     }
 
     /// Returns whether the cause of an event other than a page fault is still in progress: its

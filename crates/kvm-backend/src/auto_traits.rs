@@ -1,0 +1,33 @@
+//! Checks at compile time which public types threads may send and share.
+
+use crate::{
+    DirtyLog, GuestRam, GuestRamOptions, HarvestError, Paused, PausedHarvest, RamSlots, SlotError,
+    StartError, Vcpu, Vcpus,
+};
+
+fn shared<T: Send + Sync>() {}
+
+#[test]
+fn main_types_are_send_and_sync() {
+    shared::<DirtyLog>();
+    shared::<GuestRam>();
+    shared::<GuestRamOptions>();
+    shared::<HarvestError>();
+    shared::<Paused>();
+    shared::<PausedHarvest>();
+    shared::<RamSlots>();
+    shared::<SlotError>();
+    shared::<StartError>();
+    shared::<Vcpu>();
+    shared::<Vcpus>();
+}
+
+/// Callers name these types without a dependency of their own.
+#[test]
+fn crates_of_public_signatures_are_reexported() {
+    shared::<crate::dirty_bitmap::DirtyBitmap>();
+    shared::<crate::guest_ram::GuestRamError>();
+    shared::<crate::kvm_bindings::kvm_regs>();
+    shared::<crate::kvm_ioctls::VmFd>();
+    shared::<crate::page_reader::RamLayout>();
+}

@@ -1,0 +1,20 @@
+//! Checks at compile time which public types threads may send and share.
+
+use crate::{
+    CancelGuard, CancelToken, Capabilities, Extents, FileIdentity, PageHoles, WriteError,
+    WriteOptions,
+};
+
+fn shared<T: Send + Sync>() {}
+
+#[test]
+fn main_types_are_send_and_sync() {
+    shared::<CancelGuard>();
+    shared::<CancelToken>();
+    shared::<Capabilities>();
+    shared::<Extents>();
+    shared::<FileIdentity>();
+    shared::<PageHoles>();
+    shared::<WriteError>();
+    shared::<WriteOptions>();
+}
