@@ -73,7 +73,7 @@ const CRATES: [(&str, Tiers); 5] = [
         &[
             &["bad_input", "destinations", "layout_errors", "layouts"],
             &["oracle", "process", "progress", "snapshots"],
-            &["ambiguous", "recycling", "resident"],
+            &["ambiguous", "device_writes", "recycling", "resident"],
             &["skipping", "skipping_oracle"],
             &["claimed_ram", "memory", "releasing", "untouched", "zeros"],
         ],
