@@ -146,20 +146,3 @@ impl<K: Markable> DirtyBitmap<K> {
         Ok(())
     }
 }
-
-/// The former names of the methods that mark.
-#[doc(hidden)]
-impl<K: Markable> DirtyBitmap<K> {
-    #[inline]
-    pub fn set_dirty(&self, address: u64) -> Result<bool, OutOfRange> {
-        self.mark(address)
-    }
-
-    pub fn set_dirty_by_index(&self, index: u64) -> Result<bool, OutOfRange> {
-        self.mark_page(index)
-    }
-
-    pub fn set_range(&self, address: u64, len: u64) -> Result<bool, OutOfRange> {
-        self.mark_range(address, len)
-    }
-}
