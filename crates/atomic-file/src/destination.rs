@@ -23,11 +23,12 @@ pub enum Symlinks {
     ///
     /// This is the default, because [`Replace`](Self::Replace) silently loses the link of an
     /// operator who moved the files to a larger disk. A dangling link is an error: usually a disk
-    /// is not mounted. In a directory that [others may write to](crate::others_may_write), a link
-    /// is followed only if the directory is sticky (`/tmp`) and the link belongs to this user or to
-    /// the directory's owner, as with Linux's `fs.protected_symlinks`. Two users that a user
-    /// namespace does not map count as [different users](crate::is_same_user). A magic link of
-    /// Linux (`/proc/PID/fd/N`, `/dev/stdout`) leads to an open file rather than to a path, and is
+    /// is not mounted. No link is followed in a directory of a user other than this one and root.
+    /// In a directory that [others may write to](crate::others_may_write), a link is followed only
+    /// if the directory is sticky (`/tmp`) and the link belongs to this user or to the directory's
+    /// owner, as with Linux's `fs.protected_symlinks`. Two users that a user namespace does not
+    /// map count as [different users](crate::is_same_user). A magic link of Linux
+    /// (`/proc/PID/fd/N`, `/dev/stdout`) leads to an open file rather than to a path, and is
     /// [refused](OpenError::MagicLink).
     #[default]
     Follow,
@@ -285,12 +286,14 @@ fn parent_to_show(parent: &Path) -> PathBuf {
 /// `fs.protected_symlinks`. The kernel applies it to links that it follows itself, but this crate
 /// follows links itself. The rule here is stricter: it applies wherever other users may write,
 /// sticky or not. If the directory is not sticky, other users may exchange a link after its owner
-/// was checked, so no link is followed.
+/// was checked, so no link is followed. The owner of a directory may exchange any link, so no link
+/// is followed in a directory of a user other than this one and root.
 fn may_follow(link: &Stat, dir: &Stat, others_may_write: bool) -> bool {
     const STICKY: u32 = 0o1000;
     let me = UserId::new(nix::unistd::geteuid().as_raw());
     let trusted = || link.uid.is_any_of(&[me, dir.uid]);
-    !others_may_write || (dir.mode & STICKY != 0 && trusted())
+    dir.uid.is_any_of(&[me, UserId::ROOT])
+        && (!others_may_write || (dir.mode & STICKY != 0 && trusted()))
 }
 
 #[cfg(test)]
@@ -298,15 +301,21 @@ mod tests {
     use super::*;
     use crate::directory::Directory;
 
+    /// Stands for root, which may be this user.
+    const ROOT: u32 = u32::MAX;
+
     #[rstest::rstest]
-    #[case::another_users_in_a_private_directory(0o755, false, 1, 2, true)]
-    #[case::own_in_a_shared_sticky_directory(0o1777, true, 0, 2, true)]
-    #[case::of_the_directory_owner(0o1777, true, 2, 2, true)]
-    #[case::another_users(0o1777, true, 1, 2, false)]
+    #[case::another_users_in_a_private_directory(0o755, false, 1, 0, true)]
+    #[case::another_users_in_a_private_directory_of_root(0o755, false, 1, ROOT, true)]
+    #[case::own_in_a_private_directory_of_another_user(0o755, false, 0, 2, false)]
+    #[case::own_in_a_shared_sticky_directory(0o1777, true, 0, ROOT, true)]
+    #[case::of_root_in_a_shared_sticky_directory_of_root(0o1777, true, ROOT, ROOT, true)]
+    #[case::own_in_a_shared_sticky_directory_of_another_user(0o1777, true, 0, 2, false)]
+    #[case::of_the_directory_owner(0o1777, true, 2, 2, false)]
+    #[case::another_users(0o1777, true, 1, ROOT, false)]
     #[case::own_in_a_shared_directory(0o777, true, 0, 0, false)]
-    #[case::another_users_where_a_group_may_write(0o1775, true, 1, 2, false)]
+    #[case::another_users_where_a_group_may_write(0o1775, true, 1, 0, false)]
     #[case::own_where_a_group_may_write(0o2775, true, 0, 0, false)]
-    #[case::another_users_where_the_group_is_private(0o775, false, 1, 2, true)]
     fn only_links_of_trusted_users_are_followed(
         #[case] mode: u32,
         #[case] others_may_write: bool,
@@ -317,7 +326,10 @@ mod tests {
         let here = Directory::open(Path::new("/")).unwrap().stat;
         let me = nix::unistd::geteuid().as_raw();
         // Three different users; 0 is this one.
-        let uid = |number: u32| UserId::new(me.wrapping_add(number));
+        let uid = |number: u32| match number {
+            ROOT => UserId::ROOT,
+            number => UserId::new(me.wrapping_add(number)),
+        };
         let link = Stat {
             uid: uid(link_of),
             ..here

@@ -311,8 +311,9 @@
 //!   composition) count as different destinations for waiting and serialization. A group does not
 //!   recognize two new names that differ in Unicode composition only: see [`AtomicGroup`].
 //! - Readers see the files of a group change one by one.
-//! - Groups of different users with common destinations do not wait for each other, and their files
-//!   may mix.
+//! - Writers and groups of different users with common destinations do not wait for each other. The
+//!   files of such groups may mix, and a group may replace a file that another user commits during
+//!   it.
 //! - `open` lists the directory once, and `commit` lists it twice. Avoid directories of hundreds of
 //!   thousands of files.
 //! - If a process of this user is stopped (`SIGSTOP`) during a group commit, commits of that

@@ -259,6 +259,30 @@ fn another_users_symlink_in_a_shared_directory_is_refused() {
     assert_eq!(fs::read(&victim).unwrap(), b"ours");
 }
 
+/// The owner of a directory may replace any link in it.
+#[test]
+fn symlink_in_another_users_directory_is_refused() {
+    needs!(Root);
+    const OWNER: u32 = 12345;
+    let dir = tempfile::tempdir().unwrap();
+    let (home, victim) = (dir.path().join("home"), dir.path().join("victim"));
+    fs::create_dir(&home).unwrap();
+    fs::set_permissions(&home, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(&victim, "precious").unwrap();
+    symlink(&victim, home.join("link")).unwrap();
+    commit(&AtomicWriter::options(), &home.join("link"), b"ours").expect("a directory of root");
+    std::os::unix::fs::chown(&home, Some(OWNER), None).unwrap();
+    for of in [0, OWNER, OWNER + 1] {
+        std::os::unix::fs::lchown(home.join("link"), Some(of), None).unwrap();
+        let error = AtomicWriter::open(home.join("link")).unwrap_err();
+        assert!(
+            matches!(error, OpenError::UntrustedSymlink { owner, .. } if owner == of),
+            "{error:?}"
+        );
+    }
+    assert_eq!(fs::read(&victim).unwrap(), b"ours");
+}
+
 #[rstest]
 #[case::a_directory("dir", true)]
 #[case::a_fifo("fifo", false)]

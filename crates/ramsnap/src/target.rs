@@ -18,15 +18,17 @@ use crate::{ram_lock, save};
 /// The largest number of links that are followed, as in Linux.
 const LINKS: usize = 40;
 const STICKY: Mode = Mode::S_ISVTX;
+const ROOT: u32 = 0;
 
 /// Opens the file at `path` to write RAM to it, and [locks](ram_lock) it until it is closed, though
 /// the processes in `ignored` hold the lock.
 ///
-/// A link in a directory that [others may write to](atomic_file::others_may_write) is followed only
-/// if `atomic-file` would follow it: the directory is sticky, and the link is this user's or the
-/// directory owner's. Unless `force` is set, the file must belong to this user, and must be private
-/// if others may write to its directory. A file named by its descriptor in /proc is exempt from
-/// both rules: only its process controls it, and no other user can replace it.
+/// A link is followed only if `atomic-file` would follow it: in a directory of this user or root.
+/// If [others may write to](atomic_file::others_may_write) the directory, it must be sticky, and the
+/// link must be this user's or the directory owner's. Unless `force` is set, the file must belong
+/// to this user, and must be private if others may write to its directory. A file named by its
+/// descriptor in /proc is exempt from both rules: only its process controls it, and no other user
+/// can replace it.
 pub fn open_and_lock(path: &Path, force: bool, ignored: &[u32]) -> anyhow::Result<File> {
     let opening = || format!("cannot open {path:?} to restore to");
     let mut at = path.to_owned();
@@ -96,7 +98,9 @@ fn is(stat: &FileStat, kind: SFlag) -> bool {
 fn may_follow(link: &FileStat, dir: &FileStat, others_may_write: bool) -> bool {
     let mode = Mode::from_bits_truncate(dir.st_mode);
     let trusted = is_of_this_user(link) || is_same_user(link.st_uid, dir.st_uid);
-    !others_may_write || (mode.contains(STICKY) && trusted)
+    // The owner of a directory may exchange any link in it.
+    let dir_is_trusted = is_of_this_user(dir) || is_same_user(dir.st_uid, ROOT);
+    dir_is_trusted && (!others_may_write || (mode.contains(STICKY) && trusted))
 }
 
 fn is_own(file: &FileStat, others_may_write_to_its_dir: bool) -> bool {

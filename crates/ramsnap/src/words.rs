@@ -64,7 +64,7 @@ fn of_opening(error: &OpenError) -> Option<String> {
             "{path:?} is a symbolic link to {target:?}, which does not exist (a disk not mounted?)"
         )),
         OpenError::UntrustedSymlink { path, owner } => Some(format!(
-            "{path:?} is a symbolic link of user {owner}, in a directory where anybody may put some"
+            "{path:?} is a symbolic link of user {owner}, which another user may have put there"
         )),
         OpenError::AlreadyExists { path } => {
             let path = path.clone();

@@ -259,6 +259,17 @@ fn ram_is_not_restored_to_files_of_another_user() {
         assert_ne!(work.run(&save).code, Some(0));
         assert_eq!(roots.metadata().unwrap().blocks(), 0);
     }
+    // The owner of a directory may replace any link in it.
+    mode(shared.path(), 0o755);
+    chown(shared.path(), Some(65534), None).unwrap();
+    for owner in [0, 65534] {
+        lchown(&path, Some(owner), None).unwrap();
+        for restore in [&restore, &format!("{restore} --force")] {
+            work.fails(restore, 2, &["link", "another user"]);
+        }
+        assert_eq!(roots.metadata().unwrap().blocks(), 0);
+    }
+    chown(shared.path(), Some(0), None).unwrap();
     // Links of this user are followed.
     mode(shared.path(), 0o1777);
     lchown(&path, Some(0), None).unwrap();

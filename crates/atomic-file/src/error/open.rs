@@ -58,12 +58,13 @@ pub enum OpenError {
         /// The target of the last link, as stored in the link.
         target: PathBuf,
     },
-    /// The destination is a symbolic link in a directory that [others may write
-    /// to](crate::others_may_write), and another user may have created it.
+    /// The destination is a symbolic link that another user may have created: in a directory of a
+    /// user other than this one and root, or in one that [others may write
+    /// to](crate::others_may_write).
     #[error(
-        "{path:?} is a symbolic link of {}, in a directory where its group or all users may create \
-         links: name its target, replace the link itself with `Symlinks::Replace`, or make the \
-         directory private (chmod go-w)",
+        "{path:?} is a symbolic link of {}, in a directory where another user, its group or all \
+         users may create links: name its target, replace the link itself with \
+         `Symlinks::Replace`, or make the directory private (chown, chmod go-w)",
         UserId::new(*owner)
     )]
     UntrustedSymlink {
