@@ -23,12 +23,12 @@ pub enum Symlinks {
     ///
     /// This is the default, because [`Replace`](Self::Replace) silently loses the link of an
     /// operator who moved the files to a larger disk. A dangling link is an error: usually a disk
-    /// is not mounted. No link is followed in a directory of a user other than this one and root.
-    /// In a directory that [others may write to](crate::others_may_write), a link is followed only
-    /// if the directory is sticky (`/tmp`) and the link belongs to this user or to the directory's
-    /// owner, as with Linux's `fs.protected_symlinks`. Two users that a user namespace does not
-    /// map count as [different users](crate::is_same_user). A magic link of Linux
-    /// (`/proc/PID/fd/N`, `/dev/stdout`) leads to an open file rather than to a path, and is
+    /// is not mounted. No link is followed in a directory of a mapped user other than this one and
+    /// root. In a directory that [others may write to](crate::others_may_write), a link is
+    /// followed only if the directory is sticky (`/tmp`) and the link belongs to this user or to
+    /// the directory's owner, as with Linux's `fs.protected_symlinks`. Two users that a user
+    /// namespace does not map count as [different users](crate::is_same_user). A magic link of
+    /// Linux (`/proc/PID/fd/N`, `/dev/stdout`) leads to an open file rather than to a path, and is
     /// [refused](OpenError::MagicLink).
     #[default]
     Follow,
@@ -287,13 +287,14 @@ fn parent_to_show(parent: &Path) -> PathBuf {
 /// follows links itself. The rule here is stricter: it applies wherever other users may write,
 /// sticky or not. If the directory is not sticky, other users may exchange a link after its owner
 /// was checked, so no link is followed. The owner of a directory may exchange any link, so no link
-/// is followed in a directory of a user other than this one and root.
+/// is followed in a directory of a user other than this one and root. An owner that this user
+/// namespace does not map may be root: `/tmp` has such an owner in many containers.
 fn may_follow(link: &Stat, dir: &Stat, others_may_write: bool) -> bool {
     const STICKY: u32 = 0o1000;
     let me = UserId::new(nix::unistd::geteuid().as_raw());
     let trusted = || link.uid.is_any_of(&[me, dir.uid]);
-    dir.uid.is_any_of(&[me, UserId::ROOT])
-        && (!others_may_write || (dir.mode & STICKY != 0 && trusted()))
+    let dir_is_trusted = dir.uid.is_any_of(&[me, UserId::ROOT]) || !dir.uid.is_mapped();
+    dir_is_trusted && (!others_may_write || (dir.mode & STICKY != 0 && trusted()))
 }
 
 #[cfg(test)]

@@ -24,11 +24,11 @@ const ROOT: u32 = 0;
 /// the processes in `ignored` hold the lock.
 ///
 /// A link is followed only if `atomic-file` would follow it: in a directory of this user or root.
-/// If [others may write to](atomic_file::others_may_write) the directory, it must be sticky, and the
-/// link must be this user's or the directory owner's. Unless `force` is set, the file must belong
-/// to this user, and must be private if others may write to its directory. A file named by its
-/// descriptor in /proc is exempt from both rules: only its process controls it, and no other user
-/// can replace it.
+/// If [others may write to](atomic_file::others_may_write) the directory, it must be sticky, and
+/// the link must be this user's or the directory owner's. Unless `force` is set, the file must
+/// belong to this user, and must be private if others may write to its directory. A file named by
+/// its descriptor in /proc is exempt from both rules: only its process controls it, and no other
+/// user can replace it.
 pub fn open_and_lock(path: &Path, force: bool, ignored: &[u32]) -> anyhow::Result<File> {
     let opening = || format!("cannot open {path:?} to restore to");
     let mut at = path.to_owned();
@@ -98,8 +98,11 @@ fn is(stat: &FileStat, kind: SFlag) -> bool {
 fn may_follow(link: &FileStat, dir: &FileStat, others_may_write: bool) -> bool {
     let mode = Mode::from_bits_truncate(dir.st_mode);
     let trusted = is_of_this_user(link) || is_same_user(link.st_uid, dir.st_uid);
-    // The owner of a directory may exchange any link in it.
-    let dir_is_trusted = is_of_this_user(dir) || is_same_user(dir.st_uid, ROOT);
+    // The owner of a directory may exchange any link in it. One that this user namespace does not
+    // map, and so is not the same as itself, may be root.
+    let dir_is_trusted = is_of_this_user(dir)
+        || is_same_user(dir.st_uid, ROOT)
+        || !is_same_user(dir.st_uid, dir.st_uid);
     dir_is_trusted && (!others_may_write || (mode.contains(STICKY) && trusted))
 }
 
