@@ -22,6 +22,7 @@ pub fn have_few_descriptors() {
     setrlimit(Resource::RLIMIT_NOFILE, FEW, FEW).unwrap();
 }
 
+/// Returns the number of descriptors, including those that the process has inherited.
 pub fn open_descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
