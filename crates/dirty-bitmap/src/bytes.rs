@@ -62,8 +62,9 @@ impl DirtyBitmap {
     /// A mark is added to a bitmap that exists, of any kind, by [`mark_all`](Self::mark_all).
     ///
     /// # Errors
-    /// Returns [`DecodeError`] for any other bytes. The bytes may be from an untrusted source: the
-    /// memory that this allocates for marks is checked against their length first.
+    /// Returns [`DecodeError`] for any other bytes. The length of the marks is checked before
+    /// memory is allocated. The bitmap takes memory for the pages of the RAM that the bytes name,
+    /// also if their granule is larger: check the size of RAM from an untrusted source.
     ///
     /// # Examples
     /// ```
