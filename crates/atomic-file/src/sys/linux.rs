@@ -18,7 +18,7 @@ use std::time::SystemTime;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
-use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
+use nix::sys::statfs::PROC_SUPER_MAGIC;
 use nix::unistd::{Uid, geteuid, setfsuid};
 
 use super::restrictions::Restrictions;
@@ -107,8 +107,7 @@ pub(crate) fn is_magic_link(dir: impl AsFd, name: &OsStr) -> io::Result<bool> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let dir = dir.as_fd();
     let link = retry(|| openat(dir, name, flags, Mode::empty()))?;
-    let file_system = retry(|| fstatfs(&link))?.filesystem_type();
-    Ok(file_system == PROC_SUPER_MAGIC && !leads_to_a_path(dir, name))
+    Ok(magic_of(&link)? == PROC_SUPER_MAGIC.0 as u32 && !leads_to_a_path(dir, name))
 }
 
 /// Returns whether the kernel follows the link by its text (`/proc/mounts`). Returns `false` if it
