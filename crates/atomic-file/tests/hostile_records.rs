@@ -279,13 +279,7 @@ fn a_writer_completes_its_own_groups_and_few_others(#[values(false, true)] group
     let completed = fs::read(dir.join(MEMBERS[0])).unwrap();
     assert_eq!(completed, b"forged", "its own group is completed");
     assert_eq!(left(), PLANTED as usize - MAX_OTHERS);
-    if group {
-        let mut group = AtomicGroup::new();
-        group.add(writer).unwrap();
-        group.commit().unwrap();
-    } else {
-        writer.commit().unwrap();
-    }
+    support::commit_writer(writer, group);
     let completed = PLANTED as usize - left();
     assert!(completed <= 4 * MAX_OTHERS, "{completed}");
     let report = recover(&dir).unwrap();

@@ -193,13 +193,7 @@ fn a_file_has_its_mode_after_the_last_write(#[case] mode: u32, #[values(false, t
         let again = fs::File::options().write(true).open(writer.staged_path());
         again.expect("its owner may write to it until the commit");
         writer.write_all_at(b"new", 0).unwrap();
-        if group {
-            let mut group = atomic_file::AtomicGroup::new();
-            group.add(writer).unwrap();
-            group.commit().unwrap();
-        } else {
-            writer.commit().unwrap();
-        }
+        support::commit_writer(writer, group);
     });
     assert_eq!(fs::metadata(&dest).unwrap().mode() & 0o7777, mode);
 }

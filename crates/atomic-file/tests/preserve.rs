@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::path::Path;
 
-use atomic_file::{AtomicGroup, AtomicWriter, Attribute, OpenError, Preserve};
+use atomic_file::{AtomicWriter, Attribute, OpenError, Preserve};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rstest::rstest;
 use support::{assert_names, commit, dir_with_old};
@@ -111,13 +111,7 @@ fn everything_is_preserved_on_request(#[values(false, true)] group: bool) {
         "not yet"
     );
     writer.write_all_at(b"new", 0).unwrap();
-    if group {
-        let mut group = AtomicGroup::new();
-        group.add(writer).unwrap();
-        group.commit().unwrap();
-    } else {
-        writer.commit().unwrap();
-    }
+    support::commit_writer(writer, group);
     assert_eq!(fs::read(&dest).unwrap(), b"new");
     assert_eq!(found(&dest), before);
     assert_eq!(xattr::get(&dest, ACL).unwrap(), acl_before);

@@ -71,6 +71,16 @@ pub(crate) fn commit(
     writer.commit()
 }
 
+/// Commits `writer`, alone or as the only member of a group.
+pub(crate) fn commit_writer(writer: AtomicWriter, in_group: bool) {
+    if !in_group {
+        return writer.commit().unwrap();
+    }
+    let mut group = AtomicGroup::new();
+    group.add(writer).unwrap();
+    group.commit().unwrap();
+}
+
 /// Returns a temporary directory with a file `dest` that contains `old`.
 pub(crate) fn dir_with_old() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().expect("temporary directory");
