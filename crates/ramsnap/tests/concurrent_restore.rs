@@ -7,17 +7,15 @@ mod support;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::process::Command;
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 use nix::fcntl::{FcntlArg, fcntl};
 use rstest::rstest;
-use support::held::{Held, half_restored};
+use support::held::{ALLOCATING, Held, half_restored};
 use support::ram_file::bytes;
 use support::{PAGE, RAM, Work};
 use test_machine::{FileSystem, LoopMount, Need, needs};
-
-/// The system call that reserves room and makes holes.
-const ALLOCATING: &str = "fallocate";
 
 /// A guest is started with the file while the images are checked, and uses its first, last and
 /// other pages.
@@ -181,6 +179,45 @@ fn a_vmm() {
     std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
 }
 
+/// Another process that runs [`a_vmm`].
+struct Vmm {
+    process: Child,
+    /// Open until the end: the process prints more.
+    _output: BufReader<ChildStdout>,
+}
+
+impl Vmm {
+    /// Returns once the process has mapped `ram`, and has split the mapping if `split` is set.
+    fn start(ram: &Path, split: bool) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
+            .args(["--exact", "a_vmm", "--nocapture"])
+            .env(MAPPED, ram)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        if split {
+            command.env(SPLIT, "1");
+        }
+        let mut process = command.spawn().unwrap();
+        let mut output = BufReader::new(process.stdout.take().unwrap());
+        let mut lines = output.by_ref().lines();
+        assert!(lines.any(|line| line.unwrap() == "mapped"));
+        Self {
+            process,
+            _output: output,
+        }
+    }
+
+    fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    fn end(mut self) {
+        drop(self.process.stdin.take());
+        self.process.wait().unwrap();
+    }
+}
+
 /// The RAM is read through a mapping of the process. On btrfs, mappings are listed with another
 /// device than files.
 #[rstest]
@@ -206,18 +243,7 @@ fn a_process_whose_ram_is_being_restored_is_not_read(#[case] on_btrfs: bool) {
     let guest = File::create_new(&ram).unwrap();
     guest.set_len(RAM).unwrap();
     let guest = File::options().read(true).write(true).open(&ram).unwrap();
-    let mut vmm = Command::new(std::env::current_exe().unwrap());
-    let mut vmm = vmm
-        .args(["--exact", "a_vmm", "--nocapture"])
-        .env(MAPPED, &ram)
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    // Open until the end: the other process prints more.
-    let mut output = BufReader::new(vmm.stdout.take().unwrap());
-    let mut lines = output.by_ref().lines();
-    assert!(lines.any(|line| line.unwrap() == "mapped"));
+    let vmm = Vmm::start(&ram, false);
     let held = half_restored(&work);
     let full = format!(
         "dump --pid {} --live --region {} -o out",
@@ -228,8 +254,7 @@ fn a_process_whose_ram_is_being_restored_is_not_read(#[case] on_btrfs: bool) {
     assert_eq!(held.release().0.code(), Some(0));
     assert!(bytes(&guest) == work.read("first"));
     work.good(&full);
-    drop(vmm.stdin.take());
-    vmm.wait().unwrap();
+    vmm.end();
 }
 
 /// The kernel has a link to the file for each part of the mapping. The file has another name by
@@ -239,18 +264,7 @@ fn split_mapping_of_ram_being_restored_is_refused() {
     needs!(Strace, Root);
     let work = Work::with_chain();
     let guest = work.create("mapped", RAM);
-    let mut vmm = Command::new(std::env::current_exe().unwrap());
-    let mut vmm = vmm
-        .args(["--exact", "a_vmm", "--nocapture"])
-        .env(MAPPED, work.path("mapped"))
-        .env(SPLIT, "1")
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut output = BufReader::new(vmm.stdout.take().unwrap());
-    let mut lines = output.by_ref().lines();
-    assert!(lines.any(|line| line.unwrap() == "mapped"));
+    let vmm = Vmm::start(&work.path("mapped"), true);
     std::fs::hard_link(work.path("mapped"), work.path("guest")).unwrap();
     std::fs::remove_file(work.path("mapped")).unwrap();
     let held = half_restored(&work);
@@ -260,8 +274,7 @@ fn split_mapping_of_ram_being_restored_is_refused() {
     assert!(bytes(&guest) == work.read("first"));
     let dump = work.good(&full);
     assert!(!dump.err.contains("cannot open"), "{}", dump.err);
-    drop(vmm.stdin.take());
-    vmm.wait().unwrap();
+    vmm.end();
 }
 
 #[test]

@@ -9,13 +9,10 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use rstest::rstest;
-use support::held::{Held, SHARED, calls, half_restored};
+use support::held::{ALLOCATING, Held, SHARED, calls, half_restored};
 use support::ram_file::bytes;
 use support::{PAGE, RAM, Work, noise};
 use test_machine::needs;
-
-/// The system call that reserves room and makes holes.
-const ALLOCATING: &str = "fallocate";
 
 /// Users press Ctrl-C twice.
 #[test]

@@ -19,6 +19,9 @@ use crate::support::Work;
 const CALLS: &str = "openat,mkdir,flock,ftruncate,fallocate,pread64,pwrite64,fsync,fdatasync,\
     renameat,renameat2,linkat,unlinkat,rmdir,close";
 
+/// The call that reserves room and makes holes.
+pub(crate) const ALLOCATING: &str = "fallocate";
+
 /// The call that threads share: the main thread's part of them differs from run to run.
 pub(crate) const SHARED: &str = "pread64";
 
