@@ -1,17 +1,18 @@
-//! The session in the README equals the output of the tool.
+//! The sessions in the README and in the guides equal the output of the tool.
 
 mod support;
 
-use std::path::Path;
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use support::{RAMSNAP, Work};
 
-const README: &str = include_str!("../README.md");
-
-/// Returns each command of the session with its output.
-fn session() -> Vec<(String, String)> {
-    let blocks = README.split("```console\n").skip(1);
+/// Returns each command of the session in a page with its output.
+fn session(page: &str) -> Vec<(String, String)> {
+    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(page)).unwrap();
+    let blocks = page.split("```console\n").skip(1);
     let session: String = blocks
         .map(|block| block.split("```").next().unwrap())
         .collect();
@@ -44,9 +45,32 @@ fn comparable(text: &str) -> Vec<String> {
 #[test]
 fn the_session_in_the_readme_is_what_happens() {
     let work = Work::empty();
-    let mut dir = work.path("");
-    let steps = session();
+    let steps = session("README.md");
     assert!(steps.len() > 8, "{steps:?}");
+    check(steps, work.path(""));
+}
+
+#[test]
+fn the_session_in_the_firecracker_guide_is_what_happens() {
+    let work = Work::empty();
+    let mut ram = vec![0; 64 << 20];
+    ram[..8 << 20].fill(0xa5);
+    fs::write(work.path("full.mem"), &ram).unwrap();
+    let diff = fs::File::create(work.path("diff.mem")).unwrap();
+    diff.set_len(64 << 20).unwrap();
+    for (page, byte) in [(3, 0x11), (4, 0x11), (5, 0), (1900, 0x11)] {
+        diff.write_all_at(&[byte; 4096], page * 4096).unwrap();
+        let start = page as usize * 4096;
+        ram[start..start + 4096].fill(byte);
+    }
+    let steps = session("../../docs/guides/firecracker-files.md");
+    assert!(steps.len() > 3, "{steps:?}");
+    check(steps, work.path(""));
+    assert!(fs::read(work.path("new.mem")).unwrap() == ram);
+}
+
+/// Runs the commands of a session and compares their output.
+fn check(steps: Vec<(String, String)>, mut dir: PathBuf) {
     for (command, expected) in steps {
         if let Some(to) = command.strip_prefix("cd ") {
             dir = dir.join(to);
