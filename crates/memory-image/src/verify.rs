@@ -100,7 +100,9 @@ impl Image {
     /// 8.
     ///
     /// # Errors
-    /// Returns a [`VerifyError`]. Damage is not an error.
+    /// Returns a [`VerifyError`]. Damage is not an error. If the file was [written
+    /// to](Self::check_unchanged) since it was opened, the error is [`ReadImageError::Changed`],
+    /// whether damage was found or not.
     ///
     /// # Examples
     /// ```
@@ -155,6 +157,8 @@ impl Image {
                 }
             },
         )?;
+        // Chunks of several versions may each match their checksums, or match none.
+        self.check_unchanged()?;
         found.damage.sort_by_key(Damage::offset);
         Ok(found)
     }

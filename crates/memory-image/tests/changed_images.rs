@@ -9,8 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use memory_image::{Chain, MappedChain, ReadImageError};
-use memory_writer::MemoryWriter;
+use memory_image::{Chain, Image, MappedChain, ReadImageError, VerifyError};
+use memory_writer::{Layout, MemoryWriter};
 use page_reader::{Layered, Touched};
 use rstest::rstest;
 use support::raw_guest::{Guest, PAGE, SIZE};
@@ -112,4 +112,36 @@ fn an_image_changed_after_it_was_opened_is_an_error(
         chain.check_unchanged(),
         Err(ReadImageError::Changed { path }) if path == guest.snapshots[changed]
     ));
+}
+
+/// The bytes of the chunks that were read before a change match their checksums.
+#[rstest]
+fn an_image_changed_while_it_is_verified_is_an_error(
+    #[values(Layout::Sealed, Layout::Packed)] layout: Layout,
+    #[values(write_to, truncate_and_grow)] change: fn(&Path),
+    #[values(false, true)] before: bool,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let options = MemoryWriter::options().layout(layout);
+    let mut writer = options.open(&path, SIZE, PAGE).unwrap();
+    writer.write_full(&vec![1; SIZE as usize]).unwrap();
+    writer.commit().unwrap();
+    let image = Image::open(&path).unwrap();
+    let mut go_on = |_| ControlFlow::Continue(());
+    assert!(image.verify(&mut go_on).unwrap().is_ok());
+    let total = image.footer().unwrap().present_bytes();
+    let found = image.verify(&mut |progress| {
+        if progress.done == if before { 0 } else { total } {
+            change(&path);
+        }
+        ControlFlow::Continue(())
+    });
+    assert!(
+        matches!(
+            &found,
+            Err(VerifyError::Read(ReadImageError::Changed { path: changed })) if *changed == path
+        ),
+        "{found:?}"
+    );
 }

@@ -16,7 +16,7 @@ pub enum VerifyError {
         /// The path of the image.
         path: PathBuf,
     },
-    /// The file could not be read.
+    /// The file could not be read, or was written to since it was opened.
     #[error(transparent)]
     Read(#[from] ReadImageError),
     /// The progress function returned [`ControlFlow::Break`](std::ops::ControlFlow::Break).
