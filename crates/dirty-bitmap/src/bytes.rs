@@ -3,7 +3,8 @@
 use thiserror::Error;
 
 use crate::bitmap::DirtyBitmap;
-use crate::geometry::GeometryError;
+use crate::geometry::{GeometryError, RamRange};
+use crate::marks::Marks;
 
 /// The first bytes of an encoded bitmap. The last one is the version.
 const MAGIC: [u8; 8] = *b"DIRTYBM\x01";
@@ -63,8 +64,9 @@ impl DirtyBitmap {
     ///
     /// # Errors
     /// Returns [`DecodeError`] for any other bytes. The length of the marks is checked before
-    /// memory is allocated. The bitmap takes memory for the pages of the RAM that the bytes name,
-    /// also if their granule is larger: check the size of RAM from an untrusted source.
+    /// memory is allocated, and the bitmap takes about as much memory as the bytes: nothing for
+    /// pages that are smaller than the granule, until the bitmap is [rebuilt](Self::rebuild) for
+    /// them.
     ///
     /// # Examples
     /// ```
@@ -92,7 +94,7 @@ impl DirtyBitmap {
         };
         let field = |at: usize| word_at(header, at);
         let (ram_start, ram_size, page_size, granule) = (field(1), field(2), field(3), field(4));
-        let ram = crate::geometry::RamRange::new(ram_start, ram_size, page_size)?;
+        let ram = RamRange::new(ram_start, ram_size, page_size)?;
         let shift = ram.shift_of(granule)?;
         let granules = ram.pages(shift);
         // Check before memory is allocated.
@@ -105,8 +107,8 @@ impl DirtyBitmap {
         if last.leading_zeros() < unused as u32 {
             return Err(DecodeError::MarkOutsideRam);
         }
-        let bitmap = Self::new(ram_start, ram_size, page_size)?;
-        bitmap.rebuild(granule)?;
+        let page_shift = ram.shift_of(page_size)?;
+        let bitmap = Self::over(Marks::clean_in_granules(ram, page_shift, shift)?);
         let table = bitmap.marks.table(shift);
         for word in 0..marks.len() / WORD_LEN {
             let bits = word_at(marks, word);

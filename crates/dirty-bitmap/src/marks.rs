@@ -15,8 +15,10 @@ pub(crate) struct Marks {
     pub(crate) page_shift: u32,
     /// The [`TableGeneration`] of the table that marks go to.
     current: AtomicU64,
-    /// The table of the page size. It takes one indirection less than the tables of other granules.
-    pages: Table,
+    /// The table of the first granule, which is that of the pages unless the bitmap was decoded. It
+    /// takes one indirection less than the tables of other granules.
+    first: Table,
+    first_shift: u32,
     /// The other tables, by the binary logarithm of their granule. Each is allocated once and never
     /// freed, because a marker may hold it.
     rebuilt: Box<[OnceLock<Table>]>,
@@ -50,11 +52,23 @@ impl TableGeneration {
 impl Marks {
     /// Creates a clean set of marks in pages of `1 << shift` bytes.
     pub(crate) fn clean(ram: RamRange, shift: u32) -> Result<Self, GeometryError> {
+        Self::clean_in_granules(ram, shift, shift)
+    }
+
+    /// Creates a clean set of marks in pages of `1 << page_shift` bytes, as after a
+    /// [`rebuild`](Self::rebuild) for granules of `1 << shift` bytes. Memory is allocated only for
+    /// the granules.
+    pub(crate) fn clean_in_granules(
+        ram: RamRange,
+        page_shift: u32,
+        shift: u32,
+    ) -> Result<Self, GeometryError> {
         Ok(Self {
             ram,
-            page_shift: shift,
+            page_shift,
             current: AtomicU64::new(TableGeneration::first(shift).0),
-            pages: Table::new(ram.pages(shift))?,
+            first: Table::new(ram.pages(shift))?,
+            first_shift: shift,
             rebuilt: (0..u64::BITS).map(|_| OnceLock::new()).collect(),
             migration: Mutex::new(TableGeneration::first(shift)),
         })
@@ -215,8 +229,8 @@ impl Marks {
 
     #[inline]
     pub(crate) fn table(&self, shift: u32) -> &Table {
-        if shift == self.page_shift {
-            return &self.pages;
+        if shift == self.first_shift {
+            return &self.first;
         }
         self.rebuilt[shift as usize]
             .get()
@@ -225,7 +239,7 @@ impl Marks {
 
     fn table_or_new(&self, shift: u32) -> Result<&Table, GeometryError> {
         let slot = &self.rebuilt[shift as usize];
-        if shift != self.page_shift && slot.get().is_none() {
+        if shift != self.first_shift && slot.get().is_none() {
             let table = Table::new(self.ram.pages(shift))?;
             // Only the holder of the lock allocates tables.
             let set = slot.set(table);

@@ -1,5 +1,5 @@
-//! The memory that an epoch allocates while the guest is paused: what it touches does not grow with
-//! the RAM.
+//! The memory that is allocated by an epoch while the guest is paused, and for a bitmap that is
+//! decoded: what it touches does not grow with the RAM.
 
 #![cfg(not(ramsnap_loom))]
 #![allow(unsafe_code)]
@@ -87,4 +87,35 @@ fn later_epochs_reuse_the_memory_of_the_first() {
             epoch.release().unwrap();
         }
     }
+}
+
+/// Bytes from an untrusted source name any RAM, in one granule.
+#[test]
+fn decoding_allocates_for_granules_and_not_for_pages() {
+    let granule = TIB;
+    let fields = [0, TIB, 64, granule, 1].map(u64::to_le_bytes);
+    let bytes = [b"DIRTYBM\x01".as_slice(), fields.as_flattened()].concat();
+    let (touched, zeroed, bitmap) = allocated(|| DirtyBitmap::from_bytes(&bytes).unwrap());
+    assert!(touched + zeroed < LITTLE, "{touched}, {zeroed}");
+    assert_eq!((bitmap.page_size(), bitmap.granule()), (64, granule));
+    assert_eq!(bitmap.to_bytes(), bytes);
+    // The first table is used again after others.
+    bitmap.rebuild(granule / 2).unwrap();
+    assert_eq!(bitmap.dirty_bytes(), TIB);
+    bitmap.rebuild(granule).unwrap();
+    assert_eq!(bitmap.to_bytes(), bytes);
+}
+
+#[test]
+fn a_decoded_bitmap_is_rebuilt_for_its_pages() {
+    let bitmap = DirtyBitmap::new(0x1000, 1 << 20, 4096).unwrap();
+    bitmap.rebuild(1 << 16).unwrap();
+    bitmap.mark(0x2_0000).unwrap();
+    let decoded = DirtyBitmap::from_bytes(&bitmap.to_bytes()).unwrap();
+    for each in [&bitmap, &decoded] {
+        each.rebuild(4096).unwrap();
+        each.mark(0x1000).unwrap();
+    }
+    assert_eq!(decoded.to_bytes(), bitmap.to_bytes());
+    assert_eq!(decoded.page_size(), 4096);
 }
