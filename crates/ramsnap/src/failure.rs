@@ -257,7 +257,7 @@ pub enum Failure {
     )]
     NoMemoryForOutput { path: PathBuf, bytes: u64 },
     #[error(
-        "{path:?} was replaced or resized while RAM was restored to it: \
+        "{path:?} was replaced, resized or written to while RAM was restored to it: \
          stop the program that does so, and restore again"
     )]
     TargetReplaced { path: PathBuf },

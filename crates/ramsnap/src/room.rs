@@ -172,6 +172,10 @@ mod sys {
         })
     }
 
+    pub fn is_on_tmpfs(file: &File) -> nix::Result<bool> {
+        Ok(fstatfs(file)?.filesystem_type() == TMPFS_MAGIC)
+    }
+
     pub fn is_on_hugetlbfs(path: &Path) -> bool {
         statfs(path).is_ok_and(|found| found.filesystem_type() == HUGETLBFS_MAGIC)
     }
@@ -179,12 +183,18 @@ mod sys {
 
 #[cfg(not(target_os = "linux"))]
 mod sys {
+    use std::fs::File;
     use std::path::Path;
 
     use super::Free;
 
     pub(super) fn free_in(_: &Path) -> Option<Free> {
         None
+    }
+
+    #[expect(clippy::unnecessary_wraps, reason = "the signature of Linux")]
+    pub fn is_on_tmpfs(_: &File) -> nix::Result<bool> {
+        Ok(false)
     }
 
     pub fn is_on_hugetlbfs(_: &Path) -> bool {
@@ -194,4 +204,4 @@ mod sys {
 
 #[cfg(target_os = "linux")]
 pub use sys::free_for;
-pub use sys::is_on_hugetlbfs;
+pub use sys::{is_on_hugetlbfs, is_on_tmpfs};

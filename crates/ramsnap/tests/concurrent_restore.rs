@@ -109,10 +109,36 @@ fn ram_that_is_truncated_during_a_restore_is_an_error(
     }
     let (status, error) = held.release();
     assert_eq!(status.code(), Some(3), "{error}");
-    for words in ["was replaced or resized", "was emptied"] {
+    for words in ["was replaced, resized or written to", "was emptied"] {
         assert!(error.contains(words), "{error}");
     }
     assert!(guest.as_file().metadata().unwrap().len() == RAM);
+    assert!(bytes(guest.as_file()).iter().all(|byte| *byte == 0));
+}
+
+/// Another program truncates the RAM, extends it again, and accesses it through a mapping. The holes
+/// become pages of zeros.
+#[rstest]
+#[case::between_two_writes("pwrite64", 2)]
+#[case::after_the_last_write("fsync", 1)]
+fn ram_that_is_truncated_and_touched_is_an_error(#[case] call: &str, #[case] number: usize) {
+    needs!(Strace);
+    let work = Work::with_ram();
+    work.change(RAM / PAGE - 1, 1);
+    work.good("dump ram -o full.mem");
+    let guest = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    guest.as_file().set_len(RAM).unwrap();
+    let command = work.command(&format!("restore full.mem -o {}", guest.path().display()));
+    let held = Held::before(&command, &(call.to_owned(), number)).expect("held");
+    guest.as_file().set_len(PAGE).unwrap();
+    guest.as_file().set_len(RAM).unwrap();
+    support::mapped::touch(support::mapped::map(guest.as_file(), RAM), RAM);
+    assert_eq!(guest.as_file().metadata().unwrap().blocks() * 512, RAM);
+    let (status, error) = held.release();
+    assert_eq!(status.code(), Some(3), "{error}");
+    for words in ["was replaced, resized or written to", "was emptied"] {
+        assert!(error.contains(words), "{error}");
+    }
     assert!(bytes(guest.as_file()).iter().all(|byte| *byte == 0));
 }
 
@@ -132,7 +158,11 @@ fn ram_that_is_replaced_during_a_restore_is_an_error() {
     std::fs::rename(work.path("other"), work.path("guest")).unwrap();
     let (status, error) = held.release();
     assert_eq!(status.code(), Some(3), "{error}");
-    for words in ["guest", "was replaced or resized", "was emptied"] {
+    for words in [
+        "guest",
+        "was replaced, resized or written to",
+        "was emptied",
+    ] {
         assert!(error.contains(words), "{error}");
     }
     assert!(bytes(&guest).iter().all(|byte| *byte == 0));

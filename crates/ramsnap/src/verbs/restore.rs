@@ -193,7 +193,7 @@ impl Restore {
             let synced = begun.target.file.sync_all();
             synced.with_context(|| format!("cannot bring {path:?} to its disk"))?;
             begun.target.check_in_place()?;
-            kept::check(path, &begun.target.file, chain, &runs)
+            kept::check(session, path, &begun.target.file, chain, &runs)
         });
         let _until_reported = match restored {
             Ok(()) => begun.end(),

@@ -17,6 +17,12 @@ pub(crate) fn map(file: &File, len: u64) -> NonNull<c_void> {
     unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, file, 0) }.unwrap()
 }
 
+/// Reads every page of a mapping of `len` bytes.
+pub(crate) fn touch(start: NonNull<c_void>, len: u64) {
+    // SAFETY: the advice changes no byte.
+    unsafe { madvise(start, len as usize, MmapAdvise::MADV_POPULATE_READ) }.unwrap();
+}
+
 /// Splits a mapping of at least three pages: its middle gets a flag.
 pub(crate) fn split(start: NonNull<c_void>) {
     let page = PAGE as usize;

@@ -5,37 +5,38 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::Context;
 use memory_image::Chain;
-use page_reader::SecretBuffer;
+use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
 use sparse_file::{ExtentKind, HolesUnknown, check_holes_are_zeros, extents};
 
 use crate::failure::Failure;
-use crate::{room, zeros};
+use crate::room;
+use crate::session::Session;
 
 /// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
 
 /// Fails if `file` lacks bytes of `chain` in `runs`, which were written and ascend.
 ///
-/// Where the holes of the file are known to be zeros, none may be where the RAM is not zeros. On
-/// hugetlbfs, and in files of ext4 without extents, the file must have as many blocks as the RAM
-/// needs. Other file systems give no evidence.
+/// Where the holes of the file are known to be zeros, none may be where the RAM is not zeros. They
+/// are no evidence on tmpfs: an access through a mapping fills a hole with zeros. There, and on
+/// file systems whose holes are not known, the file is read and compared with the chain.
 pub(super) fn check(
+    session: &Session,
     path: &Path,
     file: &File,
     chain: &Chain,
     runs: &[Range<u64>],
 ) -> anyhow::Result<()> {
+    let in_memory = room::is_on_tmpfs(file).with_context(|| format!("cannot look at {path:?}"))?;
     let is_kept = match check_holes_are_zeros(file) {
+        Ok(()) if in_memory => has_all_bytes(session, file, chain, runs),
         Ok(()) => has_no_hole(file, chain, runs),
-        Err(HolesUnknown::NoExtents) => has_blocks(file, chain, runs),
         Err(HolesUnknown::Io(error)) => Err(error.into()),
-        Err(_) if room::is_on_hugetlbfs(path) => has_blocks(file, chain, runs),
-        Err(_) => Ok(true),
+        Err(_) => has_all_bytes(session, file, chain, runs),
     };
     match is_kept.with_context(|| format!("cannot look at {path:?}"))? {
         true => Ok(()),
@@ -60,7 +61,7 @@ fn has_no_hole(file: &File, chain: &Chain, runs: &[Range<u64>]) -> anyhow::Resul
         {
             let both = run.start.max(hole.start)..run.end.min(hole.end);
             // Long runs of stored zeros are holes.
-            if data_in(chain, both, &mut buffer, 1)? > 0 {
+            if !is_zeros(chain, both, &mut buffer)? {
                 return Ok(false);
             }
             if run.end > hole.end {
@@ -72,40 +73,47 @@ fn has_no_hole(file: &File, chain: &Chain, runs: &[Range<u64>]) -> anyhow::Resul
     Ok(true)
 }
 
-fn has_blocks(file: &File, chain: &Chain, runs: &[Range<u64>]) -> anyhow::Result<bool> {
-    /// The largest inode of ext4, which may store the data of a small file.
-    const INODE: u64 = 64 << 10;
-    let allocated = file.metadata()?.blocks() * 512 + INODE;
-    let stored: u64 = runs.iter().map(|run| run.end - run.start).sum();
-    if stored <= allocated {
-        return Ok(true);
+fn has_all_bytes(
+    session: &Session,
+    file: &File,
+    chain: &Chain,
+    runs: &[Range<u64>],
+) -> anyhow::Result<bool> {
+    let reader = FileReader::new(file);
+    let (mut expected, mut found) = (SecretBuffer::new(), SecretBuffer::new());
+    let bar = session.bar("checking the RAM");
+    bar.set_length(chain.ram_size());
+    for piece in runs.iter().cloned().flat_map(pieces) {
+        session.check("the RAM was not checked")?;
+        bar.set_position(piece.start);
+        let len = (piece.end - piece.start) as usize;
+        let (expected, found) = (expected.sized(len), found.sized(len));
+        chain.read(piece.start, expected)?;
+        reader.read_at(piece.start, found)?;
+        if expected != found {
+            return Ok(false);
+        }
     }
-    let (mut buffer, mut needed) = (SecretBuffer::new(), 0);
-    for run in runs {
-        needed += data_in(chain, run.clone(), &mut buffer, u64::MAX)?;
-    }
-    Ok(needed <= allocated)
+    Ok(true)
 }
 
-/// Returns the size of the blocks in `range` that are not zeros, or at least `enough` of it.
-fn data_in(
-    chain: &Chain,
-    range: Range<u64>,
-    buffer: &mut SecretBuffer,
-    enough: u64,
-) -> anyhow::Result<u64> {
-    let (mut at, mut found) = (range.start, 0);
-    while at < range.end && found < enough {
-        let len = (range.end - at).min(CHUNK as u64);
-        let bytes = buffer.sized(len as usize);
-        chain.read(at, bytes)?;
-        let data = zeros::blocks(at, bytes).filter(|block| !block.is_zero);
-        found += data
-            .map(|block| block.range.end - block.range.start)
-            .sum::<u64>();
-        at += len;
+/// Returns whether the RAM is zeros in `range`.
+fn is_zeros(chain: &Chain, range: Range<u64>, buffer: &mut SecretBuffer) -> anyhow::Result<bool> {
+    for piece in pieces(range) {
+        let bytes = buffer.sized((piece.end - piece.start) as usize);
+        chain.read(piece.start, bytes)?;
+        if !HostMemory::from(&*bytes).is_zero() {
+            return Ok(false);
+        }
     }
-    Ok(found)
+    Ok(true)
+}
+
+/// Splits `range` into the parts that are read at a time.
+fn pieces(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let end = range.end;
+    let starts = range.step_by(CHUNK);
+    starts.map(move |start| start..end.min(start + CHUNK as u64))
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -132,19 +140,18 @@ mod tests {
     }
 
     #[rstest]
-    #[case::nothing(None, 0, true)]
-    #[case::the_first_page(Some(0..4096), 4096, false)]
-    #[case::the_last_page(Some((1 << 20) - 4096..1 << 20), 4096, false)]
-    #[case::stored_zeros(Some(256 << 10..512 << 10), 0, true)]
-    #[case::zeros_and_data(Some(252 << 10..512 << 10), 4096, false)]
-    fn lost_data_is_found_by_its_hole(
+    #[case::nothing(None, true)]
+    #[case::the_first_page(Some(0..4096), false)]
+    #[case::the_last_page(Some((1 << 20) - 4096..1 << 20), false)]
+    #[case::stored_zeros(Some(256 << 10..512 << 10), true)]
+    #[case::zeros_and_data(Some(252 << 10..512 << 10), false)]
+    fn lost_data_is_found(
         #[case] lost: Option<Range<u64>>,
-        #[case] data: u64,
         #[case] is_kept: bool,
         #[values(false, true)] in_parts: bool,
     ) {
         let (_dir, chain, file) = restored();
-        if let Some(lost) = lost.clone() {
+        if let Some(lost) = lost {
             sparse_file::punch_hole(&file, lost).unwrap();
         }
         let runs = match in_parts {
@@ -156,19 +163,25 @@ mod tests {
             ],
             false => vec![0..1 << 20],
         };
+        let session = Session::begin(true).unwrap();
         assert_eq!(has_no_hole(&file, &chain, &runs).unwrap(), is_kept);
-        let mut buffer = SecretBuffer::new();
-        let found = data_in(&chain, lost.unwrap_or(0..0), &mut buffer, u64::MAX);
-        assert_eq!(found.unwrap(), data);
+        assert_eq!(
+            has_all_bytes(&session, &file, &chain, &runs).unwrap(),
+            is_kept
+        );
     }
 
+    /// A part of a page that was truncated is zeros, and no hole.
     #[test]
-    fn lost_data_is_found_by_the_number_of_blocks() {
+    fn lost_data_within_a_page_is_found_by_its_bytes() {
         let (_dir, chain, file) = restored();
-        let runs = [0..1 << 20];
-        assert!(has_blocks(&file, &chain, &runs).unwrap());
-        file.set_len(4096).unwrap();
+        file.set_len((1 << 20) - 10).unwrap();
         file.set_len(1 << 20).unwrap();
-        assert!(!has_blocks(&file, &chain, &runs).unwrap());
+        let session = Session::begin(true).unwrap();
+        let all = [0..1 << 20];
+        assert!(has_no_hole(&file, &chain, &all).unwrap());
+        assert!(!has_all_bytes(&session, &file, &chain, &all).unwrap());
+        assert!(has_all_bytes(&session, &file, &chain, &[0..1 << 19]).unwrap());
+        assert!(check(&session, Path::new("ram"), &file, &chain, &all).is_err());
     }
 }
