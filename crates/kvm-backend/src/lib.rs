@@ -63,17 +63,17 @@
 //! let kvm = open_kvm()?;
 //! let layout = RamLayout::single(0, 2 << 20)?;
 //! let new_vm = || -> Result<_, Box<dyn std::error::Error>> {
-//!     let vm = Arc::new(create_vm(&kvm)?);
+//!     let vm = create_vm(&kvm)?;
 //!     let ram = Arc::new(GuestRam::new(layout.clone())?);
 //!     let slots = Arc::new(RamSlots::register(&vm, &ram, 0)?);
-//!     let vcpus = Vcpus::new(&vm);
+//!     let vcpus = Vcpus::new(&vm)?;
 //!     Ok((vm, ram, slots, vcpus))
 //! };
 //!
 //! // inc byte ptr [rsp]; mov al, [rsp]; out 0x80, al; jmp back
 //! let program = [0xfe, 0x04, 0x24, 0x8a, 0x04, 0x24, 0xe6, 0x80, 0xeb, 0xf6];
-//! let (_vm, ram, slots, vcpus) = new_vm()?;
-//! let mut vcpu = vcpus.create(0)?;
+//! let (vm, ram, slots, vcpus) = new_vm()?;
+//! let mut vcpu = vcpus.create(&vm, 0)?;
 //! ram.write(0x8000, &program)?;
 //! let start = long_mode::Start { entry: 0x8000, stack: 0x10_0000, page_tables: 0x1000 };
 //! long_mode::boot(&kvm, &ram, &vcpu, &start)?;
@@ -92,7 +92,7 @@
 //! drop(harvest); // the vCPUs may run again
 //!
 //! let (vm, ram, _slots, vcpus) = new_vm()?;
-//! let mut vcpu = vcpus.create(0)?;
+//! let mut vcpu = vcpus.create(&vm, 0)?;
 //! ram.write_at(0, &image)?;
 //! let restored = state.restore(&vm, &vcpu)?;
 //! # let _ = restored;

@@ -1,6 +1,7 @@
 //! The implementation on Linux, the only system with KVM.
 
 pub(crate) mod dirty_log;
+mod machine;
 mod memory;
 pub(crate) mod open;
 pub(crate) mod ram;

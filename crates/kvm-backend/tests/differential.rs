@@ -123,7 +123,7 @@ fn image_of_every_pause_of_several_vcpus_equals_the_ram(
     let bitmap: Arc<DirtyBitmap> = Arc::clone(ram.dirty_bitmap());
     let mut all = vec![vcpu];
     for number in 1..VCPUS {
-        let vcpu = vcpus.create(number).unwrap();
+        let vcpu = vcpus.create(&vm, number).unwrap();
         long_mode::boot(&kvm, &ram, &vcpu, &start_of(number)).unwrap();
         all.push(vcpu);
     }

@@ -177,7 +177,7 @@ fn failed_registration_removes_the_slots_of_the_call() {
         &Arc::new(GuestRam::new(RamLayout::single(1 << 34, 1 << 20).unwrap()).unwrap()),
         2,
     );
-    assert!(matches!(again, Err(SlotError::Refused { slot: 2, .. })));
+    assert!(matches!(again, Err(SlotError::InUse { slot: 2 })));
     drop(slots);
     assert_eq!(Arc::strong_count(&ram), 1);
     // If the slots were still registered, other memory could not take their place.
@@ -220,16 +220,28 @@ fn guest_without_its_slots_finds_no_memory() {
 #[test]
 fn adopted_slots_are_logged_and_stay_registered() {
     needs!(Kvm);
-    let mut guest = Guest::touching();
-    // SAFETY: `guest.slots` are these very slots, and outlive what is made here.
-    #[allow(unsafe_code)]
-    let adopted = unsafe { RamSlots::adopt(&guest.vm, &guest.ram, 0) }.unwrap();
-    let log = kvm_backend::DirtyLog::start(&Arc::new(adopted)).unwrap();
+    let mut guest = Guest::touching_adopted(&[3, 7]);
+    let log = guest.log(kvm_backend::Reprotect::WhenRead);
     guest.touch(&[HIGH]);
     log.harvest_live().unwrap();
     assert!(guest.ram.dirty_bitmap().is_dirty(LOW_SIZE).unwrap());
-    drop(log);
-    guest.touch(&[HIGH]); // the memory is still there
+    let Guest {
+        slots,
+        ram,
+        mut vcpu,
+        ..
+    } = guest;
+    drop((log, slots));
+    // The memory is still there.
+    let regs = vcpu.get_regs().unwrap();
+    vcpu.set_regs(&kvm_bindings::kvm_regs {
+        rip: support::CODE,
+        rcx: 0,
+        ..regs
+    })
+    .unwrap();
+    support::run(&mut vcpu);
+    drop((vcpu, ram));
 }
 
 #[rstest]

@@ -66,7 +66,7 @@ fn program_reaches_all_of_its_ram_and_nothing_else() {
 fn several_vcpus_share_the_page_tables() {
     needs!(Kvm);
     let guest = Guest::booted(Program::TwoOuts);
-    let second = guest.vcpus.create(1).unwrap();
+    let second = guest.vcpus.create(&guest.vm, 1).unwrap();
     let start = Start {
         entry: CODE,
         stack: STACK - 0x800,
@@ -118,7 +118,7 @@ fn stack_may_end_at_the_end_of_the_ram() {
     let vm = Arc::new(kvm_backend::create_vm(&kvm).unwrap());
     let ram = Arc::new(GuestRam::new(RamLayout::single(0, 1 << 20).unwrap()).unwrap());
     let _slots = RamSlots::register(&vm, &ram, 0).unwrap();
-    let mut vcpu = Vcpus::new(&vm).create(0).unwrap();
+    let mut vcpu = Vcpus::new(&vm).unwrap().create(&vm, 0).unwrap();
     ram.write(CODE, &[0x6a, 42, 0x58, 0xe6, 0x80]).unwrap(); // push 42; pop rax; out 0x80, al
     let start = Start {
         stack: 1 << 20,

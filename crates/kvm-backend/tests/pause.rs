@@ -103,7 +103,7 @@ fn pending_read_is_in_the_image_and_the_state(
 fn pause_requires_completed_io_of_every_vcpu() {
     needs!(Kvm);
     let mut guest = Guest::booted(Program::TwoOuts);
-    let mut second = guest.vcpus.create(1).unwrap();
+    let mut second = guest.vcpus.create(&guest.vm, 1).unwrap();
     drop(guest.vcpus.pause().unwrap());
     guest.run();
     let refused = PauseError::IoPending { pending: 1 };
@@ -167,7 +167,7 @@ fn pause_is_refused_after_a_drop_with_pending_io() {
 fn vcpu_dropped_without_pending_io_permits_a_pause() {
     needs!(Kvm);
     let mut guest = Guest::booted(Program::TwoOuts);
-    drop(guest.vcpus.create(1).unwrap());
+    drop(guest.vcpus.create(&guest.vm, 1).unwrap());
     drop(guest.vcpus.pause().unwrap());
     guest.run();
     guest.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
@@ -299,9 +299,9 @@ fn vcpus_of_another_vm_are_refused() {
         Err(HarvestError::OtherMachine)
     ));
     // Another set of the same virtual machine: its vCPUs may run.
-    let unknown = Vcpus::new(&guest.vm);
+    let unknown = Vcpus::new(&guest.vm).unwrap();
     assert_eq!(unknown.pause().unwrap_err(), PauseError::NoVcpu);
-    let _second = unknown.create(1).unwrap();
+    let _second = unknown.create(&guest.vm, 1).unwrap();
     let paused = unknown.pause().unwrap();
     let state = VcpuState::capture(&guest.kvm, &paused, &guest.vcpu);
     assert!(matches!(state, Err(CaptureError::NotPaused)));

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use dirty_bitmap::{Epoch as LoggedEpoch, TakenBitmap};
 use kvm_backend::{DirtyLog, GuestRam, PauseError, RamSlots, Vcpu, VcpuState, Vcpus, long_mode};
-use kvm_ioctls::{Kvm, VcpuExit};
+use kvm_ioctls::{Kvm, VcpuExit, VmFd};
 use page_reader::{PageReader, RamLayout};
 
 use super::guest::{Dirty, Epoch, Guest, Ram, Tracker};
@@ -42,6 +42,7 @@ const PAUSE_WITHIN: u64 = 400;
 #[derive(Debug)]
 pub struct Machine {
     kvm: Kvm,
+    vm: VmFd,
     vcpu: Vcpu,
     vcpus: Vcpus,
     slots: Arc<RamSlots>,
@@ -91,13 +92,14 @@ impl Machine {
     /// 2 MiB.
     pub fn with_regions(regions: RamLayout, layout: Layout) -> anyhow::Result<Self> {
         let kvm = kvm_backend::open_kvm()?;
-        let vm = Arc::new(kvm_backend::create_vm(&kvm)?);
+        let vm = kvm_backend::create_vm(&kvm)?;
         let ram = Arc::new(GuestRam::new(regions)?);
         let slots = Arc::new(RamSlots::register(&vm, &ram, 0)?);
-        let vcpus = Vcpus::new(&vm);
-        let vcpu = vcpus.create(0)?;
+        let vcpus = Vcpus::new(&vm)?;
+        let vcpu = vcpus.create(&vm, 0)?;
         Ok(Self {
             kvm,
+            vm,
             vcpu,
             vcpus,
             slots,
@@ -277,7 +279,7 @@ impl Guest for Machine {
         let state: VcpuState = postcard::from_bytes(state).context("not the state of a vCPU")?;
         // The ledger reads no MSRs, since it runs at privilege level 3, so it does not matter which
         // ones KVM refuses.
-        let _ = state.restore(self.slots.vm(), &self.vcpu)?;
+        let _ = state.restore(&self.vm, &self.vcpu)?;
         Ok(())
     }
 }

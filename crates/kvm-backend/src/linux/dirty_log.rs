@@ -4,14 +4,11 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use guest_ram::host_page_size;
-use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap,
-};
+use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE};
 use page_reader::RamRange;
 use thiserror::Error;
 
 use super::slots::{RamSlots, SlotError};
-use super::sys;
 use super::vcpus::Paused;
 
 /// The number of pages that one call clears: 1 GiB in pages of 4 KiB. During the call, KVM holds
@@ -158,15 +155,10 @@ impl DirtyLog {
                 Reprotect::WhenRead => 0,
                 Reprotect::WhenMarked => u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE),
             };
-            let capability = kvm_enable_cap {
-                cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-                args: [enable, 0, 0, 0],
-                ..kvm_enable_cap::default()
-            };
             slots
-                .vm()
-                .enable_cap(&capability)
-                .map_err(|error| StartError::EnableManualProtect(error.into()))?;
+                .machine()
+                .enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, enable)
+                .map_err(StartError::EnableManualProtect)?;
         } else if reprotect == Reprotect::WhenMarked {
             return Err(StartError::NoManualProtect);
         }
@@ -209,7 +201,7 @@ impl DirtyLog {
     /// Returns the errors of [`harvest_live`](Self::harvest_live), and
     /// [`HarvestError::OtherMachine`].
     pub fn harvest(&self, paused: Paused) -> Result<PausedHarvest, HarvestError> {
-        if !Arc::ptr_eq(paused.vm(), self.slots.vm()) {
+        if !Arc::ptr_eq(paused.machine(), self.slots.machine()) {
             return Err(HarvestError::OtherMachine);
         }
         Ok(PausedHarvest {
@@ -270,15 +262,12 @@ impl DirtyLog {
         let slot = self.slots.slot_of(region);
         let words = self
             .slots
-            .vm()
-            .get_dirty_log(slot, region.size as usize)
-            .map_err(|error| {
+            .machine()
+            .dirty_log(slot, region.size / host_page_size())
+            .map_err(|source| {
                 *unreadable = true;
                 self.slots.ram().log().on = false;
-                HarvestError::Get {
-                    slot,
-                    source: error.into(),
-                }
+                HarvestError::Get { slot, source }
             })?;
         // The log was off, or the slot was removed: no log has the writes of that time.
         if std::mem::take(unreadable) {
@@ -314,12 +303,10 @@ impl DirtyLog {
             // slot's end.
             let first = chunk * CLEAR_PAGES;
             let count = (pages - first as u64).min(CLEAR_PAGES as u64) as u32;
-            sys::clear_dirty_log(self.slots.vm(), slot, first as u64, count, words).map_err(
-                |errno| HarvestError::Clear {
-                    slot,
-                    source: errno.into(),
-                },
-            )?;
+            self.slots
+                .machine()
+                .clear_dirty_log(slot, first as u64, count, words)
+                .map_err(|source| HarvestError::Clear { slot, source })?;
         }
         Ok(())
     }
@@ -327,8 +314,8 @@ impl DirtyLog {
 
 fn offers_manual_protect(slots: &RamSlots) -> bool {
     let offered = slots
-        .vm()
-        .check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
+        .machine()
+        .check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
     offered > 0 && offered as u32 & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0
 }
 

@@ -17,6 +17,7 @@ use kvm_ioctls::{Cap, VmFd};
 use page_reader::RamRange;
 use thiserror::Error;
 
+use super::machine::{Machine, Slots};
 use super::ram::GuestRam;
 
 /// Guest RAM, each region in a memory slot of a virtual machine.
@@ -26,13 +27,44 @@ use super::ram::GuestRam;
 /// was ever started, all of the RAM is marked then: no readable log contains the writes since the
 /// last harvest, or after the log was stopped.
 ///
+/// The value has a descriptor of its own for the virtual machine, which therefore exists at least
+/// as long as the value. The VMM keeps its `VmFd` in any way.
+///
+/// # Slot numbers
+/// A slot of a virtual machine is in one `RamSlots` at a time: a second one for the same number is
+/// [`SlotError::InUse`]. KVM itself refuses only other memory in the slot. It accepts the same
+/// memory again, also at another guest-physical address, and the drop of either value would take
+/// the memory from the guest of the other.
+///
+/// Only the `RamSlots` of this process are compared. A slot that the VMM sets by
+/// `KVM_SET_USER_MEMORY_REGION` itself, or that another process sets, is not known here: do not
+/// pass its number to [`register`](Self::register).
+///
+/// # Regions and slots
+/// Each region of the RAM's layout is one slot. If a VMM splits its memory over several slots, the
+/// layout has a region for each of them. Adjacent regions stay separate in a
+/// [`RamLayout`](page_reader::RamLayout), and the memory file has no gap between them.
+///
+/// # Memory added later
+/// The layout of a `GuestRam` is fixed, so its slots are too. Memory that is plugged in later is a
+/// new RAM with a larger layout, and a new chain of snapshots, which begins with a full one:
+///
+/// 1. The VMM maps the memory and sets its slot.
+/// 2. It drops the `DirtyLog` and the `RamSlots` of the old RAM. [Adopted](Self::adopt) slots stay
+///    registered, and the guest may run.
+/// 3. It adopts all of the memory as one RAM, and all of the slots, and starts a log of them. All
+///    of the RAM is marked then.
+///
+/// [Registered](Self::register) slots are removed when the value is dropped, so a VMM with hot-plug
+/// adopts its slots.
+///
 /// # Examples
 /// ```no_run
 /// use std::sync::Arc;
 /// use kvm_backend::{DirtyLog, GuestRam, RamSlots};
 /// use page_reader::RamLayout;
 ///
-/// let vm = Arc::new(kvm_backend::create_vm(&kvm_backend::open_kvm()?)?);
+/// let vm = kvm_backend::create_vm(&kvm_backend::open_kvm()?)?;
 /// let ram = Arc::new(GuestRam::new(RamLayout::x86_with_gap(4 << 30)?)?);
 /// let slots = Arc::new(RamSlots::register(&vm, &ram, 0)?); // slots 0 and 1
 /// let log = DirtyLog::start(&slots)?;
@@ -43,9 +75,9 @@ use super::ram::GuestRam;
 #[derive(Debug)]
 #[must_use = "the guest loses its memory when the slots are dropped"]
 pub struct RamSlots {
-    vm: Arc<VmFd>,
+    /// Slot `i` has region `i`.
+    slots: Slots,
     ram: Arc<GuestRam>,
-    first_slot: u32,
     /// Whether this value registered the slots, not the caller.
     own: bool,
     /// The number of slots to remove on drop: those of the first regions.
@@ -60,12 +92,10 @@ impl RamSlots {
     ///
     /// # Errors
     /// Returns a [`SlotError`]. The slots that this call registered are removed again.
-    pub fn register(
-        vm: &Arc<VmFd>,
-        ram: &Arc<GuestRam>,
-        first_slot: u32,
-    ) -> Result<Self, SlotError> {
-        let mut slots = Self::named(vm, ram, first_slot)?;
+    pub fn register(vm: &VmFd, ram: &Arc<GuestRam>, first_slot: u32) -> Result<Self, SlotError> {
+        let regions = ram.layout().regions().len() as u64;
+        let numbers: Vec<_> = (u64::from(first_slot)..).take(regions as usize).collect();
+        let mut slots = Self::named(vm, ram, &numbers)?;
         // A second registration would switch off the log of the existing slots, which discards its
         // contents.
         if std::mem::replace(&mut ram.log().registered, true) {
@@ -80,22 +110,38 @@ impl RamSlots {
     }
 
     /// Uses slots that the caller has registered and removes: of exactly these regions and host
-    /// addresses, region `i` in slot `first_slot + i`.
+    /// addresses. `slots` has one slot number for each region, in the order of the layout.
     ///
     /// # Errors
-    /// Returns [`SlotError::SlotNumber`].
+    /// Returns [`SlotError::SlotCount`], [`SlotError::SlotNumber`], [`SlotError::InUse`] or
+    /// [`SlotError::Descriptor`].
     ///
     /// # Safety
     /// As long as the value exists, the slots are registered as described, without
     /// `KVM_MEM_READONLY` or a guest memory file: a [`DirtyLog`](crate::DirtyLog) replaces their
     /// flags when it starts and stops. The memory in a slot stays mapped until the caller has
     /// removed the slot, even after the value is dropped.
-    pub unsafe fn adopt(
-        vm: &Arc<VmFd>,
-        ram: &Arc<GuestRam>,
-        first_slot: u32,
-    ) -> Result<Self, SlotError> {
-        Self::named(vm, ram, first_slot)
+    ///
+    /// # Examples
+    /// A VMM whose RAM is in its slots 3 and 7:
+    /// ```no_run
+    /// use std::sync::Arc;
+    /// use kvm_backend::{DirtyLog, GuestRam, RamSlots};
+    /// # use page_reader::RamLayout;
+    ///
+    /// # fn example(vm: kvm_ioctls::VmFd) -> Result<(), Box<dyn std::error::Error>> {
+    /// # let ram = GuestRam::new(RamLayout::new([(0, 1 << 20), (4 << 30, 1 << 20)])?)?;
+    /// let ram = Arc::new(ram); // of two regions
+    /// // SAFETY: the VMM has set both slots to the memory of `ram`, and removes them before it
+    /// // unmaps the memory.
+    /// let slots = Arc::new(unsafe { RamSlots::adopt(&vm, &ram, &[3, 7]) }?);
+    /// let log = DirtyLog::start(&slots)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub unsafe fn adopt(vm: &VmFd, ram: &Arc<GuestRam>, slots: &[u32]) -> Result<Self, SlotError> {
+        let numbers: Vec<_> = slots.iter().copied().map(u64::from).collect();
+        Self::named(vm, ram, &numbers)
     }
 
     /// Returns whether this value registered the slots, so that nothing else sets their flags.
@@ -110,9 +156,8 @@ impl RamSlots {
     }
 
     /// Returns the virtual machine.
-    #[must_use]
-    pub fn vm(&self) -> &Arc<VmFd> {
-        &self.vm
+    pub(crate) fn machine(&self) -> &Arc<Machine> {
+        &self.slots.machine
     }
 
     /// Records that a dirty log of these slots is about to start.
@@ -122,7 +167,7 @@ impl RamSlots {
 
     /// Returns the memory slot of a region.
     pub(crate) fn slot_of(&self, region: &RamRange) -> u32 {
-        self.first_slot + region.region as u32
+        self.slots.numbers[region.region]
     }
 
     /// Switches KVM's dirty log of a region's slot. A log that is on already keeps its contents
@@ -132,20 +177,23 @@ impl RamSlots {
         self.set(region, region.size, flags)
     }
 
-    fn named(vm: &Arc<VmFd>, ram: &Arc<GuestRam>, first_slot: u32) -> Result<Self, SlotError> {
-        // The upper 16 bits of a slot number are the address space, which here is 0.
-        let limit = vm.check_extension_int(Cap::NrMemslots).max(0) as u64;
-        let end = u64::from(first_slot) + ram.layout().regions().len() as u64;
-        if end > limit {
-            return Err(SlotError::SlotNumber {
-                slot: end - 1,
-                limit,
-            });
+    fn named(vm: &VmFd, ram: &Arc<GuestRam>, numbers: &[u64]) -> Result<Self, SlotError> {
+        let (given, regions) = (numbers.len(), ram.layout().regions().len());
+        if given != regions {
+            return Err(SlotError::SlotCount { given, regions });
         }
+        let machine = Machine::of(vm).map_err(SlotError::Descriptor)?;
+        // The upper 16 bits of a slot number are the address space, which here is 0.
+        let limit = machine.check_extension(Cap::NrMemslots).max(0) as u64;
+        if let Some(slot) = numbers.iter().copied().filter(|slot| *slot >= limit).max() {
+            return Err(SlotError::SlotNumber { slot, limit });
+        }
+        // Below the limit, which is positive and fits in an `i32`.
+        let numbers: Vec<_> = numbers.iter().map(|slot| *slot as u32).collect();
+        let taken = machine.take_slots(&numbers);
         Ok(Self {
-            vm: Arc::clone(vm),
+            slots: taken.map_err(|slot| SlotError::InUse { slot })?,
             ram: Arc::clone(ram),
-            first_slot,
             own: false,
             registered: 0,
             logged: AtomicBool::new(false),
@@ -165,9 +213,8 @@ impl RamSlots {
         // construction of GuestRam, or by the contract of its adopter). `self.ram` keeps it mapped,
         // and `drop` releases `self.ram` only after KVM has removed the slot. KVM refuses overlaps
         // with other slots.
-        unsafe { self.vm.set_user_memory_region(memory) }.map_err(|error| {
+        unsafe { self.machine().set_slot(&memory) }.map_err(|source| {
             let (guest_start, size) = (region.guest_start, region.size);
-            let source = io::Error::from(error);
             match source.kind() {
                 io::ErrorKind::AlreadyExists => SlotError::Overlap {
                     slot,
@@ -219,6 +266,32 @@ pub enum SlotError {
         /// The number of slots of KVM.
         limit: u64,
     },
+    /// The number of slots is not the number of regions.
+    #[error(
+        "{given} memory slots were passed for {regions} RAM regions: pass one for each region, in \
+         the order of the layout"
+    )]
+    SlotCount {
+        /// The number of slots passed.
+        given: usize,
+        /// The number of regions in the layout.
+        regions: usize,
+    },
+    /// Another [`RamSlots`] of this virtual machine has the slot, or the slot is passed twice.
+    #[error(
+        "memory slot {slot} of this virtual machine is in use by another RamSlots, or was passed \
+         twice: share that RamSlots, drop it first, or use another slot number"
+    )]
+    InUse {
+        /// The slot number.
+        slot: u32,
+    },
+    /// The descriptor of the virtual machine can't be duplicated.
+    #[error(
+        "failed to duplicate the descriptor of the virtual machine: check the limit of open files \
+         (ulimit -n)"
+    )]
+    Descriptor(#[source] io::Error),
     /// The RAM is registered by another `RamSlots`.
     #[error("the RAM is registered already: share that RamSlots, or drop it first")]
     AlreadyRegistered,

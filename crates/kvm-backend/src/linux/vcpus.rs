@@ -13,6 +13,8 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 pub use pause_error::PauseError;
 use run_states::{RunState, RunStates};
 
+use super::machine::Machine;
+
 /// The vCPUs of a virtual machine, which can be paused so that none of them writes memory.
 ///
 /// Every vCPU of the virtual machine must be [created](Self::create) or [adopted](Self::adopt)
@@ -111,7 +113,7 @@ use run_states::{RunState, RunStates};
 /// ```
 #[derive(Clone, Debug)]
 pub struct Vcpus {
-    vm: Arc<VmFd>,
+    machine: Arc<Machine>,
     states: Arc<RunStates>,
 }
 
@@ -141,20 +143,33 @@ pub struct Paused(Vcpus);
 
 impl Vcpus {
     /// Creates an empty set of vCPUs of `vm`.
-    #[must_use]
-    pub fn new(vm: &Arc<VmFd>) -> Self {
-        Self {
-            vm: Arc::clone(vm),
-            states: Arc::new(RunStates::new()),
-        }
-    }
-
-    /// Creates the vCPU with this number.
+    ///
+    /// The value has a descriptor of its own for the virtual machine, which therefore exists at
+    /// least as long as the value. The VMM keeps its `VmFd` in any way.
     ///
     /// # Errors
-    /// Returns any error of `KVM_CREATE_VCPU`.
-    pub fn create(&self, id: u64) -> io::Result<Vcpu> {
-        let fd = self.vm.create_vcpu(id)?;
+    /// Returns an error if the descriptor can't be duplicated.
+    pub fn new(vm: &VmFd) -> io::Result<Self> {
+        Ok(Self {
+            machine: Machine::of(vm)?,
+            states: Arc::new(RunStates::new()),
+        })
+    }
+
+    /// Creates the vCPU with this number of `vm`, the virtual machine of the set.
+    ///
+    /// # Errors
+    /// Returns any error of `KVM_CREATE_VCPU`, and [`InvalidInput`](io::ErrorKind::InvalidInput) if
+    /// `vm` is another virtual machine.
+    pub fn create(&self, vm: &VmFd, id: u64) -> io::Result<Vcpu> {
+        if !self.machine.is(vm)? {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the set is of the vCPUs of another virtual machine: pass the VmFd that was passed \
+                 to Vcpus::new",
+            ));
+        }
+        let fd = vm.create_vcpu(id)?;
         let state = self.states.add_new();
         Ok(Vcpu { fd, state })
     }
@@ -173,12 +188,6 @@ impl Vcpus {
     pub fn pause(&self) -> Result<Paused, PauseError> {
         self.states.pause()?;
         Ok(Paused(self.clone()))
-    }
-
-    /// Returns the virtual machine.
-    #[must_use]
-    pub fn vm(&self) -> &Arc<VmFd> {
-        &self.vm
     }
 }
 
@@ -276,9 +285,8 @@ impl Deref for Vcpu {
 
 impl Paused {
     /// Returns the virtual machine.
-    #[must_use]
-    pub fn vm(&self) -> &Arc<VmFd> {
-        self.0.vm()
+    pub(crate) fn machine(&self) -> &Arc<Machine> {
+        &self.0.machine
     }
 }
 

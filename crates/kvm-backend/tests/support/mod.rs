@@ -11,6 +11,7 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_backend::{DirtyLog, GuestRam, RamSlots, Reprotect, Vcpu, Vcpus, long_mode};
+use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit, VmFd};
 use page_reader::{PageReader, RamLayout};
 
@@ -194,7 +195,7 @@ pub struct Guest {
     pub vcpus: Vcpus,
     pub slots: Arc<RamSlots>,
     pub ram: Arc<GuestRam>,
-    pub vm: Arc<VmFd>,
+    pub vm: VmFd,
     pub kvm: Kvm,
 }
 
@@ -213,14 +214,25 @@ impl Guest {
         regions: impl IntoIterator<Item = (u64, u64)>,
         prepare: impl FnOnce(&VmFd),
     ) -> Self {
+        Self::with_slots(regions, prepare, |vm, ram| {
+            RamSlots::register(vm, ram, 0).unwrap()
+        })
+    }
+
+    /// Creates RAM in memory slots that the test sets itself.
+    pub fn with_slots(
+        regions: impl IntoIterator<Item = (u64, u64)>,
+        prepare: impl FnOnce(&VmFd),
+        slots: impl FnOnce(&VmFd, &Arc<GuestRam>) -> RamSlots,
+    ) -> Self {
         let kvm = kvm_backend::open_kvm().unwrap();
-        let vm = Arc::new(kvm_backend::create_vm(&kvm).unwrap());
+        let vm = kvm_backend::create_vm(&kvm).unwrap();
         prepare(&vm);
         let layout = RamLayout::new(regions).unwrap();
         let ram = Arc::new(GuestRam::new(layout).unwrap());
-        let slots = Arc::new(RamSlots::register(&vm, &ram, 0).unwrap());
-        let vcpus = Vcpus::new(&vm);
-        let vcpu = vcpus.create(0).unwrap();
+        let slots = Arc::new(slots(&vm, &ram));
+        let vcpus = Vcpus::new(&vm).unwrap();
+        let vcpu = vcpus.create(&vm, 0).unwrap();
         Self {
             vcpu,
             vcpus,
@@ -241,9 +253,19 @@ impl Guest {
     /// Creates a guest that has run `Touch`: the pages of the program itself are mapped, so reading
     /// them no longer reports them.
     pub fn touching() -> Self {
-        let mut guest = Self::booted(Program::Touch);
-        guest.touch(&[STACK]);
-        guest
+        Self::new().touching_now()
+    }
+
+    /// Does the same in memory slots of these numbers that the test has registered, as a VMM does.
+    pub fn touching_adopted(slots: &[u32; 2]) -> Self {
+        let regions = [(0, LOW_SIZE), (HIGH, HIGH_SIZE)];
+        Self::with_slots(regions, |_| (), |vm, ram| adopted(vm, ram, slots)).touching_now()
+    }
+
+    fn touching_now(mut self) -> Self {
+        self.boot(Program::Touch);
+        self.touch(&[STACK]);
+        self
     }
 
     pub fn boot(&self, program: Program) {
@@ -308,6 +330,25 @@ impl Guest {
         self.ram.read_at(0, &mut image).unwrap();
         image
     }
+}
+
+/// Registers the RAM as a VMM does, in slots of these numbers, and adopts the slots.
+#[allow(unsafe_code)]
+pub fn adopted(vm: &VmFd, ram: &Arc<GuestRam>, slots: &[u32]) -> RamSlots {
+    for (slot, region) in slots.iter().zip(ram.layout().regions()) {
+        let memory = kvm_userspace_memory_region {
+            slot: *slot,
+            guest_phys_addr: region.guest_start,
+            memory_size: region.size,
+            userspace_addr: ram.host_address(region.region).addr().get() as u64,
+            flags: 0,
+        };
+        // SAFETY: the mapping of the region, which the RAM keeps as long as the tests run the
+        // virtual machine.
+        unsafe { vm.set_user_memory_region(memory) }.unwrap();
+    }
+    // SAFETY: the slots were set above, and no test removes one while the value exists.
+    unsafe { RamSlots::adopt(vm, ram, slots) }.unwrap()
 }
 
 pub fn run(vcpu: &mut Vcpu) -> u8 {

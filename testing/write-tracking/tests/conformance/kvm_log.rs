@@ -30,7 +30,7 @@ impl Logged {
         guest.boot(Program::Touch);
         let mut vcpus = vec![Mutex::new(guest.vcpu)];
         for number in 1..VCPUS {
-            let vcpu = guest.vcpus.create(number).unwrap();
+            let vcpu = guest.vcpus.create(&guest.vm, number).unwrap();
             let start = long_mode::Start {
                 entry: CODE,
                 stack: STACK + number * 256,

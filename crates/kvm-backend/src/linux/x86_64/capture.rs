@@ -4,13 +4,14 @@ use std::io;
 
 use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use thiserror::Error;
 use zerocopy::IntoBytes;
 
 use super::abi::FormatVersion;
 use super::vcpu_state::VcpuState;
 use super::{msrs, xsave};
+use crate::linux::machine::Machine;
 use crate::linux::vcpus::{Paused, Vcpu};
 
 impl VcpuState {
@@ -24,17 +25,18 @@ impl VcpuState {
         if !vcpu.is_of(paused) {
             return Err(CaptureError::NotPaused);
         }
-        Self::capture_idle(kvm, paused.vm(), vcpu)
+        Self::capture_idle(kvm, paused.machine(), vcpu)
     }
 
-    fn capture_idle(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd) -> Result<Self, CaptureError> {
+    fn capture_idle(kvm: &Kvm, machine: &Machine, vcpu: &VcpuFd) -> Result<Self, CaptureError> {
         // The order matters. Reading mp_state first lets a pending INIT or SIPI take effect. The
         // events are last, since other calls may still add an interrupt (KVM_GET_LAPIC syncs posted
         // ones).
         let mp_state = vcpu.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
         let regs = vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?;
         let sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
-        let xsave = xsave::read(vm, vcpu).map_err(failed("KVM_GET_XSAVE"))?;
+        let xsave2 = machine.check_extension(Cap::Xsave2);
+        let xsave = xsave::read(xsave2, vcpu).map_err(failed("KVM_GET_XSAVE"))?;
         let xcrs = vcpu.get_xcrs().map_err(failed("KVM_GET_XCRS"))?;
         let debug_regs = vcpu.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?;
         let lapic = match vcpu.get_lapic() {
@@ -47,12 +49,12 @@ impl VcpuState {
             .map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
         let (msrs, unreadable_msrs) =
             msrs::read(vcpu, listed.as_slice()).map_err(failed("KVM_GET_MSRS"))?;
-        let tsc_khz = if vm.check_extension(Cap::GetTscKhz) {
+        let tsc_khz = if machine.check_extension(Cap::GetTscKhz) > 0 {
             Some(vcpu.get_tsc_khz().map_err(failed("KVM_GET_TSC_KHZ"))?)
         } else {
             None
         };
-        let nested = nested(vm, vcpu)?;
+        let nested = nested(machine, vcpu)?;
         let cpuid = cpuid(vcpu)?;
         let events = vcpu
             .get_vcpu_events()
@@ -90,8 +92,8 @@ fn cpuid(vcpu: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>, CaptureError> {
     Ok(entries)
 }
 
-fn nested(vm: &VmFd, vcpu: &VcpuFd) -> Result<Option<Vec<u8>>, CaptureError> {
-    if !vm.check_extension(Cap::NestedState) {
+fn nested(machine: &Machine, vcpu: &VcpuFd) -> Result<Option<Vec<u8>>, CaptureError> {
+    if machine.check_extension(Cap::NestedState) <= 0 {
         return Ok(None);
     }
     let mut buffer = KvmNestedStateBuffer::empty();

@@ -69,7 +69,8 @@ impl VcpuState {
         vcpu.set_sregs(&self.sregs)
             .map_err(failed("KVM_SET_SREGS"))?;
         vcpu.set_xcrs(&self.xcrs).map_err(failed("KVM_SET_XCRS"))?;
-        xsave::write(vm, vcpu, &self.xsave).map_err(failed("KVM_SET_XSAVE"))?;
+        let xsave2 = vm.check_extension_int(Cap::Xsave2);
+        xsave::write(xsave2, vcpu, &self.xsave).map_err(failed("KVM_SET_XSAVE"))?;
         // This drops pending exceptions, so it precedes the events.
         vcpu.set_regs(&self.regs).map_err(failed("KVM_SET_REGS"))?;
         vcpu.set_debug_regs(&self.debug_regs)

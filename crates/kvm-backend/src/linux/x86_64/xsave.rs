@@ -4,26 +4,28 @@
 #![allow(unsafe_code)]
 
 use kvm_bindings::{Xsave, kvm_xsave};
-use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use kvm_ioctls::VcpuFd;
 use zerocopy::{FromBytes, IntoBytes};
 
 /// The size of `kvm_xsave` without its extension in Linux 5.17.
 const LEGACY: usize = size_of::<kvm_xsave>();
 
-/// Returns the number of bytes that KVM reads and writes for a vCPU of this virtual machine.
-fn size(vm: &VmFd) -> usize {
-    LEGACY.max(vm.check_extension_int(Cap::Xsave2).max(0) as usize)
+/// Returns the number of bytes that KVM reads and writes for a vCPU of a virtual machine.
+/// `capability` is the value of its `KVM_CAP_XSAVE2`.
+fn size(capability: i32) -> usize {
+    LEGACY.max(capability.max(0) as usize)
 }
 
 fn area(size: usize) -> Xsave {
     Xsave::new((size - LEGACY).div_ceil(size_of::<u32>())).expect("an XSAVE area is some kilobytes")
 }
 
-/// Returns the XSAVE area of a vCPU.
-pub(super) fn read(vm: &VmFd, vcpu: &VcpuFd) -> Result<Vec<u8>, kvm_ioctls::Error> {
-    let size = size(vm);
+/// Returns the XSAVE area of a vCPU. `capability` is the value of `KVM_CAP_XSAVE2` of its virtual
+/// machine.
+pub(super) fn read(capability: i32, vcpu: &VcpuFd) -> Result<Vec<u8>, kvm_ioctls::Error> {
+    let size = size(capability);
     let mut area = area(size);
-    if vm.check_extension(Cap::Xsave2) {
+    if capability > 0 {
         // SAFETY: KVM writes the number of bytes that KVM_CAP_XSAVE2 reports for this VM, and
         // `area` has that size.
         unsafe { vcpu.get_xsave2(&mut area) }?;
@@ -42,8 +44,10 @@ pub(super) fn read(vm: &VmFd, vcpu: &VcpuFd) -> Result<Vec<u8>, kvm_ioctls::Erro
 ///
 /// If `bytes` is longer, its additional bytes belong to state components that this KVM lacks. If
 /// any is in use, XSTATE_BV has its bit, and KVM refuses the area.
-pub(super) fn write(vm: &VmFd, vcpu: &VcpuFd, bytes: &[u8]) -> Result<(), kvm_ioctls::Error> {
-    let mut words = vec![0u32; size(vm).max(bytes.len()).div_ceil(size_of::<u32>())];
+///
+/// `capability` is the value of `KVM_CAP_XSAVE2` of the virtual machine.
+pub(super) fn write(capability: i32, vcpu: &VcpuFd, bytes: &[u8]) -> Result<(), kvm_ioctls::Error> {
+    let mut words = vec![0u32; size(capability).max(bytes.len()).div_ceil(size_of::<u32>())];
     words.as_mut_bytes()[..bytes.len()].copy_from_slice(bytes);
     let mut area = area(words.as_bytes().len());
     let (region, extra) = words.split_at(LEGACY / size_of::<u32>());
