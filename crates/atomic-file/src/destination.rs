@@ -40,6 +40,29 @@ pub enum Symlinks {
 /// Maximum number of links that are followed: Linux's own limit (`MAXSYMLINKS`).
 const MAX_LINKS: usize = 40;
 
+/// Checks that a writer could be opened for `path`, as far as this needs no file to be staged.
+///
+/// [`AtomicWriterOptions::open`](crate::AtomicWriterOptions::open) repeats the checks. Call this
+/// before other work that would be in vain.
+///
+/// # Errors
+/// Returns the [`OpenError`] that opening a writer would return for its path: such as
+/// [`OpenError::MagicLink`], [`OpenError::NotAFile`] and [`OpenError::CannotReplace`].
+///
+/// # Examples
+/// ```
+/// use atomic_file::{OpenError, Symlinks, check_destination};
+///
+/// let dir = tempfile::tempdir()?;
+/// check_destination(dir.path().join("vm.mem"), Symlinks::Follow)?;
+/// let error = check_destination(dir.path(), Symlinks::Follow).unwrap_err();
+/// assert!(matches!(error, OpenError::NotAFile { is_dir: true, .. }));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn check_destination(path: impl AsRef<Path>, symlinks: Symlinks) -> Result<(), OpenError> {
+    check_replaceable(&Destination::resolve(path.as_ref(), symlinks)?)
+}
+
 #[derive(Debug)]
 pub(crate) struct Destination {
     pub(crate) dir: Arc<Directory>,
@@ -168,16 +191,28 @@ pub(crate) fn check_again(dest: &Destination) -> io::Result<()> {
     if entry.is_some_and(|entry| entry.is_dir()) {
         return Err(io::ErrorKind::IsADirectory.into());
     }
-    if entry.is_some_and(|entry| !entry.is_file() && !entry.is_symlink()) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "it is a device, FIFO or socket now: only a regular file can be replaced",
-        ));
-    }
+    check_is_no_special_file(entry.as_ref())?;
     let dir = stat_of(&*dest.dir)?;
     match obstacle(&dest.dir, &dir, &dest.name, entry) {
         None => Ok(()),
         Some(obstacle) => Err(io::Error::new(io::ErrorKind::PermissionDenied, obstacle)),
+    }
+}
+
+/// Fails if `dest` is a device, FIFO or socket now, which a rename would replace.
+pub(crate) fn check_kind_again(dest: &Destination) -> io::Result<()> {
+    check_is_no_special_file(dest.dir.entry(&dest.name)?.as_ref())
+}
+
+fn check_is_no_special_file(entry: Option<&Stat>) -> io::Result<()> {
+    match entry {
+        Some(entry) if !entry.is_file() && !entry.is_symlink() && !entry.is_dir() => {
+            Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "it is a device, FIFO or socket now: only a regular file can be replaced",
+            ))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -35,8 +35,9 @@ use commit::{Commit, discard_all};
 /// commit. The staged files of the group then remain, and recovery fails until that file is
 /// removed.
 ///
-/// **Each file must be a member once.** [`add`](Self::add) and the commit refuse two names of one
-/// existing file, and names that differ only in case if the directory ignores case. Two names that
+/// **Each name must be a member once.** [`add`](Self::add) and the commit refuse two spellings of
+/// the name of an existing file, and names that differ only in case if the directory ignores case.
+/// Two hard links to one file are two names: the commit gives each a new file. Two names that
 /// differ only in Unicode composition cannot be recognized while neither file exists. In a
 /// directory that ignores composition (APFS, HFS+, directories of ext4 and tmpfs that ignore case),
 /// the later one of them then replaces the earlier one.

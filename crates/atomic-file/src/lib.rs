@@ -95,6 +95,7 @@
 //! fsync(4)                                syncs them
 //! newfstatat(3, ".atomic-file-2670fefa-….stage")  is it still this writer's file?
 //! openat(3, "."), getdents64              no pending group commit includes "vm.mem"
+//! newfstatat(3, "vm.mem", AT_SYMLINK_NOFOLLOW)  not a device, FIFO or socket by now
 //! renameat(3, ".atomic-file-2670fefa-….stage", 3, "vm.mem")
 //! flock(4, LOCK_UN)                       a forked child may still have the descriptor
 //! openat(3, "."), getdents64              no group was published just before the rename
@@ -357,7 +358,7 @@ mod write;
 mod writer;
 
 pub use attribute::{Attribute, NotPreserved};
-pub use destination::Symlinks;
+pub use destination::{Symlinks, check_destination};
 pub use durability::Durability;
 pub use error::{
     CommitError, CommitStep, GroupCommitError, Leftover, Obstacle, OpenError, RecoverError,

@@ -28,8 +28,9 @@ pub enum CommitStep {
     Recover,
     /// Verifying that the name of the staged file still refers to the file that was written.
     Check,
-    /// Repeating the checks of `open` for the destination, and verifying that it is not the file of
-    /// another member of the group.
+    /// Verifying that the destination is not a device, FIFO or socket by now. A group also repeats
+    /// the other checks of `open`, and verifies that the destination is not the file of another
+    /// member.
     Destination,
     /// Writing and syncing the group record.
     Record,

@@ -4,7 +4,7 @@ use std::io;
 
 use super::AtomicWriter;
 use crate::attribute::NotPreserved;
-use crate::destination::Destination;
+use crate::destination::{Destination, check_kind_again};
 use crate::durability::Durability;
 use crate::error::{CommitError, CommitStep, Leftover};
 use crate::locked_file::LockedFile;
@@ -32,7 +32,7 @@ impl AtomicWriter {
     ///    are recovered.
     /// 4. The old file is locked, if it will be recycled or must be a certain
     ///    [version](crate::AtomicWriterOptions::replace_only). The version is compared, as before
-    ///    step 1.
+    ///    step 1. A device, FIFO or socket that is at the destination by now is refused.
     /// 5. The staged file is renamed onto the destination. If the old file will be recycled, the
     ///    two names are exchanged.
     /// 6. The locks are released. Groups that were published during steps 3 to 5 are recovered.
@@ -103,6 +103,10 @@ impl AtomicWriter {
                 return Err(not_replaced(staged, dest, CommitStep::Compare, source));
             }
         };
+        // With `no_clobber`, the rename itself refuses any file.
+        if !no_clobber && let Err(source) = check_kind_again(&dest) {
+            return Err(not_replaced(staged, dest, CommitStep::Destination, source));
+        }
         let replaced = match publish(&mut staged, &dest, no_clobber, old) {
             Ok(replaced) => replaced,
             Err(PublishError::NotPublished(source)) => {
