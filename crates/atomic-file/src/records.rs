@@ -197,6 +197,8 @@ fn bytes_of(mut file: &File, limit: u64) -> io::Result<Option<Vec<u8>>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::names::{NameKind, protocol_name, record_name};
+    use crate::record::Old;
 
     #[test]
     fn an_overlong_record_is_not_read() {
@@ -208,5 +210,55 @@ mod tests {
             let refused = problem == Unreadable::Damaged("too long");
             assert_eq!(refused, too_long, "{len}: {problem:?}");
         }
+    }
+
+    /// The number of a user identifies its record and the staged file that the record names.
+    fn publish_as(dir: &Directory, user: u32) {
+        use std::os::unix::fs::{PermissionsExt as _, chown};
+        let member = Member {
+            inode: 0,
+            size: 0,
+            old: Old::Unknown,
+            staged: staged_by(user),
+            dest: "dest".into(),
+        };
+        let path = dir.path_of(&record_name(user.into()));
+        std::fs::write(&path, record::encode(&[member])).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        chown(&path, Some(user), None).unwrap();
+    }
+
+    fn staged_by(user: u32) -> OsString {
+        protocol_name(OsStr::new("dest"), user.into(), NameKind::Locked)
+    }
+
+    #[test]
+    fn only_records_that_may_protect_the_given_user_are_read() {
+        use std::os::unix::fs::PermissionsExt as _;
+        const ROOT: u32 = 0;
+        const USER: u32 = 12345;
+        const OTHER_USER: u32 = 54321;
+        test_machine::needs!(Root);
+        let temporary = tempfile::tempdir().unwrap();
+        let mode = std::fs::Permissions::from_mode(0o1777);
+        std::fs::set_permissions(temporary.path(), mode).unwrap();
+        let dir = Directory::open(temporary.path()).unwrap();
+        for user in [ROOT, USER, OTHER_USER] {
+            publish_as(&dir, user);
+        }
+        let user = UserId::new(USER);
+
+        let mut records = Records::default();
+        records.refresh(&dir, Some(user)).unwrap();
+        assert_eq!(records.named.len(), 2);
+        assert!(records.name(&staged_by(ROOT), user));
+        assert!(records.name(&staged_by(USER), user));
+        assert_eq!(records.read.into_keys().collect::<Vec<_>>(), [USER]);
+
+        let mut records = Records::default();
+        records.refresh(&dir, None).unwrap();
+        assert_eq!(records.named.len(), 3);
+        assert!(!records.name(&staged_by(OTHER_USER), user));
+        assert!(!records.name(&staged_by(USER), UserId::new(OTHER_USER)));
     }
 }

@@ -366,3 +366,19 @@ fn a_file_named_by_a_group_record_is_not_kept() {
     fs::remove_file(&path).unwrap();
     assert_names(dir.path(), &["dest"]);
 }
+
+/// A group with a ticket may record the recycled file as its old destination.
+#[rstest]
+#[case::in_progress(true)]
+#[case::orphaned(false)]
+fn a_file_is_reused_unless_a_group_holds_a_ticket(#[case] in_progress: bool) {
+    let _turn = one_at_a_time();
+    let (dir, dest, _) = with_recycled_file();
+    let path = dir.path().join(".atomic-file-0123456789abcdef.intent");
+    let ticket = File::create(&path).unwrap();
+    if in_progress {
+        ticket.lock().unwrap();
+    }
+    assert_eq!(save(&recycling(), &dest, 3), !in_progress);
+    assert_eq!(path.exists(), in_progress);
+}
