@@ -2,10 +2,13 @@
 
 mod support;
 
+use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
-use memory_image::{Chain, ChainError, MappedImage, OpenImageError, ReadImageError, RestoreError};
+use memory_image::{
+    Chain, ChainError, Image, MappedImage, OpenImageError, ReadImageError, RestoreError,
+};
 use rstest::rstest;
 use support::raw_guest::{Guest, PAGE, SIZE, whole};
 
@@ -122,4 +125,37 @@ fn run_outside_the_image_is_refused(#[case] run: Range<u64>) {
         "{error:?}"
     );
     assert!(whole(&chain) == guest.ram);
+}
+
+#[test]
+fn directory_is_found_beyond_absolute_paths() {
+    if !test_machine::is_alone("directory_is_found_beyond_absolute_paths") {
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    std::env::set_current_dir(root.path()).unwrap();
+    fs::write("ram", [7; 512]).unwrap();
+    let image = Image::open_raw("ram").unwrap();
+    let found = image.directory().unwrap();
+    assert_eq!(found, root.path().canonicalize().unwrap());
+    fs::remove_file("ram").unwrap();
+    let error = image.directory().unwrap_err();
+    assert!(matches!(error, OpenImageError::Open { .. }), "{error:?}");
+
+    let level = "d".repeat(250);
+    for _ in 0..20 {
+        fs::create_dir(&level).unwrap();
+        std::env::set_current_dir(&level).unwrap();
+    }
+    fs::write("ram", [7; 512]).unwrap();
+    let image = Image::open_raw("ram").unwrap();
+    assert_eq!(image.directory().unwrap(), Path::new("."));
+    let image = Image::open_raw("./ram").unwrap();
+    assert_eq!(image.directory().unwrap(), Path::new("."));
+
+    // The file may be in another directory than the link.
+    std::os::unix::fs::symlink("ram", "link").unwrap();
+    let image = Image::open_raw("link").unwrap();
+    let error = image.directory().unwrap_err();
+    assert!(matches!(error, OpenImageError::Open { .. }), "{error:?}");
 }

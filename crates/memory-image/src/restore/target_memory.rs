@@ -62,26 +62,15 @@ impl TargetMemory<'_> {
         offset: u64,
     ) -> Result<(), (u64, io::Error)> {
         let (start, len) = self.part(&range);
-        let mut done = 0;
-        while done < len {
-            let at = offset + done as u64;
-            let failed = |error: io::Error| (at, error);
-            let position = libc::off_t::try_from(at);
-            let position = position.map_err(|_| failed(io::ErrorKind::UnexpectedEof.into()))?;
-            // SAFETY: `done` is less than `len`, so the address is inside the part.
-            let to = unsafe { start.add(done) };
-            // SAFETY: the kernel writes at most `len - done` bytes from `to` on, which are inside
-            // the part. The part is mapped, writable and not otherwise accessed, by the contract of
-            // `new`.
-            let read = unsafe { libc::pread(file.as_raw_fd(), to.cast(), len - done, position) };
-            match Errno::result(read) {
-                Ok(0) => return Err(failed(io::ErrorKind::UnexpectedEof.into())),
-                Ok(read) => done += read as usize,
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(failed(errno.into())),
-            }
-        }
-        Ok(())
+        read_all(len, offset, |part, position| {
+            // SAFETY: the part begins inside the memory of length `len` at `start`.
+            let to = unsafe { start.add(part.start) };
+            // SAFETY: the kernel writes at most the length of the part from `to` on, which is
+            // inside the memory. That is mapped, writable and not otherwise accessed, by the
+            // contract of `new`.
+            let read = unsafe { libc::pread(file.as_raw_fd(), to.cast(), part.len(), position) };
+            Errno::result(read).map(|read| read as usize)
+        })
     }
 
     fn part(&self, range: &Range<usize>) -> (*mut u8, usize) {
@@ -90,6 +79,29 @@ impl TargetMemory<'_> {
         let at = unsafe { self.start.add(range.start) };
         (at, range.end - range.start)
     }
+}
+
+/// Reads `len` bytes from the file offset `offset` on. Each `read` is passed a part of `0..len` that
+/// is not empty, and its file offset. It returns the number of bytes that it read.
+fn read_all(
+    len: usize,
+    offset: u64,
+    mut read: impl FnMut(Range<usize>, libc::off_t) -> nix::Result<usize>,
+) -> Result<(), (u64, io::Error)> {
+    let mut done = 0;
+    while done < len {
+        let at = offset + done as u64;
+        let failed = |error: io::Error| (at, error);
+        let position = libc::off_t::try_from(at);
+        let position = position.map_err(|_| failed(io::ErrorKind::UnexpectedEof.into()))?;
+        match read(done..len, position) {
+            Ok(0) => return Err(failed(io::ErrorKind::UnexpectedEof.into())),
+            Ok(read) => done += read,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(failed(errno.into())),
+        }
+    }
+    Ok(())
 }
 
 impl<'a> From<&'a mut [u8]> for TargetMemory<'a> {
@@ -129,5 +141,24 @@ mod tests {
         assert_eq!((at, error.kind()), (10, io::ErrorKind::UnexpectedEof));
         let (_, error) = memory.read_from(0..8, &file, u64::MAX - 8).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn short_and_interrupted_reads_are_continued() {
+        let mut results = [Ok(3), Err(Errno::EINTR), Ok(4), Ok(1)].into_iter();
+        let mut calls = Vec::new();
+        let done = read_all(8, 100, |part, position| {
+            calls.push((part, position));
+            results.next().unwrap()
+        });
+        done.unwrap();
+        assert_eq!(calls, [(0..8, 100), (3..8, 103), (3..8, 103), (7..8, 107)]);
+    }
+
+    #[test]
+    fn a_failed_read_is_an_error_with_its_offset() {
+        let mut results = [Ok(3), Err(Errno::EIO)].into_iter();
+        let (at, error) = read_all(8, 100, |_, _| results.next().unwrap()).unwrap_err();
+        assert_eq!((at, error.raw_os_error()), (103, Some(Errno::EIO as i32)));
     }
 }
