@@ -230,7 +230,7 @@ impl FooterBuilder {
     pub(crate) fn check_room(&self, runs: u64) -> Result<(), FooterError> {
         if self.map.is_empty() {
             let runs = runs.saturating_add(self.zeros.len() as u64);
-            self.footer.planned_len(runs, u64::from(runs > 0), 0)?;
+            self.footer.planned_len(runs, runs.min(1), 0)?;
         }
         Ok(())
     }
