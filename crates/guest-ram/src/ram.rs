@@ -196,6 +196,10 @@ impl<K: BitmapKind> PageReader for GuestRam<K> {
         let piece = self.layout.offset_pieces(offset, len).ok()?.next()?;
         Some(self.piece_memory(&piece))
     }
+
+    fn ram_layout(&self) -> Option<&RamLayout> {
+        Some(&self.layout)
+    }
 }
 
 impl<K: BitmapKind> fmt::Debug for GuestRam<K> {

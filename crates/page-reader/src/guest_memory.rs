@@ -135,4 +135,8 @@ where
         // without drop glue is only an address, which is valid for as long as the slice.
         Some(unsafe { HostMemory::new(start, slice.len()) })
     }
+
+    fn ram_layout(&self) -> Option<&RamLayout> {
+        Some(&self.layout)
+    }
 }

@@ -149,6 +149,10 @@ impl PageReader for MappedMemory<'_> {
         let len = available_len(offset, len, self.layout.ram_size())?;
         self.pieces(offset, len).next()
     }
+
+    fn ram_layout(&self) -> Option<&RamLayout> {
+        Some(&self.layout)
+    }
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use host_memory::HostMemory;
 
+use crate::layout::RamLayout;
 use crate::populated::PopulatedRanges;
 use crate::populated_memory::in_host_memory;
 
@@ -145,6 +146,14 @@ pub trait PageReader {
     fn check_source(&self) -> io::Result<()> {
         Ok(())
     }
+
+    /// Returns the guest-physical ranges of the RAM, or `None` if the source does not know them.
+    ///
+    /// A writer of sealed or packed images records them, and refuses other ones. A reader that
+    /// wraps another one should forward the call. The provided method returns `None`.
+    fn ram_layout(&self) -> Option<&RamLayout> {
+        None
+    }
 }
 
 /// Forwards all methods, the provided ones too: a default would hide the capabilities of the
@@ -166,6 +175,10 @@ macro_rules! forward_to_pointee {
 
             fn check_source(&self) -> io::Result<()> {
                 (**self).check_source()
+            }
+
+            fn ram_layout(&self) -> Option<&RamLayout> {
+                (**self).ram_layout()
             }
         }
     )*};

@@ -7,6 +7,7 @@ use host_memory::HostMemory;
 
 use self::units::{UNIT, UnitSet};
 use crate::fault_in::fault_in;
+use crate::layout::RamLayout;
 use crate::populated::PopulatedRanges;
 use crate::reader::PageReader;
 
@@ -182,6 +183,10 @@ impl<R: PageReader + ?Sized> PageReader for Touched<'_, R> {
 
     fn check_source(&self) -> io::Result<()> {
         self.reader.check_source()
+    }
+
+    fn ram_layout(&self) -> Option<&RamLayout> {
+        self.reader.ram_layout()
     }
 }
 

@@ -8,7 +8,7 @@ use dirty_bitmap::{
     DirtyBitmap, EpochReclaimed, GeometryError, OutOfRange, Runs, TakenBitmap, TrackedBitmap,
     TrackedEpoch,
 };
-use page_reader::{HostMemory, PageReader};
+use page_reader::{HostMemory, PageReader, RamLayout};
 
 use super::ledger::Verdict;
 
@@ -174,5 +174,9 @@ impl PageReader for Ram {
 
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         self.0.host_memory(offset, len)
+    }
+
+    fn ram_layout(&self) -> Option<&RamLayout> {
+        self.0.ram_layout()
     }
 }

@@ -118,4 +118,8 @@ impl PageReader for GuestRam {
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
         self.ram.populated(range)
     }
+
+    fn ram_layout(&self) -> Option<&RamLayout> {
+        self.ram.ram_layout()
+    }
 }
