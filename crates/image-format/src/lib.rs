@@ -80,6 +80,7 @@
 //! assert_eq!(read, footer);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//! - [`Footer::write_to`] writes it to a stream, after [`Footer::planned_header`] and the pages.
 //! - [`Footer::read_as`] reads an image of version 1 whose length is one that raw RAM can have. The
 //!   caller must know the format of the file.
 //! - [`Footer::chunks`] returns every chunk with bytes in the file, and the checksum of these
@@ -106,6 +107,7 @@ mod header;
 mod id;
 mod layout;
 mod read;
+mod region_list;
 mod run;
 mod version;
 mod wire;
@@ -121,6 +123,7 @@ pub use footer::{Chunk, Footer, ImageKind};
 pub use header::{HEADER_PAGE, Header};
 pub use id::{ImageId, ParseIdError};
 pub use layout::{Layout, Placement, packed_start};
+pub use region_list::RegionList;
 pub use run::{Run, Storage};
 pub use version::{MAX_RAM_SIZE, RAW_UNIT, Version};
 pub use wire::MAX_FOOTER;

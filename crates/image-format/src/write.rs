@@ -89,27 +89,124 @@ impl Footer {
             let header = Header::new(self, start, end + TRAILER).to_bytes();
             file.write_all_at(&header, 0).map_err(failed(0))?;
         }
-        let mut out = BufWriter::with_capacity(
-            256 << 10,
-            HashingWriter {
-                file,
-                offset: start,
-                hasher: blake3::Hasher::new(),
-            },
-        );
-        self.body(&mut out, runs, &totals)
-            .and_then(|()| {
-                out.write_all(
-                    &PADDING[..self.padding(start + self.parts_len(totals.runs)) as usize],
-                )
-            })
-            .and_then(|()| out.flush())
-            .map_err(failed(start))?;
-        let trailer = self.trailer(out.get_ref().hasher.finalize().as_bytes(), start, len);
-        file.write_all_at(&trailer, end).map_err(failed(end))?;
+        let out = AtOffset {
+            file,
+            offset: start,
+        };
+        let written = self.write_parts(out, runs, &totals, start);
+        written.map_err(failed(start))?;
         let end = end + TRAILER;
         file.set_len(end).map_err(failed(end))?;
         Ok(end)
+    }
+
+    /// Writes the footer to `out`, which has received all bytes before it: the
+    /// [header](Self::planned_header) and the pages. Use it for a stream that cannot seek. Returns
+    /// the number of bytes written.
+    ///
+    /// The bytes are those that [`write`](Self::write) writes after the pages. `out` is written in
+    /// pieces of up to 256 KiB and is not flushed.
+    ///
+    /// # Errors
+    /// Returns [`FooterError::Invalid`] or [`FooterError::TooLarge`] before anything is written,
+    /// and [`FooterError::Io`].
+    ///
+    /// # Examples
+    /// ```
+    /// use image_format::{Footer, ImageId, ImageKind, Layout, Run, Version};
+    ///
+    /// let footer = Footer {
+    ///     version: Version::CURRENT,
+    ///     id: ImageId::random()?,
+    ///     kind: ImageKind::Full,
+    ///     layout: Layout::Packed,
+    ///     ram_size: 1 << 20,
+    ///     page_size: 4096,
+    ///     regions: vec![0..1 << 20],
+    ///     runs: vec![Run::zeros(0..1 << 20)],
+    ///     checksums: Vec::new(),
+    ///     metadata: Vec::new(),
+    /// };
+    /// let mut stream = footer.planned_header(1, 0, 0)?; // 1 run, no checksum, no present page
+    /// footer.write_to(&mut stream)?;
+    /// assert_eq!(stream.len() as u64, footer.file_len());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn write_to(&self, out: impl Write) -> Result<u64, FooterError> {
+        self.write_runs_to(out, self.runs.iter().copied())
+    }
+
+    /// Writes the footer like [`write_to`](Self::write_to), with `runs` in place of
+    /// [`runs`](Self::runs), as [`write_with`](Self::write_with) does.
+    ///
+    /// # Errors
+    /// Returns the errors of [`write_to`](Self::write_to).
+    pub fn write_runs_to(
+        &self,
+        out: impl Write,
+        runs: impl Iterator<Item = Run> + Clone,
+    ) -> Result<u64, FooterError> {
+        let totals = self.check_with(runs.clone())?;
+        let start = self.data_end_for(totals.present);
+        let len = self.body_len(start, totals.runs);
+        if len > MAX_FOOTER {
+            return Err(FooterError::TooLarge { len });
+        }
+        let written = self.write_parts(out, runs, &totals, start);
+        written.map_err(|source| FooterError::Io {
+            operation: "write",
+            offset: start,
+            source,
+        })?;
+        Ok(len + TRAILER)
+    }
+
+    /// Returns the bytes before the first page of an image whose footer will have the given numbers
+    /// of `runs` and `checksums`, and `present` bytes in the file: the header of a packed image, or
+    /// nothing. It states the length of the file, so a stream that is cut off is recognized.
+    ///
+    /// The regions and the metadata of the footer must not change afterwards.
+    ///
+    /// # Errors
+    /// Returns [`FooterError::TooLarge`] for a footer of more than [`MAX_FOOTER`] bytes.
+    pub fn planned_header(
+        &self,
+        runs: u64,
+        checksums: u64,
+        present: u64,
+    ) -> Result<Vec<u8>, FooterError> {
+        let len = self.planned_len(runs, checksums, present)?;
+        if self.data_start() == 0 {
+            return Ok(Vec::new());
+        }
+        let mut header = Header::new(self, self.data_end_for(present), len).to_bytes();
+        // The offset of the first page is the size of a page, which fits in memory.
+        header.resize(self.data_start() as usize, 0);
+        Ok(header)
+    }
+
+    /// Writes the footer, which begins at the offset `start` of the file.
+    fn write_parts(
+        &self,
+        out: impl Write,
+        runs: impl Iterator<Item = Run>,
+        totals: &RunTotals,
+        start: u64,
+    ) -> io::Result<()> {
+        let mut out = BufWriter::with_capacity(
+            256 << 10,
+            HashingWriter {
+                out,
+                hasher: blake3::Hasher::new(),
+            },
+        );
+        self.body(&mut out, runs, totals)?;
+        let padding = self.padding(start + self.parts_len(totals.runs));
+        out.write_all(&PADDING[..padding as usize])?;
+        out.flush()?;
+        let HashingWriter { out, hasher } = out.get_mut();
+        let len = self.body_len(start, totals.runs);
+        out.write_all(&self.trailer(hasher.finalize().as_bytes(), start, len))
     }
 
     fn parts(&self) -> PartCounts {
@@ -195,17 +292,33 @@ impl Footer {
     }
 }
 
-/// A writer at a file offset that hashes the bytes.
-struct HashingWriter<'f> {
-    file: &'f File,
-    offset: u64,
+/// A writer that hashes the bytes.
+struct HashingWriter<W> {
+    out: W,
     hasher: blake3::Hasher,
 }
 
-impl Write for HashingWriter<'_> {
+impl<W: Write> Write for HashingWriter<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A writer at an offset of a file.
+struct AtOffset<'f> {
+    file: &'f File,
+    offset: u64,
+}
+
+impl Write for AtOffset<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.file.write_at(bytes, self.offset)?;
-        self.hasher.update(&bytes[..written]);
         self.offset += written as u64;
         Ok(written)
     }

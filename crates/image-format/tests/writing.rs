@@ -104,3 +104,34 @@ fn a_full_image_covers_every_page() {
     let offset = RAM - PAGE;
     assert_eq!(footer.check(), Err(InvalidFooter::NotFull { offset }));
 }
+
+/// A stream gets the bytes of the file: the header, the pages and the footer.
+#[rstest]
+fn a_stream_has_the_bytes_of_a_file(
+    #[values(Layout::Sealed, Layout::Packed)] layout: Layout,
+    #[values(0, 5, 400)] metadata: usize,
+) {
+    let mut footer = diff(layout);
+    // Some lengths need padding.
+    footer.metadata = vec![3; metadata];
+    let expected = sealed(&footer);
+    let (runs, sums) = (footer.runs.len() as u64, footer.checksums.len() as u64);
+    let mut stream = footer
+        .planned_header(runs, sums, footer.present_bytes())
+        .unwrap();
+    assert_eq!(stream.len() as u64, footer.data_start());
+    stream.resize(footer.data_end() as usize, 0);
+    let len = footer.write_to(&mut stream).unwrap();
+    assert_eq!(len, footer.file_len() - footer.data_end());
+    assert!(stream == expected);
+}
+
+#[test]
+fn an_inconsistent_footer_is_not_written_to_a_stream() {
+    let mut footer = diff(Layout::Packed);
+    footer.checksums.clear();
+    let mut stream = Vec::new();
+    let error = footer.write_to(&mut stream).unwrap_err();
+    assert!(matches!(error, FooterError::Invalid(_)), "{error:?}");
+    assert!(stream.is_empty());
+}
