@@ -188,7 +188,7 @@ pub use page_holes::{PageHoles, PagesUnknown};
 pub use probe::{
     AlignmentBasis, Capabilities, DirectIo, HoleSupport, ProbeError, Punch, SeekHole, WrittenZeros,
 };
-pub use progress::{CancelGuard, CancelToken, Progress, ProgressFn};
+pub use progress::{CancelGuard, CancelToken, Pass, Progress, ProgressFn};
 pub use space::{SpaceError, allocated_bytes, check_len, grow, punch_hole, reserve, share_blocks};
 pub use write::{Engine, RunSource, WriteError, WriteOptions, write_runs};
 pub use zero::{ZeroError, zero_range, zero_ranges};

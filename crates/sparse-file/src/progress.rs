@@ -19,16 +19,41 @@ pub struct Progress {
     pub done: u64,
     /// The number of bytes to process. At least `done`.
     pub total: u64,
+    /// The part of the operation that the bytes belong to. Each pass begins at 0.
+    pub pass: Pass,
+}
+
+/// A part of an operation, of which [`Progress`] counts the bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Pass {
+    /// The operation has no parts.
+    #[default]
+    Whole,
+    /// A write of all of the RAM.
+    Full,
+    /// A write of some pages: a diff, or runs of pages.
+    Pages,
+    /// A write of pages that are zeros.
+    Zeros,
 }
 
 impl Progress {
-    /// Creates a report of `done` bytes of `total`. If `done` is larger, it is the total too.
+    /// Creates a report of `done` bytes of `total` of a whole operation. If `done` is larger, it is
+    /// the total too.
     #[must_use]
     pub fn new(done: u64, total: u64) -> Self {
         Self {
             done,
             total: total.max(done),
+            pass: Pass::Whole,
         }
+    }
+
+    /// Returns the report as one of a pass of the operation.
+    #[must_use]
+    pub fn in_pass(self, pass: Pass) -> Self {
+        Self { pass, ..self }
     }
 }
 
