@@ -1,6 +1,9 @@
 //! Checks at compile time which public types threads may send and share.
 
-use crate::{MemoryWriter, MemoryWriterOptions, Seal, SnapshotError};
+use crate::{
+    MemoryWriter, MemoryWriterOptions, OpenFileError, PackedStream, PackedStreamOptions, Seal,
+    SnapshotError,
+};
 
 fn shared<T: Send + Sync>() {}
 
@@ -8,6 +11,9 @@ fn shared<T: Send + Sync>() {}
 fn main_types_are_send_and_sync() {
     shared::<MemoryWriter>();
     shared::<MemoryWriterOptions>();
+    shared::<OpenFileError>();
+    shared::<PackedStream<Vec<u8>>>();
+    shared::<PackedStreamOptions>();
     shared::<Seal>();
     shared::<SnapshotError>();
 }

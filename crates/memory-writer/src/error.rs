@@ -1,19 +1,22 @@
 //! Errors of taking snapshots.
 
 mod memory_io;
+mod open_file;
 mod ram;
 mod write_ambiguity;
 
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use atomic_file::{CommitError, OpenError};
 use dirty_bitmap::EpochReclaimed;
-use image_format::FooterError;
+use image_format::{FooterError, RegionList};
 use sparse_file::{SpaceError, WriteError, ZeroError};
 use thiserror::Error;
 
 pub use memory_io::MemoryIoStep;
+pub use open_file::OpenFileError;
 pub use ram::RamError;
 pub use write_ambiguity::WriteAmbiguity;
 
@@ -25,9 +28,31 @@ pub enum SnapshotError {
     /// The size of the RAM or of a page is invalid.
     #[error("invalid RAM geometry")]
     Ram(#[from] RamError),
-    /// The file could not be staged.
+    /// The file could not be staged. For a link to an open file, such as `/dev/stdout`
+    /// ([`OpenError::MagicLink`]), pass the open file to
+    /// [`MemoryWriterOptions::open_file`](crate::MemoryWriterOptions::open_file), or to a
+    /// [`PackedStream`](crate::PackedStream) if it may be a pipe.
     #[error("failed to stage the snapshot")]
     Open(#[from] OpenError),
+    /// A snapshot cannot be written to the open file.
+    #[error("failed to write the snapshot to an open file")]
+    OpenFile(#[from] OpenFileError),
+    /// The snapshot is written to an open file, which is not staged.
+    #[error("the snapshot {dest:?} is not staged: call commit instead of finish")]
+    NotStaged {
+        /// The name of the file.
+        dest: PathBuf,
+    },
+    /// The stream has begun. Its header states its length, so it takes one write, and no other
+    /// metadata afterwards.
+    #[error(
+        "the stream {dest:?} has begun: set the metadata first, and write once; use a MemoryWriter \
+         for several writes"
+    )]
+    StreamBegun {
+        /// The name of the stream.
+        dest: PathBuf,
+    },
     /// Guest memory could not be read, or the staged file could not be written.
     #[error("{step} failed at offset {offset:#x} for the snapshot {dest:?}{}", step.advice(source))]
     MemoryIo {
@@ -117,6 +142,22 @@ pub enum SnapshotError {
     FullWithParent {
         /// The snapshot's destination.
         dest: PathBuf,
+    },
+    /// The reader's RAM is at other guest-physical addresses than a sealed or packed snapshot would
+    /// record. Nothing was written.
+    #[error(
+        "the snapshot {dest:?} would record RAM at {}, but the reader has RAM at {}: pass the \
+         layout of this guest's RAM to Seal::ram_layout",
+        RegionList(snapshot),
+        RegionList(reader)
+    )]
+    Regions {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// The address ranges that the snapshot would record.
+        snapshot: Vec<Range<u64>>,
+        /// The address ranges of the [reader](page_reader::PageReader::ram_layout).
+        reader: Vec<Range<u64>>,
     },
     /// A sealed or packed diff was to be written without [`Seal::parent`](crate::Seal::parent): no
     /// chain of images with ids accepts it.

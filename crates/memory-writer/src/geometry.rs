@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use dirty_bitmap::PageSet;
+use dirty_bitmap::{DirtyBitmap, PageSet};
 use image_format::{MAX_RAM_SIZE, RAW_UNIT};
 
 use crate::error::{RamError, SnapshotError};
@@ -51,6 +51,27 @@ impl Geometry {
     /// Returns an empty set of pages of the memory file.
     pub(crate) fn no_pages(self) -> PageSet {
         PageSet::new(0..self.ram_size, self.page_size)
+    }
+
+    /// Checks that a bitmap covers RAM of this size, which starts at `ram_start` if that is known.
+    pub(crate) fn check_bitmap<K>(
+        self,
+        bitmap: &DirtyBitmap<K>,
+        ram_start: Option<u64>,
+    ) -> Result<(), SnapshotError> {
+        if bitmap.ram_size() != self.ram_size {
+            return Err(SnapshotError::BitmapSize {
+                bitmap: bitmap.ram_size(),
+                file: self.ram_size,
+            });
+        }
+        match ram_start {
+            Some(ram) if ram != bitmap.ram_start() => Err(SnapshotError::BitmapStart {
+                bitmap: bitmap.ram_start(),
+                ram,
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Checks that runs ascend, do not overlap, are inside the RAM, and begin and end at multiples

@@ -55,7 +55,8 @@
 //! that are committed as a group, [`check_epoch`](MemoryWriter::check_epoch) makes the same check.
 //!
 //! **A snapshot with checksums, an id and its parent's id**: [`MemoryWriterOptions::layout`] and
-//! [`Seal`].
+//! [`Seal`]. It also records the guest-physical addresses of the RAM: those of the
+//! [reader](page_reader::PageReader::ram_layout), or [`Seal::ram_layout`].
 //!
 //! **Memory and vCPU state committed together**: store the state in the image with
 //! [`MemoryWriter::set_metadata`], or in a file of its own:
@@ -66,6 +67,14 @@
 //!
 //! **A guest that used little of its RAM**: [`MemoryWriterOptions::skip_untouched`] and
 //! [`MemoryWriterOptions::skip_zeros`] make a full dump sparse and fast.
+//!
+//! **A snapshot that is sent or piped**: [`PackedStream`] writes a packed image to any
+//! [`Write`](std::io::Write), without seeking.
+//!
+//! **A file that has no path** (a memfd, a file of `O_TMPFILE`, an inherited descriptor):
+//! [`MemoryWriterOptions::open_file`].
+//!
+//! **Pages that are listed elsewhere than in a bitmap**: [`MemoryWriter::write_runs`].
 //!
 //! **Progress and cancellation**, durability, file mode, staging elsewhere:
 //! [`MemoryWriterOptions`].
@@ -111,6 +120,7 @@
 #[cfg(test)]
 mod auto_traits;
 mod error;
+mod footer_checks;
 #[cfg(test)]
 mod footer_limit;
 mod geometry;
@@ -122,6 +132,8 @@ mod reader_source;
 mod seal;
 mod sealing;
 mod stale_pages;
+mod stream;
+mod target;
 mod write_pass;
 mod writer;
 
@@ -134,11 +146,12 @@ pub use sparse_file;
 pub use atomic_file::{
     CommitError, Durability, FileVersion, NotPreserved, OpenError, Preserve, Symlinks,
 };
-pub use error::{MemoryIoStep, RamError, SnapshotError, WriteAmbiguity};
+pub use error::{MemoryIoStep, OpenFileError, RamError, SnapshotError, WriteAmbiguity};
 pub use image_format::{FooterError, ImageId, Layout, Placement};
 pub use options::MemoryWriterOptions;
 pub use seal::Seal;
-pub use sparse_file::{CancelGuard, CancelToken, Engine, Progress};
+pub use sparse_file::{CancelGuard, CancelToken, Engine, Pass, Progress};
+pub use stream::{PackedStream, PackedStreamOptions};
 pub use writer::MemoryWriter;
 
 #[cfg(doctest)]

@@ -53,9 +53,11 @@ impl Skip {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
-#[must_use = "options do nothing until `open` or `open_on`"]
+#[must_use = "options do nothing until `open`, `open_on` or `open_file`"]
 pub struct MemoryWriterOptions {
     pub(crate) stage: atomic_file::AtomicWriterOptions,
+    /// The durability of an open file. `stage` has that of a staged one.
+    pub(crate) durability: Durability,
     pub(crate) write: WriteOptions,
     pub(crate) skip: Skip,
     pub(crate) read_untouched: bool,
@@ -70,6 +72,7 @@ impl MemoryWriterOptions {
     pub(crate) fn new() -> Self {
         Self {
             stage: AtomicWriter::options(),
+            durability: Durability::default(),
             write: WriteOptions::new(),
             skip: Skip::default(),
             read_untouched: false,
@@ -131,6 +134,7 @@ impl MemoryWriterOptions {
     /// survive a power loss.
     pub fn durability(mut self, durability: Durability) -> Self {
         self.stage = self.stage.durability(durability);
+        self.durability = durability;
         self
     }
 
@@ -261,8 +265,9 @@ impl MemoryWriterOptions {
         self
     }
 
-    /// Calls `callback` on the writing thread before the first byte and after each chunk. It
-    /// cancels the write by returning [`ControlFlow::Break`].
+    /// Calls `callback` on the writing thread before the first byte and after each chunk. It cancels
+    /// the write by returning [`ControlFlow::Break`]. The progress of each write begins at 0 and
+    /// names its [pass](Progress::pass).
     pub fn progress(
         mut self,
         callback: impl FnMut(Progress) -> ControlFlow<()> + Send + 'static,

@@ -5,7 +5,7 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use sparse_file::{CancelToken, Progress};
+use sparse_file::{CancelToken, Pass, Progress};
 
 /// A progress function of the caller.
 pub(crate) type Callback = Arc<Mutex<dyn FnMut(Progress) -> ControlFlow<()> + Send>>;
@@ -19,10 +19,11 @@ pub(crate) struct Reporter {
 
 impl Reporter {
     /// Begins to count a write of `total` bytes.
-    pub(crate) fn begin(&self, total: u64) -> WriteProgress {
+    pub(crate) fn begin(&self, total: u64, pass: Pass) -> WriteProgress {
         WriteProgress {
             reporter: self.clone(),
             total,
+            pass,
             written: Cell::new(0),
             skipped: Cell::new(0),
             cancelled: Cell::new(false),
@@ -36,6 +37,7 @@ impl Reporter {
 pub(crate) struct WriteProgress {
     reporter: Reporter,
     total: u64,
+    pass: Pass,
     written: Cell<u64>,
     skipped: Cell<u64>,
     cancelled: Cell<bool>,
@@ -64,7 +66,7 @@ impl WriteProgress {
         let mut flow = ControlFlow::Continue(());
         if let Some(callback) = &self.reporter.callback {
             let mut callback = callback.lock().unwrap_or_else(PoisonError::into_inner);
-            flow = callback(Progress::new(done, self.total));
+            flow = callback(Progress::new(done, self.total).in_pass(self.pass));
         }
         if flow.is_continue() {
             flow = self.reporter.cancel.flow();

@@ -3,6 +3,9 @@
 use std::ops::Range;
 
 use image_format::ImageId;
+#[cfg(doc)]
+use page_reader::PageReader;
+use page_reader::RamLayout;
 
 /// Metadata stored in the footer.
 ///
@@ -54,8 +57,15 @@ pub(crate) enum Parent {
     Image(ImageId),
 }
 
+/// Returns the guest-physical address ranges of a layout.
+pub(crate) fn regions_of(layout: &RamLayout) -> Vec<Range<u64>> {
+    let regions = layout.regions().iter();
+    let regions = regions.map(|region| region.guest_start..region.guest_end());
+    regions.collect()
+}
+
 impl Seal {
-    /// Creates a seal with a new id, no parent, one region of RAM and no metadata.
+    /// Creates a seal with a new id, no parent, the regions of the reader and no metadata.
     pub fn new() -> Self {
         Self::default()
     }
@@ -82,9 +92,36 @@ impl Seal {
         self
     }
 
-    /// Sets the guest-physical address ranges of the RAM, ascending, in the order of the memory
-    /// file. The default is one range that starts at
-    /// [`MemoryWriterOptions::ram_start`](crate::MemoryWriterOptions::ram_start).
+    /// Sets the guest-physical address ranges of the RAM to those of `layout`.
+    ///
+    /// The default is the [layout of the reader](PageReader::ram_layout). For a reader that does
+    /// not know its layout, it is one range that starts at
+    /// [`MemoryWriterOptions::ram_start`](crate::MemoryWriterOptions::ram_start), which is wrong
+    /// for a guest whose RAM has a gap. A write of a reader with another layout is
+    /// [refused](crate::SnapshotError::Regions).
+    ///
+    /// # Examples
+    /// ```
+    /// use memory_writer::page_reader::RamLayout;
+    /// use memory_writer::{Layout, MemoryWriter, Seal};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dest = dir.path().join("full.mem");
+    /// let layout = RamLayout::new([(0, 8192), (1 << 32, 4096)])?; // RAM with a gap
+    /// let mut writer = MemoryWriter::options()
+    ///     .layout(Layout::Sealed)
+    ///     .seal(Seal::new().ram_layout(&layout))
+    ///     .open(&dest, layout.ram_size(), 4096)?;
+    /// writer.write_full(&vec![7; 12288])?; // a `Vec` does not know the gap
+    /// writer.commit()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn ram_layout(self, layout: &RamLayout) -> Self {
+        self.regions(regions_of(layout))
+    }
+
+    /// Sets the guest-physical address ranges of the RAM like [`ram_layout`](Self::ram_layout):
+    /// ascending, in the order of the memory file.
     pub fn regions(mut self, regions: impl IntoIterator<Item = Range<u64>>) -> Self {
         self.regions = Some(regions.into_iter().collect());
         self

@@ -1,15 +1,15 @@
 //! Assembles the footer of a snapshot while its pages are written.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use dirty_bitmap::{PageSet, coalesce};
 use image_format::{
-    Checksums, ChunkSum, Extent, ExtentMap, Footer, FooterError, ImageId, ImageKind, InvalidFooter,
-    Layout, MAX_FOOTER, Version, WritePlan, check_metadata,
+    CHUNK_SIZE, Checksums, ChunkSum, Extent, ExtentMap, Footer, FooterError, ImageId, ImageKind,
+    InvalidFooter, Layout, MAX_FOOTER, Run, Version, WritePlan, check_metadata,
 };
 use page_reader::{PageReader, SecretBuffer};
 use sparse_file::{SpaceError, WriteError, grow};
@@ -57,6 +57,17 @@ impl SealError {
     }
 }
 
+/// The origin of the regions in a footer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Regions {
+    /// One region, whose start is unknown or that of a bitmap.
+    Default,
+    /// One region, whose start the caller has set.
+    Start,
+    /// The caller or a reader.
+    Known,
+}
+
 impl From<InvalidFooter> for SealError {
     fn from(invalid: InvalidFooter) -> Self {
         Self::Footer(invalid.into())
@@ -67,32 +78,40 @@ impl From<InvalidFooter> for SealError {
 #[derive(Debug)]
 pub(crate) struct FooterBuilder {
     /// The footer without runs and checksums, which are known at the end.
-    footer: Footer,
+    pub(crate) footer: Footer,
     parent: Parent,
-    /// Whether the footer has the default region, which begins at the start of the RAM.
-    one_region: bool,
+    pub(crate) regions: Regions,
     map: ExtentMap,
     /// Pages that are zeros unless the map contains them. Ascending and not overlapping.
     zeros: Vec<Range<u64>>,
     checksums: Checksums,
 }
 
+/// Returns the region of RAM without gaps. A bitmap ends inside the address space.
+fn one_region(start: u64, size: u64) -> Range<u64> {
+    start..start.saturating_add(size)
+}
+
 impl FooterBuilder {
     /// Creates a footer for RAM that starts at the guest-physical address `ram_start`, unless the
-    /// seal lists its regions. Returns every reason that makes the footer invalid before pages are
-    /// written.
+    /// seal lists its regions, or a [reader](Self::check_reader) does. Returns every reason that
+    /// makes the footer invalid before pages are written.
     pub(crate) fn new(
         seal: Seal,
         layout: Layout,
         geometry: Geometry,
-        ram_start: u64,
+        ram_start: Option<u64>,
     ) -> Result<Self, SealError> {
         let Geometry {
             ram_size,
             page_size,
         } = geometry;
-        let one_region = seal.regions.is_none();
-        let default = || vec![ram_start..ram_start.saturating_add(ram_size)];
+        let regions = match (&seal.regions, ram_start) {
+            (Some(_), _) => Regions::Known,
+            (None, Some(_)) => Regions::Start,
+            (None, None) => Regions::Default,
+        };
+        let default = || vec![one_region(ram_start.unwrap_or(0), ram_size)];
         let parent = match seal.parent {
             Parent::Image(parent) => Some(parent),
             Parent::Unnamed | Parent::Raw => None,
@@ -118,7 +137,7 @@ impl FooterBuilder {
             zeros: Vec::new(),
             footer,
             parent: seal.parent,
-            one_region,
+            regions,
             checksums: Checksums::new(ram_size),
         })
     }
@@ -143,10 +162,8 @@ impl FooterBuilder {
 
     /// Sets the guest-physical start address of the RAM, taken from the first bitmap.
     pub(crate) fn set_ram_start(&mut self, ram_start: u64) {
-        // A bitmap ends inside the address space.
-        let end = ram_start.saturating_add(self.footer.ram_size);
-        if self.one_region {
-            self.footer.regions = vec![ram_start..end];
+        if self.regions != Regions::Known {
+            self.footer.regions = vec![one_region(ram_start, self.footer.ram_size)];
         }
     }
 
@@ -246,21 +263,75 @@ impl FooterBuilder {
         }
     }
 
+    /// Places the pages of a file that has none and gets no others. The runs ascend.
+    pub(crate) fn place(
+        &mut self,
+        runs: impl Iterator<Item = Range<u64>>,
+    ) -> Result<(), FooterError> {
+        let mut plan = self.map.plan(0, []);
+        let most = self.max_extents();
+        for run in runs {
+            plan.append(run);
+            if plan.new_extents() > most {
+                break;
+            }
+        }
+        self.check_extents(&plan)?;
+        self.map.merge(plan);
+        Ok(())
+    }
+
+    /// Returns the bytes before the pages, once all pages have their [place](Self::place).
+    pub(crate) fn header(&self) -> Result<Vec<u8>, FooterError> {
+        let (mut chunks, mut next) = (0, 0);
+        for extent in self.map.extents() {
+            let range = extent.guest_range();
+            let first = (range.start / CHUNK_SIZE).max(next);
+            next = (range.end - 1) / CHUNK_SIZE + 1;
+            chunks += next - first;
+        }
+        let runs = self.runs().count() as u64;
+        self.footer.planned_header(runs, chunks, self.map.len())
+    }
+
+    /// Returns the number of bytes in the pages of the file.
+    pub(crate) fn present_bytes(&self) -> u64 {
+        self.map.len()
+    }
+
+    /// Returns the file offset after the last page.
+    pub(crate) fn data_end(&self) -> u64 {
+        self.footer.data_start() + self.map.len()
+    }
+
+    /// Returns the extents of the file, and the checksums of their bytes.
+    pub(crate) fn pages(&mut self) -> (&[Extent], &mut Checksums) {
+        (self.map.extents(), &mut self.checksums)
+    }
+
+    /// Writes the footer to a stream, which has received the header and the pages.
+    pub(crate) fn write_to(mut self, out: impl Write) -> Result<(), FooterError> {
+        self.take_checksums();
+        self.footer.write_runs_to(out, self.runs()).map(drop)
+    }
+
+    fn runs(&self) -> impl Iterator<Item = Run> + Clone {
+        self.map.runs(&self.zeros, self.footer.ram_size)
+    }
+
+    fn take_checksums(&mut self) {
+        let checksums = std::mem::replace(&mut self.checksums, Checksums::new(0));
+        self.footer.checksums = checksums.finish();
+    }
+
     /// Writes the footer after the pages.
     pub(crate) fn seal(mut self, file: &File) -> Result<(), SealError> {
         self.refresh(file)?;
-        let Self {
-            mut footer,
-            map,
-            zeros,
-            checksums,
-            ..
-        } = self;
-        footer.checksums = checksums.finish();
-        let runs = map.runs(&zeros, footer.ram_size);
+        self.take_checksums();
+        let (footer, runs) = (&self.footer, self.runs());
         let (count, sums) = (runs.clone().count() as u64, footer.checksums.len() as u64);
         let len = footer
-            .planned_len(count, sums, map.len())
+            .planned_len(count, sums, self.map.len())
             .map_err(SealError::Footer)?;
         grow(file, len).map_err(|error| SealError::Grow(len, error))?;
         footer.write_with(file, runs).map_err(SealError::Footer)?;

@@ -8,10 +8,10 @@ mod pages;
 
 use std::path::Path;
 
-use atomic_file::{AtomicWriter, NotPreserved};
+use atomic_file::NotPreserved;
 use dirty_bitmap::Coverage;
 use image_format::{ImageId, Layout};
-use sparse_file::{WriteError, WriteOptions};
+use sparse_file::{Pass, WriteError, WriteOptions};
 
 use crate::error::SnapshotError;
 use crate::geometry::Geometry;
@@ -20,6 +20,7 @@ use crate::page_record::PageRecord;
 use crate::progress::{Reporter, WriteProgress};
 use crate::sealing::FooterBuilder;
 use crate::stale_pages::StalePages;
+use crate::target::Target;
 
 /// A memory snapshot that is staged beside its destination until [`commit`](Self::commit) replaces
 /// the destination.
@@ -35,7 +36,7 @@ use crate::stale_pages::StalePages;
 #[derive(Debug)]
 #[must_use = "a writer that is dropped leaves no snapshot"]
 pub struct MemoryWriter {
-    staged: AtomicWriter,
+    staged: Target,
     geometry: Geometry,
     layout: Layout,
     ram_start: Option<u64>,
@@ -100,13 +101,15 @@ impl MemoryWriter {
         self.geometry.page_size
     }
 
-    /// Returns the path that the commit replaces or creates.
+    /// Returns the path that the commit replaces or creates, or a description of an [open
+    /// file](MemoryWriterOptions::open_file).
     #[must_use]
     pub fn dest_path(&self) -> &Path {
         self.staged.dest_path()
     }
 
-    /// Returns the path of the staged file.
+    /// Returns the path of the staged file, or a description of an [open
+    /// file](MemoryWriterOptions::open_file).
     #[must_use]
     pub fn staged_path(&self) -> &Path {
         self.staged.staged_path()
@@ -147,8 +150,8 @@ impl MemoryWriter {
     }
 
     /// Reports the start of a write of `total` bytes.
-    fn report_start(&self, total: u64) -> Result<WriteProgress, SnapshotError> {
-        let progress = self.reporter.begin(total);
+    fn report_start(&self, total: u64, pass: Pass) -> Result<WriteProgress, SnapshotError> {
+        let progress = self.reporter.begin(total, pass);
         match progress.wrote(0).is_break() {
             true => Err(self.cancelled(0)),
             false => Ok(progress),

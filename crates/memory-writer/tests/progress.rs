@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use std::sync::mpsc;
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{CancelToken, MemoryWriter, Progress, SnapshotError};
+use memory_writer::{CancelToken, MemoryWriter, Pass, Progress, SnapshotError};
 use support::{Place, pattern};
 
 const SIZE: u64 = 4 << 20;
@@ -50,6 +50,29 @@ fn progress_counts_bytes_up_to_the_total() {
         SIZE,
         "each write counts from zero"
     );
+}
+
+#[test]
+fn progress_names_the_pass_of_each_write() {
+    let (place, dirty) = (Place::new(), bitmap(PAGE));
+    dirty.mark(START).unwrap();
+    let (mut writer, receive) = reporting_progress(&place);
+    let passes = || {
+        let mut passes: Vec<_> = receive.try_iter().map(|progress| progress.pass).collect();
+        passes.dedup();
+        passes
+    };
+    writer.write_full(&ram(1)).unwrap();
+    assert_eq!(passes(), [Pass::Full]);
+    writer.write_diff(&ram(1), &dirty).unwrap();
+    assert_eq!(passes(), [Pass::Pages]);
+    drop(writer);
+    let (mut writer, receive) = reporting_progress(&place);
+    writer.write_diff(&ram(1), &dirty).unwrap();
+    writer.write_zeros(|| std::iter::once(0..PAGE)).unwrap();
+    let last = receive.try_iter().last().map(|progress| progress.pass);
+    // A raw diff holds zeros as pages.
+    assert_eq!(last, Some(Pass::Zeros));
 }
 
 #[test]

@@ -16,6 +16,8 @@ pub enum MemoryIoStep {
     /// Wiping the bytes of a recycled file that were not overwritten; see
     /// [`MemoryWriterOptions::recycle`](crate::MemoryWriterOptions::recycle).
     Wipe,
+    /// Syncing an [open file](crate::MemoryWriterOptions::open_file).
+    Sync,
     /// Reading chunks back that were written in several passes, for their checksums.
     ReadBack,
 }
@@ -48,6 +50,7 @@ impl fmt::Display for MemoryIoStep {
             Self::Read => "reading guest memory",
             Self::Write => "writing",
             Self::Wipe => "wiping the bytes of an older snapshot",
+            Self::Sync => "syncing the file",
             Self::ReadBack => "reading back the written chunks",
         })
     }

@@ -2,41 +2,24 @@
 
 use dirty_bitmap::DirtyBitmap;
 use image_format::FooterError;
+use page_reader::PageReader;
 
 use super::{MemoryWriter, State};
 use crate::error::SnapshotError;
 use crate::page_record::PageRecord;
 use crate::raw_diff::RawDiff;
-use crate::seal::Parent;
-use crate::sealing::FooterBuilder;
 use crate::write_pass::Plan;
 
 impl MemoryWriter {
     /// Checks that all of the RAM may be written.
     pub(super) fn check_full(&self) -> Result<(), SnapshotError> {
-        match self.pages.footer().map(FooterBuilder::parent) {
-            Some(Parent::Image(_)) => Err(SnapshotError::FullWithParent {
-                dest: self.staged.dest_path().to_owned(),
-            }),
-            Some(Parent::Unnamed | Parent::Raw) | None => Ok(()),
-        }
+        let footer = self.pages.footer();
+        footer.map_or(Ok(()), |it| it.check_full(self.dest_path()))
     }
 
     /// Checks that a bitmap covers this RAM, as far as the RAM's range is known.
     pub(super) fn check_bitmap<K>(&self, bitmap: &DirtyBitmap<K>) -> Result<(), SnapshotError> {
-        if bitmap.ram_size() != self.geometry.ram_size {
-            return Err(SnapshotError::BitmapSize {
-                bitmap: bitmap.ram_size(),
-                file: self.geometry.ram_size,
-            });
-        }
-        match self.ram_start {
-            Some(ram) if ram != bitmap.ram_start() => Err(SnapshotError::BitmapStart {
-                bitmap: bitmap.ram_start(),
-                ram,
-            }),
-            _ => Ok(()),
-        }
+        self.geometry.check_bitmap(bitmap, self.ram_start)
     }
 
     /// Sets the start of the RAM to that of a bitmap that was [checked](Self::check_bitmap).
@@ -47,16 +30,27 @@ impl MemoryWriter {
         }
     }
 
+    /// Checks that a sealed or packed file records the regions that the reader has.
+    pub(super) fn check_layout<R: PageReader + ?Sized>(
+        &self,
+        reader: &R,
+    ) -> Result<(), SnapshotError> {
+        // A raw file does not record regions.
+        let footer = self.pages.footer();
+        footer.map_or(Ok(()), |it| it.check_reader(reader, self.dest_path()))
+    }
+
+    /// Records the regions of a reader that was [checked](Self::check_layout).
+    pub(super) fn set_layout<R: PageReader + ?Sized>(&mut self, reader: &R) {
+        if let PageRecord::Footer(footer) = &mut self.pages {
+            footer.set_regions_of(reader);
+        }
+    }
+
     /// Checks that a chain accepts a sealed or packed diff.
     pub(super) fn check_parent(&self) -> Result<(), SnapshotError> {
-        match self.pages.footer() {
-            Some(footer) if footer.parent() == Parent::Unnamed && !footer.is_full() => {
-                Err(SnapshotError::DiffWithoutParent {
-                    dest: self.staged.dest_path().to_owned(),
-                })
-            }
-            Some(_) | None => Ok(()),
-        }
+        let footer = self.pages.footer();
+        footer.map_or(Ok(()), |it| it.check_parent(self.dest_path()))
     }
 
     /// Checks that a footer can list `runs` runs.

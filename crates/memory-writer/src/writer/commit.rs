@@ -2,12 +2,13 @@
 
 use std::ops::Deref;
 
-use atomic_file::AtomicWriter;
+use atomic_file::{AtomicWriter, Durability};
 use dirty_bitmap::{DirtyBitmap, Epoch, ReleaseError};
 
 use super::{MemoryWriter, State};
-use crate::error::SnapshotError;
+use crate::error::{MemoryIoStep, SnapshotError};
 use crate::page_record::PageRecord;
+use crate::target::Target;
 
 impl MemoryWriter {
     /// Syncs the file, renames it to its destination, and syncs the directory. Once this has
@@ -22,8 +23,23 @@ impl MemoryWriter {
     /// - [`SnapshotError::Commit`] states whether the old or the new file is at the destination.
     ///
     /// No file is left behind except those that the error names.
+    ///
+    /// An [open file](crate::MemoryWriterOptions::open_file) is completed and synced, and not
+    /// renamed. It is partial after an error.
     pub fn commit(self) -> Result<(), SnapshotError> {
-        Ok(self.finish()?.commit()?)
+        match self.complete()? {
+            Target::Staged(staged) => Ok(staged.commit()?),
+            Target::Open(_, Durability::None) => Ok(()),
+            open @ Target::Open(..) => {
+                let synced = open.file().sync_all();
+                synced.map_err(|source| SnapshotError::MemoryIo {
+                    dest: open.dest_path().to_owned(),
+                    step: MemoryIoStep::Sync,
+                    offset: 0,
+                    source,
+                })
+            }
+        }
     }
 
     /// Commits as [`commit`](Self::commit) does, and then releases the epoch whose pages were
@@ -112,8 +128,19 @@ impl MemoryWriter {
     /// Returns [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`],
     /// [`SnapshotError::MemoryIo`] (a recycled file could not be wiped),
     /// [`SnapshotError::AmbiguousDiff`] and [`SnapshotError::Seal`]: the destination is unchanged
-    /// and no file is left behind.
+    /// and no file is left behind. Returns [`SnapshotError::NotStaged`] for an [open
+    /// file](crate::MemoryWriterOptions::open_file).
     pub fn finish(self) -> Result<AtomicWriter, SnapshotError> {
+        match self.complete()? {
+            Target::Staged(staged) => Ok(staged),
+            open @ Target::Open(..) => Err(SnapshotError::NotStaged {
+                dest: open.dest_path().to_owned(),
+            }),
+        }
+    }
+
+    /// Completes the file.
+    fn complete(self) -> Result<Target, SnapshotError> {
         let dest = || self.staged.dest_path().to_owned();
         match self.state {
             State::Complete => {}

@@ -4,7 +4,7 @@ use std::fs::File;
 
 use dirty_bitmap::Coverage;
 use page_reader::{NonzeroRuns, PageReader, Touched};
-use sparse_file::{SpaceError, share_blocks};
+use sparse_file::{Pass, SpaceError, share_blocks};
 
 use super::{MemoryWriter, State};
 use crate::error::SnapshotError;
@@ -23,11 +23,14 @@ impl MemoryWriter {
     /// because a read would make the host allocate it. Zeros are written in its place.
     ///
     /// # Errors
-    /// - [`SnapshotError::FullWithParent`]: nothing was written.
+    /// - [`SnapshotError::FullWithParent`], or [`SnapshotError::Regions`] if the reader has other
+    ///   regions than a sealed file would record: nothing was written.
     /// - [`SnapshotError::MemoryIo`], [`SnapshotError::Cancelled`] or, for more runs than a footer
     ///   can list, [`SnapshotError::Seal`]: the writer can no longer be committed.
     pub fn write_full<R: PageReader + ?Sized>(&mut self, reader: &R) -> Result<(), SnapshotError> {
         self.check_full()?;
+        self.check_layout(reader)?;
+        self.set_layout(reader);
         let written_before = self.state != State::Empty;
         self.begin()?;
         let began = Coverage::begin_full();
@@ -47,7 +50,7 @@ impl MemoryWriter {
             false => {
                 let all = std::iter::once(0..ram_size);
                 let plan = self.plan(all)?;
-                self.write_plan(reader, plan)?;
+                self.write_plan(reader, plan, Pass::Full)?;
             }
         }
         self.written.add_full(began);
@@ -97,7 +100,7 @@ impl MemoryWriter {
             ram_size,
             page_size,
         } = self.geometry;
-        let progress = self.report_start(ram_size)?;
+        let progress = self.report_start(ram_size, Pass::Full)?;
         let stale_pages = &mut self.stale_pages;
         let start = self.layout.data_start(page_size);
         let runs = NonzeroRuns::new(reader, ram_size, page_size)

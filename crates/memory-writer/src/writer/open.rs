@@ -4,6 +4,8 @@ use std::fs::File;
 use std::path::Path;
 
 use atomic_file::AtomicWriter;
+#[cfg(doc)]
+use atomic_file::Durability;
 use dirty_bitmap::Coverage;
 use image_format::{HEADER_PAGE, Placement};
 use sparse_file::{SpaceError, WriteOptions, ZeroError, grow};
@@ -15,6 +17,7 @@ use crate::options::MemoryWriterOptions;
 use crate::page_record::PageRecord;
 use crate::sealing::FooterBuilder;
 use crate::stale_pages::StalePages;
+use crate::target::Target;
 
 impl MemoryWriterOptions {
     /// Stages a memory file of `ram_size` bytes in pages of `page_size` bytes. The file replaces or
@@ -34,7 +37,7 @@ impl MemoryWriterOptions {
         page_size: u64,
     ) -> Result<MemoryWriter, SnapshotError> {
         let geometry = Geometry::new(ram_size, page_size)?;
-        self.open_file(self.stage(dest)?, geometry)
+        self.open_target(Target::Staged(self.stage(dest)?), geometry)
     }
 
     /// Stages a file for `dest` before the size of the RAM is known, for an image that is still to
@@ -73,12 +76,56 @@ impl MemoryWriterOptions {
         ram_size: u64,
         page_size: u64,
     ) -> Result<MemoryWriter, SnapshotError> {
-        self.open_file(stage, Geometry::new(ram_size, page_size)?)
+        self.open_target(Target::Staged(stage), Geometry::new(ram_size, page_size)?)
     }
 
-    fn open_file(
+    /// Opens a memory file on a file that the caller has opened: a memfd, a file of `O_TMPFILE` or
+    /// an inherited descriptor.
+    ///
+    /// The file must be an empty regular file that is open for reading and writing. Its position is
+    /// not used.
+    ///
+    /// The commit is not atomic: pages are written to the file itself. A crash, an error or a drop
+    /// of the writer before the commit leaves a partial file. A partial sealed or packed file is
+    /// not recognized as an image, while a partial raw file cannot be distinguished from a complete
+    /// one. [`commit`](MemoryWriter::commit) syncs the file unless the
+    /// [durability](Self::durability) is [`Durability::None`], and renames nothing. It does not
+    /// sync the directory of the file. The options of staging (mode, links, recycling, attributes
+    /// to preserve, versions to replace) have no effect.
+    ///
+    /// To write to a path such as `/proc/self/fd/4` or `/dev/stdout`, which
+    /// [`open`](Self::open) refuses, pass the open file here, or to a
+    /// [`PackedStream`](crate::PackedStream) if it may be a pipe.
+    ///
+    /// # Errors
+    /// Returns [`SnapshotError::OpenFile`] if the file is not suitable: nothing was written.
+    /// Otherwise the errors of [`open`](Self::open), except [`SnapshotError::Open`].
+    ///
+    /// # Examples
+    /// ```
+    /// use memory_writer::MemoryWriter;
+    ///
+    /// let file = tempfile::tempfile()?; // it has no path
+    /// let options = MemoryWriter::options();
+    /// let mut writer = options.open_file(file.try_clone()?, 1 << 20, 4096)?;
+    /// writer.write_full(&vec![7; 1 << 20])?;
+    /// writer.commit()?;
+    /// assert_eq!(file.metadata()?.len(), 1 << 20);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn open_file(
         &self,
-        staged: AtomicWriter,
+        file: File,
+        ram_size: u64,
+        page_size: u64,
+    ) -> Result<MemoryWriter, SnapshotError> {
+        let geometry = Geometry::new(ram_size, page_size)?;
+        self.open_target(Target::open(file, self.durability)?, geometry)
+    }
+
+    fn open_target(
+        &self,
+        staged: Target,
         geometry: Geometry,
     ) -> Result<MemoryWriter, SnapshotError> {
         let Geometry {
@@ -90,15 +137,12 @@ impl MemoryWriterOptions {
         let footer = match layout.has_footer() {
             false if self.seal.metadata.is_empty() => None,
             false => return Err(SnapshotError::NotSealed { dest: dest() }),
-            true => {
-                let ram_start = self.ram_start.unwrap_or(0);
-                Some(FooterBuilder::new(
-                    self.seal.clone(),
-                    layout,
-                    geometry,
-                    ram_start,
-                ))
-            }
+            true => Some(FooterBuilder::new(
+                self.seal.clone(),
+                layout,
+                geometry,
+                self.ram_start,
+            )),
         };
         let footer = footer
             .transpose()

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use dirty_bitmap::{DirtyBitmap, whole_pages};
 use page_reader::{PageReader, Touched};
-use sparse_file::{SpaceError, check_len, punch_hole};
+use sparse_file::{Pass, SpaceError, check_len, punch_hole};
 
 use super::{MemoryWriter, State};
 use crate::error::SnapshotError;
@@ -43,6 +43,7 @@ impl MemoryWriter {
     ///
     /// - [`SnapshotError::BitmapSize`] or [`SnapshotError::BitmapStart`] if the bitmap covers other
     ///   RAM.
+    /// - [`SnapshotError::Regions`] if the reader has other regions than a sealed diff would record.
     /// - [`SnapshotError::AmbiguousDiff`] if a raw diff could not be read back.
     /// - [`SnapshotError::DiffWithoutParent`] for a sealed diff that no chain accepts.
     /// - [`SnapshotError::Seal`] for more runs than a footer can list.
@@ -58,7 +59,7 @@ impl MemoryWriter {
     ) -> Result<u64, SnapshotError> {
         self.check_bitmap(dirty)?;
         let ram = dirty.ram_start();
-        let pages = self.write_pages(reader, dirty.runs(), Some(ram))?;
+        let pages = self.write_pages(reader, dirty.runs(), Some(ram), Pass::Pages)?;
         self.written.add_diff(dirty);
         Ok(pages)
     }
@@ -97,7 +98,7 @@ impl MemoryWriter {
         runs: impl Fn() -> I,
     ) -> Result<u64, SnapshotError> {
         self.geometry.check_runs(runs(), 1)?;
-        self.write_pages(reader, runs(), None)
+        self.write_pages(reader, runs(), None, Pass::Pages)
     }
 
     /// Records pages as zeros without reading them. The pages take no space in the footer of a
@@ -119,9 +120,9 @@ impl MemoryWriter {
         match &self.pages {
             PageRecord::Footer(_) => self.list_zeros(&runs),
             PageRecord::All => self.punch_zeros(&runs),
-            PageRecord::Empty | PageRecord::Holes(_) | PageRecord::Caller => {
-                self.write_pages(&Zeros, runs(), None).map(drop)
-            }
+            PageRecord::Empty | PageRecord::Holes(_) | PageRecord::Caller => self
+                .write_pages(&Zeros, runs(), None, Pass::Zeros)
+                .map(drop),
         }
     }
 
@@ -138,7 +139,7 @@ impl MemoryWriter {
         });
         match placed.is_empty() {
             true => self.begin()?,
-            false => _ = self.write_pages(&Zeros, placed.into_iter(), None)?,
+            false => _ = self.write_pages(&Zeros, placed.into_iter(), None, Pass::Zeros)?,
         }
         if let PageRecord::Footer(footer) = &mut self.pages {
             footer.add_zeros(runs());
@@ -159,7 +160,9 @@ impl MemoryWriter {
                 Ok(()) => {}
                 Err(SpaceError::Unsupported { .. }) => {
                     self.state = State::Complete;
-                    return self.write_pages(&Zeros, runs(), None).map(drop);
+                    return self
+                        .write_pages(&Zeros, runs(), None, Pass::Zeros)
+                        .map(drop);
                 }
                 Err(error) => {
                     let dest = self.staged.dest_path().to_owned();
@@ -178,17 +181,20 @@ impl MemoryWriter {
         reader: &R,
         runs: impl Iterator<Item = Range<u64>>,
         ram: Option<u64>,
+        pass: Pass,
     ) -> Result<u64, SnapshotError> {
         let Geometry {
             ram_size,
             page_size,
         } = self.geometry;
         self.check_parent()?;
+        self.check_layout(reader)?;
         let plan = self.plan(whole_pages(runs, page_size))?;
         self.check_raw_diff(&plan)?;
         if let Some(ram) = ram {
             self.set_ram_start(ram);
         }
+        self.set_layout(reader);
         self.begin()?;
         // Marked pages were written, so they are populated. Many marks may mean that all of the RAM
         // is marked, touched or not: then the query takes less time than the writes it saves.
@@ -199,7 +205,7 @@ impl MemoryWriter {
         } else {
             Touched::unknown(reader, ram_size)
         };
-        let written = self.write_plan(reader, plan)?;
+        let written = self.write_plan(reader, plan, pass)?;
         self.state = State::Complete;
         Ok(written / page_size)
     }
@@ -231,8 +237,9 @@ impl MemoryWriter {
         &mut self,
         reader: &R,
         plan: Plan,
+        pass: Pass,
     ) -> Result<u64, SnapshotError> {
-        let progress = self.report_start(plan.len())?;
+        let progress = self.report_start(plan.len(), pass)?;
         if let Some(stale_pages) = &mut self.stale_pages {
             match &plan {
                 Plan::Raw(pages) => stale_pages.remove_pages(pages),

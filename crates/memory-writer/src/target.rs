@@ -1,0 +1,78 @@
+//! The file that a snapshot is written to.
+
+use std::fs::File;
+use std::path::Path;
+
+use atomic_file::{AtomicWriter, Durability, NotPreserved};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use crate::error::OpenFileError;
+
+/// The name of a file without a path, in errors.
+const OPEN_FILE: &str = "(open file)";
+
+/// The file that a snapshot is written to.
+#[derive(Debug)]
+pub(crate) enum Target {
+    /// A staged file, which replaces its destination at the commit.
+    Staged(AtomicWriter),
+    /// A file that the caller has opened, and the durability of its commit.
+    Open(File, Durability),
+}
+
+impl Target {
+    /// Takes an open file, if a snapshot can be written to it.
+    pub(crate) fn open(file: File, durability: Durability) -> Result<Self, OpenFileError> {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(OpenFileError::NotAFile);
+        }
+        let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(std::io::Error::from)?;
+        let flags = OFlag::from_bits_retain(flags);
+        if flags.intersection(OFlag::O_ACCMODE) != OFlag::O_RDWR {
+            return Err(OpenFileError::NotReadWrite);
+        }
+        if flags.contains(OFlag::O_APPEND) {
+            return Err(OpenFileError::Append);
+        }
+        match metadata.len() {
+            0 => Ok(Self::Open(file, durability)),
+            len => Err(OpenFileError::NotEmpty { len }),
+        }
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        match self {
+            Self::Staged(staged) => staged.file(),
+            Self::Open(file, _) => file,
+        }
+    }
+
+    pub(crate) fn dest_path(&self) -> &Path {
+        match self {
+            Self::Staged(staged) => staged.dest_path(),
+            Self::Open(..) => Path::new(OPEN_FILE),
+        }
+    }
+
+    pub(crate) fn staged_path(&self) -> &Path {
+        match self {
+            Self::Staged(staged) => staged.staged_path(),
+            Self::Open(..) => Path::new(OPEN_FILE),
+        }
+    }
+
+    pub(crate) fn recycled(&self) -> bool {
+        match self {
+            Self::Staged(staged) => staged.recycled(),
+            Self::Open(..) => false,
+        }
+    }
+
+    pub(crate) fn not_preserved(&self) -> &[NotPreserved] {
+        match self {
+            Self::Staged(staged) => staged.not_preserved(),
+            Self::Open(..) => &[],
+        }
+    }
+}
