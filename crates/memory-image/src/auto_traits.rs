@@ -1,8 +1,8 @@
 //! Checks at compile time which public types threads may send and share.
 
 use crate::{
-    Chain, ChainError, Image, MapError, MappedChain, MappedChainOptions, MappedImage, MergeError,
-    OpenImageError, ReadImageError, RestoreError, VerifyError, VerifyReport,
+    Chain, ChainError, Image, ImageOptions, MapError, MappedChain, MappedChainOptions, MappedImage,
+    MergeError, OpenImageError, ReadImageError, RestoreError, VerifyError, VerifyReport,
 };
 
 fn shared<T: Send + Sync>() {}
@@ -12,6 +12,7 @@ fn main_types_are_send_and_sync() {
     shared::<Chain>();
     shared::<ChainError>();
     shared::<Image>();
+    shared::<ImageOptions>();
     shared::<MapError>();
     shared::<MappedChain>();
     shared::<MappedChainOptions>();

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use dirty_bitmap::coalesce;
 use image_format::ImageId;
-use page_reader::{PageReader, PopulatedRanges};
+use page_reader::{PageReader, PopulatedRanges, RamLayout};
 use sparse_file::PageHoles;
 
 use crate::error::ReadImageError;
@@ -58,7 +58,11 @@ use segment::{Segment, SegmentSource};
 /// other bytes. Leave the images of a long chain in place while the chain is in use,
 /// [merge](Self::merge) the chain, or raise the limit before opening it. This matters most in a
 /// process that drops the permission to open files. An image that cannot be found by its path (a
-/// memfd, an unlinked file) stays open.
+/// memfd, an unlinked file) stays open, and so does one of [`Image::from_file`].
+///
+/// Images need not be files: [`from_image`](Self::from_image), [`push_image`](Self::push_image) and
+/// [`push_image_pages`](Self::push_image_pages) take those of [`Image::from_file`] and
+/// [`Image::from_reader`].
 ///
 /// Threads: the type is `Send` and `Sync`. Several threads may read and restore one chain at the
 /// same time.
@@ -71,6 +75,8 @@ pub struct Chain {
     /// The location of every page of the RAM, except the zeros of a full base.
     extents: ExtentMap,
     pub(crate) members: Members,
+    /// The guest-physical ranges of the RAM, if an image records them.
+    ram_layout: Option<RamLayout>,
     /// Cached probe results about the file systems of raw diffs.
     holes: PageHoles,
 }
@@ -87,7 +93,8 @@ pub(crate) struct Members {
 
 impl Members {
     pub(crate) fn has_file_of(&self, image: &Image) -> bool {
-        self.files.contains(&image.identity)
+        let identity = image.identity;
+        identity.is_some_and(|identity| self.files.contains(&identity))
     }
 
     pub(crate) fn has_id_of(&self, image: &Image) -> bool {
@@ -96,7 +103,7 @@ impl Members {
 
     fn add(&mut self, layer: usize, image: &Image) {
         self.ids.extend(image.id());
-        self.files.insert(image.identity);
+        self.files.extend(image.identity);
         if image.footer().is_some() {
             self.sealed.get_or_insert(layer);
         }
@@ -123,6 +130,25 @@ impl Chain {
         self.layers.last().and_then(Image::id)
     }
 
+    /// Returns the metadata of the state that the chain represents: that of its newest image.
+    ///
+    /// Returns `None` if that image is raw. The metadata of an older image describes an older
+    /// state.
+    #[must_use]
+    pub fn metadata(&self) -> Option<&[u8]> {
+        let footer = self.layers.last().and_then(Image::footer);
+        footer.map(|footer| &footer.metadata[..])
+    }
+
+    /// Returns the guest-physical address ranges of the RAM: those of any sealed or packed image,
+    /// which all have the same.
+    ///
+    /// Returns `None` if all images are raw, and where [`Image::ram_layout`] does.
+    #[must_use]
+    pub fn ram_layout(&self) -> Option<&RamLayout> {
+        self.ram_layout.as_ref()
+    }
+
     /// Returns the page size of the chain in bytes.
     #[must_use]
     pub fn page_size(&self) -> u64 {
@@ -136,7 +162,7 @@ impl Chain {
         self.layers.len()
     }
 
-    /// Returns the paths of the images, the base first.
+    /// Returns the [paths](Image::path) of the images, the base first.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         self.layers.iter().map(Image::path)
     }
@@ -270,5 +296,9 @@ impl PageReader for Chain {
 
     fn check_source(&self) -> io::Result<()> {
         self.check_unchanged().map_err(io::Error::other)
+    }
+
+    fn ram_layout(&self) -> Option<&RamLayout> {
+        self.ram_layout()
     }
 }

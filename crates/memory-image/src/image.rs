@@ -1,6 +1,9 @@
 //! A single memory image: raw, sealed or packed.
 
-use std::fs::{self, File, Metadata};
+mod directory;
+mod options;
+
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -8,9 +11,12 @@ use std::sync::Arc;
 
 use image_format::{Footer, FooterError, ImageId, ImageKind, Layout, RAW_UNIT};
 use memory_writer::FileVersion;
+use page_reader::RamLayout;
+
+pub use options::ImageOptions;
 
 use crate::error::{OpenImageError, ReadImageError};
-use crate::image_file::{ImageFile, ReopenError};
+use crate::image_file::{ImageFile, ImageSource, ReopenError};
 
 /// Bytes that are read, compared or copied at a time.
 pub(crate) const READ_SIZE: u64 = 1 << 20;
@@ -39,14 +45,16 @@ pub(crate) const READ_SIZE: u64 = 1 << 20;
 /// ```
 #[derive(Debug)]
 pub struct Image {
+    /// The path, or the name of a file or reader without one.
     pub(crate) path: PathBuf,
-    file: ImageFile,
+    has_path: bool,
+    source: ImageSource,
     pub(crate) size: u64,
     pub(crate) footer: Option<Footer>,
     /// Device and inode of the file.
-    pub(crate) identity: (u64, u64),
-    /// Metadata at the time of opening, before anything was read.
-    opened: Metadata,
+    pub(crate) identity: Option<(u64, u64)>,
+    /// Metadata of the file at the time of opening, before anything was read.
+    opened: Option<Metadata>,
 }
 
 impl Image {
@@ -79,15 +87,7 @@ impl Image {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn open_raw(path: impl AsRef<Path>) -> Result<Self, OpenImageError> {
-        Self::open_file(path.as_ref(), |_| Ok(None)).and_then(|image| {
-            match image.size.is_multiple_of(RAW_UNIT) {
-                true => Ok(image),
-                false => Err(OpenImageError::NotRaw {
-                    path: image.path,
-                    size: image.size,
-                }),
-            }
-        })
+        Self::open_file(path.as_ref(), |_| Ok(None))?.check_raw()
     }
 
     /// Opens the image at `path` in the given format.
@@ -121,51 +121,53 @@ impl Image {
         if metadata.len() == 0 {
             return Err(OpenImageError::Empty { path });
         }
-        let mut footer = footer(&file).map_err(|source| OpenImageError::Footer {
-            path: path.clone(),
-            source,
-        })?;
-        if let Some(footer) = &mut footer {
-            // They were grown while they were read, up to twice their size.
-            footer.runs.shrink_to_fit();
-            footer.checksums.shrink_to_fit();
-        }
-        let size = footer.as_ref().map_or(metadata.len(), |it| it.ram_size);
-        let identity = (metadata.dev(), metadata.ino());
-        Ok(Self {
-            file: ImageFile::new(&path, file, &metadata, footer.is_some()),
+        let footer = read_footer(&path, || footer(&file))?;
+        let source = ImageFile::new(&path, file, &metadata, footer.is_some());
+        let source = ImageSource::File(source);
+        Ok(Self::new(
             path,
-            size,
+            source,
             footer,
-            identity,
-            opened: metadata,
-        })
+            metadata.len(),
+            Some(metadata),
+        ))
     }
 
-    /// Returns the path that the image was opened at.
+    /// Creates an image of `len` bytes.
+    fn new(
+        path: PathBuf,
+        source: ImageSource,
+        footer: Option<Footer>,
+        len: u64,
+        opened: Option<Metadata>,
+    ) -> Self {
+        Self {
+            path,
+            has_path: true,
+            source,
+            size: footer.as_ref().map_or(len, |it| it.ram_size),
+            footer,
+            identity: opened.as_ref().map(|it| (it.dev(), it.ino())),
+            opened,
+        }
+    }
+
+    /// Checks that the length of a raw image is one that RAM can have.
+    fn check_raw(self) -> Result<Self, OpenImageError> {
+        match self.footer.is_some() || self.size.is_multiple_of(RAW_UNIT) {
+            true => Ok(self),
+            false => Err(OpenImageError::NotRaw {
+                path: self.path,
+                size: self.size,
+            }),
+        }
+    }
+
+    /// Returns the path that the image was opened at, as errors show it. For an open file or a
+    /// reader, returns its [name](ImageOptions::name), which is not a path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Returns the directory of its file, also if the image was opened by a link in another
-    /// directory.
-    ///
-    /// # Errors
-    /// Returns [`OpenImageError::Open`] if the path does not exist any more.
-    pub fn directory(&self) -> Result<PathBuf, OpenImageError> {
-        let path = match fs::canonicalize(&self.path) {
-            // The working directory may be nested deeper than an absolute path can express.
-            Err(error) if is_too_long(&error) && !self.path.is_symlink() => self.path.clone(),
-            found => found.map_err(|source| OpenImageError::Open {
-                path: self.path.clone(),
-                source,
-            })?,
-        };
-        Ok(match path.parent() {
-            Some(dir) if !dir.as_os_str().is_empty() => dir.to_owned(),
-            _ => PathBuf::from("."),
-        })
     }
 
     /// Returns the size of the guest's RAM in bytes. A raw image has the same size.
@@ -186,6 +188,16 @@ impl Image {
     #[must_use]
     pub fn footer(&self) -> Option<&Footer> {
         self.footer.as_ref()
+    }
+
+    /// Returns the guest-physical address ranges of the RAM.
+    ///
+    /// Returns `None` for a raw image, and for an image in pages of less than 4 KiB whose regions
+    /// are not [aligned](RamLayout::ALIGNMENT). The [footer](Self::footer) has these too.
+    #[must_use]
+    pub fn ram_layout(&self) -> Option<RamLayout> {
+        let regions = self.footer.as_ref()?.regions.iter();
+        RamLayout::new(regions.map(|region| (region.start, region.end - region.start))).ok()
     }
 
     /// Returns the id of the state that the image represents, or `None` for a raw image.
@@ -213,19 +225,33 @@ impl Image {
     ///
     /// # Errors
     /// Returns a [`ReadImageError`] if the file was closed to save descriptors and cannot be opened
-    /// again.
+    /// again, and [`ReadImageError::NoFile`] for a [reader](Self::from_reader), which has no
+    /// version.
     pub fn version(&self) -> Result<FileVersion, ReadImageError> {
-        Ok(FileVersion::new(self.file()?, &self.opened))
+        match &self.opened {
+            Some(opened) => Ok(FileVersion::new(self.file()?, opened)),
+            None => Err(self.no_file()),
+        }
     }
 
     /// Checks that the file was not resized or written to since it was opened. Otherwise, bytes
     /// read from it may belong to no single version. A file that was replaced by another one, or
     /// removed, counts as unchanged.
     ///
+    /// For a [reader](Self::from_reader), calls its
+    /// [`check_source`](page_reader::PageReader::check_source).
+    ///
     /// # Errors
     /// Returns a [`ReadImageError`], such as [`Changed`](ReadImageError::Changed).
     pub fn check_unchanged(&self) -> Result<(), ReadImageError> {
         let path = || self.path.clone();
+        if let ImageSource::Reader(reader) = &self.source {
+            let checked = reader.check_source();
+            return checked.map_err(|source| ReadImageError::Source {
+                path: path(),
+                source,
+            });
+        }
         match self.version()?.is_current() {
             Ok(true) => Ok(()),
             Ok(false) => Err(ReadImageError::Changed { path: path() }),
@@ -236,16 +262,35 @@ impl Image {
         }
     }
 
+    /// Returns whether it was opened by its path.
+    pub(crate) fn has_path(&self) -> bool {
+        self.has_path
+    }
+
+    /// Returns whether its bytes are in a file, not behind a reader.
+    pub(crate) fn has_file(&self) -> bool {
+        matches!(self.source, ImageSource::File(_))
+    }
+
     /// Returns the file, which is opened again if it was closed to save descriptors.
     pub(crate) fn file(&self) -> Result<Arc<File>, ReadImageError> {
         let path = || self.path.clone();
-        self.file.get().map_err(|error| match error {
+        let ImageSource::File(file) = &self.source else {
+            return Err(self.no_file());
+        };
+        file.get().map_err(|error| match error {
             ReopenError::Replaced => ReadImageError::Replaced { path: path() },
             ReopenError::Io(source) => ReadImageError::Reopen {
                 path: path(),
                 source,
             },
         })
+    }
+
+    fn no_file(&self) -> ReadImageError {
+        ReadImageError::NoFile {
+            path: self.path.clone(),
+        }
     }
 
     /// Returns the position in the file of the RAM's bytes from `offset` on, if they are stored,
@@ -264,9 +309,11 @@ impl Image {
     }
 
     pub(crate) fn read_file(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadImageError> {
-        self.file()?
-            .read_exact_at(buf, offset)
-            .map_err(|source| self.read_error(offset, source))
+        let read = match &self.source {
+            ImageSource::File(_) => self.file()?.read_exact_at(buf, offset),
+            ImageSource::Reader(reader) => reader.read_at(offset, buf),
+        };
+        read.map_err(|source| self.read_error(offset, source))
     }
 
     pub(crate) fn read_error(&self, offset: u64, source: io::Error) -> ReadImageError {
@@ -278,6 +325,19 @@ impl Image {
     }
 }
 
-fn is_too_long(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(nix::errno::Errno::ENAMETOOLONG as i32)
+/// Reads the footer of the image that `path` names.
+fn read_footer(
+    path: &Path,
+    read: impl FnOnce() -> Result<Option<Footer>, FooterError>,
+) -> Result<Option<Footer>, OpenImageError> {
+    let mut footer = read().map_err(|source| OpenImageError::Footer {
+        path: path.to_owned(),
+        source,
+    })?;
+    if let Some(footer) = &mut footer {
+        // They were grown while they were read, up to twice their size.
+        footer.runs.shrink_to_fit();
+        footer.checksums.shrink_to_fit();
+    }
+    Ok(footer)
 }

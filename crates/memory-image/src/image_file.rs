@@ -1,4 +1,6 @@
-//! A pool of image files of which a bounded number is open at a time.
+//! The bytes of images: files, and readers of the caller.
+//!
+//! Files that were opened by a path are in a pool, of which a bounded number is open at a time.
 //!
 //! When the limit is exceeded, the file that was opened first is closed. It is opened again when it
 //! is read. A name proves nothing about the file that it leads to, so the reopened file must be the
@@ -11,6 +13,7 @@
 //! releases the pool before it locks the file's state, and is the only one to close the file.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -19,6 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
+use page_reader::PageReader;
 
 /// Number of bytes at the end of a file that are compared when it is reopened. They include the
 /// footer's checksum.
@@ -34,6 +38,21 @@ struct Pool {
     next: u64,
     /// Keyed by ticket: in the order of opening.
     open: BTreeMap<u64, Arc<Slot>>,
+}
+
+/// The source of an image's bytes.
+pub(crate) enum ImageSource {
+    File(ImageFile),
+    Reader(Box<dyn PageReader + Send + Sync>),
+}
+
+impl fmt::Debug for ImageSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(file) => f.debug_tuple("File").field(file).finish(),
+            Self::Reader(_) => f.debug_tuple("Reader").finish_non_exhaustive(),
+        }
+    }
 }
 
 /// An image's file, open or not.
@@ -130,6 +149,20 @@ impl ImageFile {
         slot.admit(&mut locked(&slot.state), Arc::new(file));
         close_more_than(open_limit());
         Self(slot)
+    }
+
+    /// Keeps a file of the caller open. It has no path to open it again, so it is not in the pool.
+    pub(crate) fn held(name: &Path, file: File, metadata: &Metadata, sealed: bool) -> Self {
+        Self(Arc::new(Slot {
+            path: name.to_owned(),
+            sealed,
+            stamp: Stamp::of(metadata, sealed),
+            state: Mutex::new(State {
+                file: Some(Arc::new(file)),
+                ticket: None,
+                reopen_target: None,
+            }),
+        }))
     }
 
     /// Returns the file, reopened if it was closed.

@@ -45,6 +45,10 @@
 //! does not follow its predecessor. [`Image::verify`] detects bit rot and truncation.
 //! [`Chain::merge`] writes a chain in any layout.
 //!
+//! **Images that have no path**: [`Image::from_file`] opens a memfd, an unlinked file or an
+//! inherited descriptor, and [`Image::from_reader`] any positioned reader, such as bytes in memory.
+//! [`Chain::from_image`], [`Chain::push_image`] and [`Chain::push_image_pages`] take them.
+//!
 //! **Find the pages that changed** between two states: [`compare()`].
 //!
 //! **Progress and cancellation**: [`Image::verify`], [`compare()`],
@@ -129,11 +133,11 @@ pub use error::{
     ChainError, LinkError, MapError, MergeError, NotFullError, OpenImageError, ReadAmbiguity,
     ReadImageError, RestoreError, VerifyError,
 };
-pub use image::Image;
+pub use image::{Image, ImageOptions};
 pub use image_format::{Footer, FooterError, ImageId, Layout, Placement};
 pub use map::{MappedChain, MappedChainOptions, MappedImage};
 pub use restore::{HostRam, RamTarget, TargetMemory};
-pub use sparse_file::{CancelGuard, CancelToken, Progress, ProgressFn};
+pub use sparse_file::{CancelGuard, CancelToken, Pass, Progress, ProgressFn};
 pub use verify::{Damage, VerifyReport};
 
 #[cfg(doctest)]

@@ -1,5 +1,6 @@
 //! Checks that an image follows the newest image of a chain.
 
+use dirty_bitmap::coalesce;
 use image_format::ImageId;
 
 use crate::chain::Chain;
@@ -53,11 +54,13 @@ impl Chain {
         self.check_pages(image)?;
         if let (Some(theirs), Some(ours)) =
             (image.footer(), self.oldest_sealed().and_then(Image::footer))
-            && theirs.regions != ours.regions
+            && !coalesce(theirs.regions.iter().cloned()).eq(coalesce(ours.regions.iter().cloned()))
         {
             return Err(ChainError::RegionsDiffer {
                 path: path(),
+                regions: theirs.regions.clone(),
                 base: base.path.clone(),
+                base_regions: ours.regions.clone(),
             });
         }
         self.check_link(image).map_err(|why| ChainError::Link {

@@ -58,7 +58,7 @@ impl MappedImage {
     /// # Errors
     /// Returns a [`MapError`], such as [`Packed`](MapError::Packed) for a packed image.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, MapError> {
-        Self::of(Image::open(path)?)
+        Self::from_image(Image::open(path)?)
     }
 
     /// Maps the raw image at `path`, readable and writable.
@@ -66,10 +66,16 @@ impl MappedImage {
     /// # Errors
     /// Returns a [`MapError`].
     pub fn open_raw(path: impl AsRef<Path>) -> Result<Self, MapError> {
-        Self::of(Image::open_raw(path)?)
+        Self::from_image(Image::open_raw(path)?)
     }
 
-    fn of(image: Image) -> Result<Self, MapError> {
+    /// Maps an opened image, raw or sealed, readable and writable. Use it for a memfd or another
+    /// file without a path: see [`Image::from_file`]. A raw image is treated as full.
+    ///
+    /// # Errors
+    /// Returns a [`MapError`], such as [`ReadImageError::NoFile`](crate::ReadImageError::NoFile)
+    /// for an image of [`Image::from_reader`].
+    pub fn from_image(image: Image) -> Result<Self, MapError> {
         if image.is_diff() {
             return Err(NotFullError::new(image.path).into());
         }

@@ -58,11 +58,14 @@ impl Chain {
         dest: impl AsRef<Path>,
     ) -> Result<u64, MergeError> {
         let dest = dest.as_ref();
-        let mut options = options.ram_start(0).skip_untouched(true);
+        let mut options = options.skip_untouched(true);
         let resolved = fs::canonicalize(dest).ok();
-        let is_dest = |image: &&Image| {
-            image.path() == dest
-                || (resolved.is_some() && fs::canonicalize(image.path()).ok() == resolved)
+        let is_dest = |image: &&Image| match image.has_path() {
+            true => {
+                image.path() == dest
+                    || (resolved.is_some() && fs::canonicalize(image.path()).ok() == resolved)
+            }
+            false => image.is_at(dest),
         };
         if let Some(replaced) = self.images().find(is_dest) {
             options = options.replace_only(replaced.version()?);
@@ -160,7 +163,8 @@ impl Chain {
         let base = self.base();
         // In larger pages, what became zeros need not be whole pages.
         let pages_fit = writer.page_size() <= self.page_size();
-        let shares = base.footer.is_none() && pages_fit && writer.reflink_full(&*base.file()?)?;
+        let is_raw_file = base.footer.is_none() && base.has_file();
+        let shares = is_raw_file && pages_fit && writer.reflink_full(&*base.file()?)?;
         Ok(shares)
     }
 }

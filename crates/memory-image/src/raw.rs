@@ -7,7 +7,7 @@ use std::ops::Range;
 use dirty_bitmap::{PageSet, coalesce};
 use sparse_file::{ExtentKind, ExtentSource, Extents, PageHoles, extents, reported_extents};
 
-use crate::error::{ChainError, ReadAmbiguity, ReadImageError};
+use crate::error::{ChainError, OpenImageError, ReadAmbiguity, ReadImageError};
 use crate::image::Image;
 
 /// A way to list the extents of a file.
@@ -47,6 +47,11 @@ impl Image {
 
     fn pages_of(&self, list: List, page_size: u64) -> Result<PageSet, ReadImageError> {
         let mut pages = PageSet::new(0..self.size, page_size);
+        if !self.has_file() {
+            // A reader has no holes.
+            pages.add(&(0..self.size));
+            return Ok(pages);
+        }
         self.each_data_extent(list, |data| {
             pages.add(&data);
             Ok(())
@@ -61,7 +66,13 @@ impl Image {
         holes: &mut PageHoles,
     ) -> Result<PageSet, ChainError> {
         // Probe the directory of the file itself: a link to it may be on another file system.
-        let dir = self.directory()?;
+        if !self.has_file() {
+            return Err(self.ambiguous(ReadAmbiguity::NoFile));
+        }
+        let dir = self.directory().map_err(|error| match error {
+            OpenImageError::NoDirectory { .. } => self.ambiguous(ReadAmbiguity::NoDirectory),
+            error => error.into(),
+        })?;
         let file = self.file()?;
         holes
             .check(&file, &dir, page_size)

@@ -16,7 +16,7 @@ pub use target_memory::TargetMemory;
 use crate::chain::Chain;
 use crate::chain::segment::{Segment, SegmentSource};
 use crate::error::RestoreError;
-use crate::image::READ_SIZE;
+use crate::image::{Image, READ_SIZE};
 
 /// Memory that a guest's RAM can be restored to, addressed by the offset in the memory file.
 #[diagnostic::on_unimplemented(
@@ -153,13 +153,18 @@ impl Chain {
             }
         };
         report(0)?;
+        // Only a file is read into memory by its address.
+        let only_files = self.images().all(Image::has_file);
         let mut buffer = SecretBuffer::new();
         for run in runs() {
             self.check_run(&run)?;
             let mut at = run.start;
             while at < run.end {
                 let len = READ_SIZE.min(run.end - at) as usize;
-                let memory = target.memory_mut(at, len);
+                let memory = match only_files {
+                    true => target.memory_mut(at, len),
+                    false => None,
+                };
                 if let Some(mut memory) = memory.filter(|it| (1..=len).contains(&it.len())) {
                     self.read_to_memory(at, &mut memory)?;
                     let read = memory.len() as u64;

@@ -1,5 +1,7 @@
 //! Verifies the bytes of an image against its checksums.
 
+mod display;
+
 use std::ops::Range;
 
 use image_format::{Chunk, ChunkSum, Footer, HEADER_PAGE, Placement};
@@ -186,15 +188,9 @@ impl Image {
             })
             .peekable();
         let mut gaps = Vec::new();
-        let failed = |source| self.read_error(0, source);
-        let file = self.file()?;
-        for extent in extents(&file).map_err(failed)? {
-            let extent = extent.map_err(failed)?;
-            if extent.kind != ExtentKind::Data {
-                continue;
-            }
-            let mut at = extent.range.start.max(all.start);
-            let end = extent.range.end.min(all.end);
+        let mut add = |data: Range<u64>| {
+            let mut at = data.start.max(all.start);
+            let end = data.end.min(all.end);
             while at < end {
                 while present.next_if(|run| run.end <= at).is_some() {}
                 let next = present.peek().filter(|run| run.start < end);
@@ -203,6 +199,19 @@ impl Image {
                     gaps.push(at..gap_end);
                 }
                 at = after.max(gap_end);
+            }
+        };
+        if !self.has_file() {
+            // A reader has no holes.
+            add(all.clone());
+            return Ok(gaps);
+        }
+        let failed = |source| self.read_error(0, source);
+        let file = self.file()?;
+        for extent in extents(&file).map_err(failed)? {
+            let extent = extent.map_err(failed)?;
+            if extent.kind == ExtentKind::Data {
+                add(extent.range);
             }
         }
         Ok(gaps)

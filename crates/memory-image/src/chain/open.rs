@@ -125,6 +125,7 @@ impl Chain {
             layers: Vec::new(),
             extents: ExtentMap::default(),
             members: Members::default(),
+            ram_layout: None,
             holes: PageHoles::new(),
         })
     }
@@ -207,7 +208,39 @@ impl Chain {
         diff: impl AsRef<Path>,
         runs: impl IntoIterator<Item = Range<u64>>,
     ) -> Result<(), ChainError> {
-        let image = Image::open_raw(diff)?;
+        self.push_image_pages(Image::open_raw(diff)?, runs)
+    }
+
+    /// Adds the next raw diff, which is already open, with the pages that `runs` touch, as
+    /// [`push_pages`](Self::push_pages) does. Use it for a raw diff without a path.
+    ///
+    /// # Errors
+    /// Returns a [`ChainError`], such as [`BadRun`](ChainError::BadRun), or
+    /// [`NotRawDiff`](ChainError::NotRawDiff) for a sealed or packed image. The chain is unchanged
+    /// on error.
+    ///
+    /// # Examples
+    /// ```
+    /// use memory_image::{Chain, Image, Layout};
+    ///
+    /// let (full, diff) = (vec![1; 12288], vec![2; 12288]); // in memory, or any `PageReader`
+    /// let raw = Image::options().layout(Layout::Raw);
+    /// let mut chain = Chain::from_image(raw.open_reader(full, 12288)?, 4096)?;
+    /// chain.push_image_pages(raw.open_reader(diff, 12288)?, [4096..8192])?;
+    ///
+    /// let mut ram = vec![0; 12288];
+    /// chain.restore(ram.as_mut_slice())?;
+    /// assert_eq!((ram[4095], ram[4096], ram[8192]), (1, 2, 1));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn push_image_pages(
+        &mut self,
+        image: Image,
+        runs: impl IntoIterator<Item = Range<u64>>,
+    ) -> Result<(), ChainError> {
+        if image.footer.is_some() {
+            return Err(ChainError::NotRawDiff { path: image.path });
+        }
         self.check_follows(&image)?;
         let size = image.size;
         let mut pages = PageSet::new(0..size, self.page_size);
@@ -256,6 +289,9 @@ impl Chain {
                     }
                 }
             }
+        }
+        if self.ram_layout.is_none() {
+            self.ram_layout = newest.ram_layout();
         }
         self.members.add(layer, &newest);
         self.layers.push(newest);

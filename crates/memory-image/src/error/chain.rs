@@ -1,8 +1,9 @@
 //! Errors of putting images together to a chain.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
-use image_format::ImageId;
+use image_format::{ImageId, RegionList};
 use sparse_file::PagesUnknown;
 use thiserror::Error;
 
@@ -73,14 +74,20 @@ pub enum ChainError {
     },
     /// The diff belongs to a guest with other address ranges.
     #[error(
-        "{path:?} belongs to a guest whose RAM is at other addresses than that of {base:?}: \
-         give images of one guest"
+        "{path:?} belongs to a guest whose RAM is at other addresses than that of {base:?}, at {} \
+         instead of {}: give images of one guest",
+        RegionList(regions),
+        RegionList(base_regions)
     )]
     RegionsDiffer {
         /// The diff.
         path: PathBuf,
+        /// The address ranges of the diff's guest.
+        regions: Vec<Range<u64>>,
         /// The base image of the chain.
         base: PathBuf,
+        /// The address ranges of the chain's guest.
+        base_regions: Vec<Range<u64>>,
     },
     /// The diff does not follow the newest image.
     #[error("the diff {path:?} does not follow {newest:?}")]
@@ -96,7 +103,7 @@ pub enum ChainError {
     /// The file does not show which pages the diff holds.
     #[error(
         "failed to determine which pages the diff {path:?} holds: \
-         pass them to Chain::push_pages, or take the diff again, sealed"
+         pass them to Chain::push_pages or push_image_pages, or take the diff again, sealed"
     )]
     AmbiguousDiff {
         /// The diff.
@@ -104,6 +111,12 @@ pub enum ChainError {
         /// The reason why the holes do not identify the pages.
         #[source]
         why: ReadAmbiguity,
+    },
+    /// Pages were passed for a sealed or packed diff, which lists its own.
+    #[error("{path:?} lists its pages: add it by Chain::push_image")]
+    NotRawDiff {
+        /// The diff.
+        path: PathBuf,
     },
     /// The run of pages is not inside the image.
     #[error("{start:#x}..{end:#x} is not a range inside an image of {size:#x} bytes")]
@@ -171,6 +184,12 @@ pub enum ReadAmbiguity {
     /// Holes on its file system do not show which pages were written.
     #[error(transparent)]
     Holes(#[from] PagesUnknown),
+    /// The image is a reader, which has no holes.
+    #[error("it is a reader, which has no holes")]
+    NoFile,
+    /// The image is an open file without a name, so the directory of its file cannot be probed.
+    #[error("it is an open file without a name, so its directory cannot be probed for holes")]
+    NoDirectory,
     /// The file changed while its holes were listed, or its file system reported contradictions.
     #[error(
         "its holes changed while they were listed: do not write to the file while it is opened"

@@ -24,6 +24,27 @@ pub enum OpenImageError {
         /// The path given.
         path: PathBuf,
     },
+    /// The open file is a pipe, socket, terminal, device or directory.
+    #[error(
+        "{path:?} is not a regular file: copy the bytes of a pipe or socket to a file, or read \
+         them to memory and pass them to Image::from_reader"
+    )]
+    NotSeekable {
+        /// The name of the image.
+        path: PathBuf,
+    },
+    /// The open file is not open for reading.
+    #[error("{path:?} is not open for reading: open it with O_RDONLY or O_RDWR")]
+    WriteOnly {
+        /// The name of the image.
+        path: PathBuf,
+    },
+    /// The image is in no directory.
+    #[error("{path:?} is in no directory: it is a reader, or a file without a name")]
+    NoDirectory {
+        /// The name of the image.
+        path: PathBuf,
+    },
     /// The file is empty.
     #[error("{path:?} is empty: give the path of a memory image")]
     Empty {

@@ -52,6 +52,24 @@ pub enum ReadImageError {
         /// The path of the image.
         path: PathBuf,
     },
+    /// The source of an image that is a reader [reports](page_reader::PageReader::check_source) that
+    /// it may have changed.
+    #[error("the memory image {path:?} may have changed while it was in use")]
+    Source {
+        /// The name of the image.
+        path: PathBuf,
+        /// The error of the reader.
+        source: io::Error,
+    },
+    /// The image is a reader, which has no file to map and no version.
+    #[error(
+        "the memory image {path:?} is a reader without a file: restore it by Chain::restore, or \
+         write its bytes to a file to map it"
+    )]
+    NoFile {
+        /// The name of the image.
+        path: PathBuf,
+    },
     /// No diff of a chain of diffs holds the page. It was clean, and its bytes are in an older
     /// image.
     #[error(
