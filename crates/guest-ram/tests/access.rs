@@ -27,6 +27,11 @@ fn runs(ram: &GuestRam) -> Vec<std::ops::Range<u64>> {
 }
 
 #[test]
+fn reader_states_the_layout_of_the_ram() {
+    assert_eq!(ram(4096).ram_layout(), Some(&layout()));
+}
+
+#[test]
 fn new_ram_is_zero_clean_and_of_whole_pages() {
     let ram: GuestRam = GuestRam::new(layout()).unwrap();
     let page_size = guest_ram::host_page_size();

@@ -7,7 +7,7 @@ mod region;
 use std::io;
 use std::path::Path;
 
-use page_reader::{HostMemory, PageReader};
+use page_reader::{HostMemory, PageReader, RamLayout};
 
 pub use chain::{MappedChain, MappedChainOptions};
 pub(crate) use region::{Region, host_page};
@@ -50,6 +50,7 @@ use crate::image::Image;
 #[must_use = "the memory is unmapped when this is dropped"]
 pub struct MappedImage {
     ram: Region,
+    layout: Option<RamLayout>,
 }
 
 impl MappedImage {
@@ -88,7 +89,10 @@ impl MappedImage {
             source,
         })?;
         image.check_unchanged()?;
-        Ok(Self { ram })
+        Ok(Self {
+            ram,
+            layout: image.ram_layout(),
+        })
     }
 
     /// Returns the address of the first byte, aligned to the host's page. It is valid for reads and
@@ -105,13 +109,25 @@ impl MappedImage {
     }
 }
 
-/// Reads the RAM as the guest has it now: the image and the guest's writes.
-impl PageReader for MappedImage {
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.ram.read_at(offset, buf)
-    }
+/// Implements [`PageReader`] for RAM that is mapped. It is read as the guest has it now: the images
+/// and the guest's writes.
+macro_rules! read_mapped_ram {
+    ($($mapped:ty),*) => {$(
+        /// Reads the RAM as the guest has it now: the images and the guest's writes.
+        impl PageReader for $mapped {
+            fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+                self.ram.read_at(offset, buf)
+            }
 
-    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
-        self.ram.host_memory(offset, len)
-    }
+            fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
+                self.ram.host_memory(offset, len)
+            }
+
+            fn ram_layout(&self) -> Option<&RamLayout> {
+                self.layout.as_ref()
+            }
+        }
+    )*};
 }
+
+read_mapped_ram!(MappedImage, MappedChain);

@@ -390,5 +390,14 @@ fn merged_image_keeps_the_regions_of_the_chain() {
     let merged = dir.path().join("merged");
     let options = MemoryWriter::options().layout(Layout::Sealed);
     chain.merge(options, &merged).unwrap();
-    assert_eq!(Image::open(&merged).unwrap().ram_layout(), Some(layout));
+    let merged = Image::open(&merged).unwrap();
+    assert_eq!(merged.ram_layout().as_ref(), Some(&layout));
+
+    // RAM that is mapped is of the same guest.
+    let chain = Chain::from_image(merged, PAGE).unwrap();
+    let mapped = MappedChain::open(&chain).unwrap();
+    assert_eq!(PageReader::ram_layout(&mapped), Some(&layout));
+    let merged = Image::open(dir.path().join("merged")).unwrap();
+    let mapped = MappedImage::from_image(merged).unwrap();
+    assert_eq!(PageReader::ram_layout(&mapped), Some(&layout));
 }

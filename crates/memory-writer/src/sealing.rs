@@ -263,12 +263,14 @@ impl FooterBuilder {
         }
     }
 
-    /// Places the pages of a file that has none and gets no others. The runs ascend.
+    /// Places the pages of a file that has none and gets no others. The runs ascend; there are about
+    /// `count` of them, for which memory is reserved.
     pub(crate) fn place(
         &mut self,
+        count: u64,
         runs: impl Iterator<Item = Range<u64>>,
     ) -> Result<(), FooterError> {
-        let mut plan = self.map.plan(0, []);
+        let mut plan = self.map.plan(count, []);
         let most = self.max_extents();
         for run in runs {
             plan.append(run);

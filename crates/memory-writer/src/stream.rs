@@ -154,14 +154,14 @@ impl<W: Write> PackedStream<W> {
         let progress = self.reporter.begin(ram_size, Pass::Full);
         self.check_cancelled(&progress)?;
         let placed = match self.skip.is_enabled() {
-            false => self.footer.place(std::iter::once(0..ram_size)),
+            false => self.footer.place(1, std::iter::once(0..ram_size)),
             true => {
                 let runs = NonzeroRuns::new(reader, ram_size, page_size)
                     .find_zeros(self.skip.zeros)
                     .on_skip(|bytes| progress.skipped(bytes));
                 // Cancellation ends the search.
                 let found = runs.map_while(|run| progress.wrote(0).is_continue().then_some(run));
-                self.footer.place(found)
+                self.footer.place(0, found)
             }
         };
         placed.map_err(|source| cannot_seal(&self.name, source))?;
@@ -188,7 +188,7 @@ impl<W: Write> PackedStream<W> {
         dirty: &DirtyBitmap<impl Sized>,
     ) -> Result<u64, SnapshotError> {
         self.geometry.check_bitmap(dirty, self.ram_start)?;
-        let pages = self.write_pages(reader, dirty.runs(), Some(dirty.ram_start()))?;
+        let pages = self.write_pages(reader, || dirty.runs(), Some(dirty.ram_start()))?;
         self.written.add_diff(dirty);
         Ok(pages)
     }
@@ -210,13 +210,13 @@ impl<W: Write> PackedStream<W> {
         runs: impl Fn() -> I,
     ) -> Result<u64, SnapshotError> {
         self.geometry.check_runs(runs(), 1)?;
-        self.write_pages(reader, runs(), None)
+        self.write_pages(reader, runs, None)
     }
 
-    fn write_pages<R: PageReader + ?Sized>(
+    fn write_pages<R: PageReader + ?Sized, I: Iterator<Item = Range<u64>>>(
         &mut self,
         reader: &R,
-        runs: impl Iterator<Item = Range<u64>>,
+        runs: impl Fn() -> I,
         ram_start: Option<u64>,
     ) -> Result<u64, SnapshotError> {
         self.footer.check_parent(&self.name)?;
@@ -224,8 +224,12 @@ impl<W: Write> PackedStream<W> {
         if self.state != State::Nothing {
             return Err(self.begun());
         }
-        let pages = whole_pages(runs, self.geometry.page_size);
-        let placed = self.footer.place(pages);
+        let pages = || whole_pages(runs(), self.geometry.page_size);
+        let count = pages().count() as u64;
+        self.footer
+            .check_room(count)
+            .map_err(|source| cannot_seal(&self.name, source))?;
+        let placed = self.footer.place(count, pages());
         placed.map_err(|source| cannot_seal(&self.name, source))?;
         self.begin()?;
         if let Some(ram_start) = ram_start {

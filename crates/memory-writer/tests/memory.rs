@@ -1,7 +1,7 @@
 //! Memory use of a sealed snapshot. The only test of its process, whose allocations it counts.
 
 use dirty_bitmap::DirtyBitmap;
-use memory_writer::{Durability, Layout, MemoryWriter, Seal};
+use memory_writer::{Durability, Layout, MemoryWriter, PackedStream, Seal};
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
@@ -41,6 +41,17 @@ fn peaks(layout: Layout, dirty: &DirtyBitmap) -> (usize, usize, usize) {
     (writing, kept, since(MEMORY.peak_usage()))
 }
 
+/// Returns the peak memory use of a stream of the pages that `dirty` marks.
+fn peak_of_stream(dirty: &DirtyBitmap) -> usize {
+    let before = MEMORY.current_usage();
+    MEMORY.reset_peak_usage();
+    let options = PackedStream::options().seal(Seal::new().on_raw_image());
+    let mut stream = options.open(std::io::sink(), SIZE, PAGE).unwrap();
+    assert_eq!(stream.write_diff(&Sevens, dirty).unwrap(), RUNS);
+    stream.finish().unwrap();
+    MEMORY.peak_usage().saturating_sub(before)
+}
+
 #[test]
 fn diff_takes_24_bytes_a_run_and_its_footer_no_more() {
     let [scattered, one_run] = [(); 2].map(|()| DirtyBitmap::new(0, SIZE, PAGE).unwrap());
@@ -59,4 +70,8 @@ fn diff_takes_24_bytes_a_run_and_its_footer_no_more() {
         let footer = sealing.saturating_sub(kept);
         assert!(footer <= 1 << 20, "{footer} bytes for the footer");
     }
+    let [buffers, grown] = [&one_run, &scattered].map(peak_of_stream);
+    assert!(buffers <= 2 << 20, "{buffers} bytes for one run");
+    let runs = 24 * RUNS as usize;
+    assert!(grown <= runs + buffers + (1 << 20), "{grown} bytes");
 }

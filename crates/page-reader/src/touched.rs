@@ -196,6 +196,17 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn layout_is_that_of_the_wrapped_reader() {
+        let bytes = [1_u8; UNIT as usize];
+        let layout = RamLayout::single(1 << 32, UNIT).unwrap();
+        let memory = [HostMemory::from(&bytes[..])];
+        let reader = crate::MappedMemory::new(layout.clone(), memory).unwrap();
+        let boxed: Box<dyn PageReader> = Box::new(reader);
+        assert_eq!(Touched::unknown(&boxed, UNIT).ram_layout(), Some(&layout));
+        assert_eq!(Touched::unknown(&bytes, UNIT).ram_layout(), None);
+    }
+
     /// A reader of 5 units of ones that reports the given ranges as populated.
     struct FixedPopulated(Vec<Range<u64>>);
 

@@ -5,7 +5,7 @@ use std::collections::BinaryHeap;
 use std::io;
 use std::ops::{ControlFlow, Range};
 
-use page_reader::{HostMemory, PageReader};
+use page_reader::RamLayout;
 use sparse_file::{Progress, ProgressFn};
 
 use super::data::FileData;
@@ -62,7 +62,8 @@ use crate::restore::{HostRam, RamTarget};
 #[derive(Debug)]
 #[must_use = "the memory is unmapped when this is dropped"]
 pub struct MappedChain {
-    ram: Region,
+    pub(super) ram: Region,
+    pub(super) layout: Option<RamLayout>,
     mapped: u64,
     copied: u64,
 }
@@ -170,20 +171,10 @@ impl MappedChainOptions {
         chain.check_unchanged()?;
         Ok(MappedChain {
             ram,
+            layout: chain.ram_layout().cloned(),
             mapped: stored - copied,
             copied,
         })
-    }
-}
-
-/// Reads the RAM as the guest has it now: the images and the guest's writes.
-impl PageReader for MappedChain {
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.ram.read_at(offset, buf)
-    }
-
-    fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
-        self.ram.host_memory(offset, len)
     }
 }
 
