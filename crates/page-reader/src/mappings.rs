@@ -82,12 +82,7 @@ impl ProcessRegion {
     pub fn list(directory: &str, pid: u32) -> Result<Vec<Self>, MappingsError> {
         let path = format!("{directory}/maps");
         let regions = open(&path).and_then(maps);
-        let regions = regions.map_err(|error| described(error, path, pid))?;
-        // A zombie process has no memory.
-        match regions.is_empty() {
-            true => Err(MappingsError::Gone { pid }),
-            false => Ok(regions),
-        }
+        not_empty(regions.map_err(|error| described(error, path, pid))?, pid)
     }
 }
 
@@ -115,7 +110,7 @@ impl FlaggedRegion {
     pub fn list(directory: &str, pid: u32) -> Result<Vec<Self>, MappingsError> {
         let path = format!("{directory}/smaps");
         let mappings = open(&path).and_then(smaps);
-        mappings.map_err(|error| described(error, path, pid))
+        not_empty(mappings.map_err(|error| described(error, path, pid))?, pid)
     }
 }
 
@@ -129,6 +124,15 @@ fn open(path: &str) -> Result<BufReader<File>, ListError> {
 
 pub(crate) fn buffered<R: io::Read>(list: R) -> BufReader<R> {
     BufReader::with_capacity(64 << 10, list)
+}
+
+/// Refuses an empty list: a zombie process has no memory, and neither has a zombie thread, such as
+/// the first one of a process that has others.
+fn not_empty<R>(regions: Vec<R>, pid: u32) -> Result<Vec<R>, MappingsError> {
+    match regions.is_empty() {
+        true => Err(MappingsError::Gone { pid }),
+        false => Ok(regions),
+    }
 }
 
 fn described(error: ListError, list: String, pid: u32) -> MappingsError {
@@ -191,7 +195,11 @@ mod tests {
         let directory = dir.path().to_str().unwrap();
         let error = FlaggedRegion::list(directory, 7).unwrap_err();
         assert!(matches!(error, MappingsError::Gone { pid: 7 }), "{error}");
-        std::fs::write(dir.path().join("maps"), "").unwrap();
+        for list in ["maps", "smaps"] {
+            std::fs::write(dir.path().join(list), "").unwrap();
+        }
+        let error = FlaggedRegion::list(directory, 7).unwrap_err();
+        assert!(matches!(error, MappingsError::Gone { pid: 7 }), "{error}");
         let error = ProcessRegion::list(directory, 7).unwrap_err();
         assert!(matches!(error, MappingsError::Gone { pid: 7 }), "{error}");
         let says_why = error.to_string().contains("its first thread has not ended");

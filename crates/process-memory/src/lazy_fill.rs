@@ -266,9 +266,13 @@ impl Backing {
             mapping.flags.is_some_and(|flags| flags.filled_on_fault)
                 && self.is_behind(&mapping.region)
         };
-        let filled = FlaggedRegion::list(process, pid)?
-            .into_iter()
-            .find(is_filled);
+        let mappings = match FlaggedRegion::list(process, pid) {
+            Ok(mappings) => mappings,
+            // The thread has ended since. Others of the process may have the memory.
+            Err(MappingsError::Gone { .. }) => return Ok(None),
+            Err(other) => return Err(other),
+        };
+        let filled = mappings.into_iter().find(is_filled);
         Ok(Some(filled.map_or(FillState::NotFilled, |mapping| {
             FillState::Filled(Box::new(mapping.region))
         })))

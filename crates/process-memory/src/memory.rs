@@ -102,10 +102,12 @@ pub enum ProcessMemoryError {
         /// The process id.
         pid: u32,
     },
-    /// Part of the range is not mapped in the process, or cannot be read.
+    /// Part of the range is not mapped in the process, or cannot be read, such as a missing page
+    /// that a userfaultfd fills when it is accessed.
     #[error(
         "failed to read {len} bytes at offset {offset} of the memory of process {pid}: part of \
-         them is not mapped there or not readable"
+         them is not mapped there, not readable, or not filled yet by a userfaultfd: if the guest \
+         is being restored, wait until the restore has finished"
     )]
     Unreadable {
         /// The process id.

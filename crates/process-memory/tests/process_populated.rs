@@ -163,6 +163,9 @@ fn memory_filled_by_userfaultfd_is_not_read_as_zeros() {
     let error = guest.read_at(0, &mut [0; PAGE]).unwrap_err();
     let error: ProcessMemoryError = error.downcast().unwrap();
     assert!(matches!(error, ProcessMemoryError::Unreadable { .. }));
+    for words in ["userfaultfd", "wait until the restore has finished"] {
+        assert!(error.to_string().contains(words), "{error}");
+    }
 }
 
 #[test]
