@@ -159,3 +159,45 @@ fn a_commit_onto_an_irreplaceable_file_replaces_nothing(
         assert_names(&dir, &MEMBERS);
     }
 }
+
+#[rstest]
+fn a_destination_that_became_a_special_file_is_kept(
+    #[values(false, true)] fifo: bool,
+    #[values(false, true)] existed: bool,
+    #[values(false, true)] recycle: bool,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("dest");
+    if existed {
+        fs::write(&dest, "old").unwrap();
+    }
+    let mut options = AtomicWriter::options();
+    if recycle {
+        options = options.recycle(1 << 20);
+    }
+    let writer = options.open(&dest).unwrap();
+    if existed {
+        fs::remove_file(&dest).unwrap();
+    }
+    if fifo {
+        nix::unistd::mkfifo(&dest, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    } else {
+        drop(std::os::unix::net::UnixListener::bind(&dest).unwrap());
+    }
+    let before = fs::symlink_metadata(&dest).unwrap().file_type();
+    let error = writer.commit().unwrap_err();
+    assert!(
+        matches!(
+            &error,
+            CommitError::NotReplaced {
+                step: CommitStep::Destination,
+                leftover: None,
+                source,
+                ..
+            } if source.to_string().contains("FIFO or socket")
+        ),
+        "{error:?}"
+    );
+    assert_eq!(fs::symlink_metadata(&dest).unwrap().file_type(), before);
+    assert_names(dir.path(), &["dest"]);
+}
