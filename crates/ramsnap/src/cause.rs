@@ -4,7 +4,7 @@ use image_format::FooterError;
 use memory_image::{
     ChainError, CompareError, MergeError, NotFullError, OpenImageError, RestoreError, VerifyError,
 };
-use memory_writer::{RamError, SnapshotError};
+use memory_writer::{OpenError, RamError, SnapshotError};
 
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
@@ -36,6 +36,12 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     }
     if let Some(SnapshotError::Ram(error)) = cause.downcast_ref() {
         return Some(of_sizes(error));
+    }
+    if let Some(SnapshotError::Open(OpenError::MagicLink { .. })) = cause.downcast_ref() {
+        return Some(ExitStatus::Usage);
+    }
+    if let Some(OpenError::MagicLink { .. }) = cause.downcast_ref() {
+        return Some(ExitStatus::Usage);
     }
     if let Some(CompareError::Geometry(_)) = cause.downcast_ref() {
         return Some(ExitStatus::Usage);

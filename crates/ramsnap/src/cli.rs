@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::exit_status::ExitStatus;
+use crate::memory_reserve;
 use crate::session::Session;
 use crate::verbs::{
     completions, convert, demo, diff, dump, info, man, map, merge, restore, sweep, verify,
@@ -73,7 +74,27 @@ impl Verb {
         }
     }
 
+    /// Returns whether the verb reads images and writes no file.
+    fn only_reads(&self) -> bool {
+        match self {
+            Self::Info(_) | Self::Verify(_) => true,
+            Self::Map(map) => map.prints_map(),
+            Self::Diff(diff) => diff.prints_differences(),
+            Self::Dump(_)
+            | Self::Merge(_)
+            | Self::Convert(_)
+            | Self::Restore(_)
+            | Self::Sweep(_)
+            | Self::Demo(_)
+            | Self::Man(_)
+            | Self::Completions(_) => false,
+        }
+    }
+
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
+        if self.only_reads() {
+            memory_reserve::check_reading()?;
+        }
         match self {
             Self::Info(info) => info.run(),
             Self::Verify(verify) => verify.run(session),

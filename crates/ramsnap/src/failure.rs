@@ -109,6 +109,12 @@ pub enum Failure {
     TargetNotPrivate { path: PathBuf, owner: u32 },
     #[error("{path:?} is not empty: add --force to overwrite it in place")]
     TargetInUse { path: PathBuf },
+    #[error("the image has {image} bytes of RAM, {path:?} has {target}: they must be equal")]
+    TargetSize {
+        path: PathBuf,
+        image: u64,
+        target: u64,
+    },
     #[error("{path:?} cannot be drawn in this format: name a file that ends in .svg or .png")]
     UnsupportedImageExtension { path: PathBuf },
 
@@ -146,12 +152,6 @@ pub enum Failure {
     StreamTooLong { len: u64 },
     #[error("the stream ends after {received} bytes of an image of {len}: send it again")]
     StreamCut { received: u64, len: u64 },
-    #[error("the image has {image} bytes of RAM, {path:?} has {target}: they must be equal")]
-    TargetSize {
-        path: PathBuf,
-        image: u64,
-        target: u64,
-    },
 
     // Other failures: change what the message names, and try again.
     #[error(
@@ -257,6 +257,11 @@ pub enum Failure {
     )]
     NoMemoryForOutput { path: PathBuf, bytes: u64 },
     #[error(
+        "cannot allocate {bytes} bytes of memory to read the files: raise the limits of this process (ulimit -d, \
+         ulimit -v); nothing was written"
+    )]
+    NoMemoryToRead { bytes: u64 },
+    #[error(
         "{path:?} was replaced, resized or written to while RAM was restored to it: \
          stop the program that does so, and restore again"
     )]
@@ -346,6 +351,7 @@ impl Failure {
             | Self::ForeignLink { .. }
             | Self::TargetNotPrivate { .. }
             | Self::TargetInUse { .. }
+            | Self::TargetSize { .. }
             | Self::SameState { .. } => ExitStatus::Usage,
             Self::OtherGuest { .. }
             | Self::OtherRegions { .. }
@@ -355,8 +361,7 @@ impl Failure {
             | Self::StreamBroken
             | Self::StreamNotPacked
             | Self::StreamTooLong { .. }
-            | Self::StreamCut { .. }
-            | Self::TargetSize { .. } => ExitStatus::CheckFailed,
+            | Self::StreamCut { .. } => ExitStatus::CheckFailed,
             Self::NoStdout
             | Self::NoStdin
             | Self::NotRam { .. }
@@ -366,6 +371,7 @@ impl Failure {
             | Self::FileLimit { .. }
             | Self::NoMemory { .. }
             | Self::NoMemoryForOutput { .. }
+            | Self::NoMemoryToRead { .. }
             | Self::SpoolFull { .. }
             | Self::SpoolOverQuota { .. }
             | Self::TargetBusy { .. }

@@ -60,6 +60,21 @@ pub fn check_new(path: &Path) -> Result<(), Failure> {
     check(path, 0)
 }
 
+/// Refuses to read images if the memory that this takes cannot be allocated, for a verb that writes
+/// no file. Called before anything is read.
+pub fn check_reading() -> Result<(), Failure> {
+    reserve(0).map_err(|bytes| Failure::NoMemoryToRead { bytes })
+}
+
+/// Refuses to restore to RAM at `path` if the memory for the checks of the images cannot be
+/// allocated. Called before anything is read.
+pub fn check_in_place(path: &Path) -> Result<(), Failure> {
+    reserve(0).map_err(|bytes| Failure::NoMemory {
+        path: path.to_owned(),
+        bytes,
+    })
+}
+
 /// Refuses to write an image at `path` if the memory for it cannot be allocated. Called before the
 /// file is staged.
 ///
@@ -80,6 +95,15 @@ pub fn check_image(path: &Path, ram_size: u64, page_size: u64) -> Result<(), Fai
 }
 
 fn check(path: &Path, runs: u64) -> Result<(), Failure> {
+    reserve(runs).map_err(|bytes| Failure::NoMemoryForOutput {
+        path: path.to_owned(),
+        bytes,
+    })
+}
+
+/// Allocates the memory for images of so many runs, and frees it. Returns the number of bytes if
+/// that fails.
+fn reserve(runs: u64) -> Result<(), u64> {
     let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let threads = threads.min(THREADS) as u64;
     let bytes = WRITER + threads * THREAD + runs.saturating_mul(RUN);
@@ -88,9 +112,6 @@ fn check(path: &Path, runs: u64) -> Result<(), Failure> {
             reserve.give_back();
             Ok(())
         }
-        None => Err(Failure::NoMemoryForOutput {
-            path: path.to_owned(),
-            bytes,
-        }),
+        None => Err(bytes),
     }
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use atomic_file::AtomicWriter;
+use atomic_file::{AtomicWriter, Symlinks, check_destination};
 use memory_image::{Chain, Image, MergeError};
 use memory_writer::{
     MemoryWriter, MemoryWriterOptions, NotPreserved, OpenError, Preserve, SnapshotError,
@@ -17,18 +17,19 @@ use crate::verbs::info::Info;
 use crate::zeros::without_zeros;
 use crate::{input, memory_reserve, print, room};
 
-/// Refuses an output that exists, or is an input by any name, or that there is too little memory to
-/// write, before anything is read.
+/// Refuses an output that exists, or is an input by any name, or that cannot be replaced, or that
+/// there is too little memory to write, before anything is read.
 ///
 /// `inputs` are all files that the verb reads, including metadata and parents.
-pub fn check_output(output: &Output, inputs: &[PathBuf]) -> Result<(), Failure> {
+pub fn check_output(output: &Output, inputs: &[PathBuf]) -> anyhow::Result<()> {
     memory_reserve::check_new(&output.path)?;
     check_is_no_input(&output.path, inputs)?;
     let path = output.path.clone();
     if !output.force && path.symlink_metadata().is_ok() {
-        return Err(Failure::OutputExists { path });
+        return Err(Failure::OutputExists { path }.into());
     }
-    Ok(())
+    let checked = check_destination(&path, Symlinks::default());
+    Ok(checked.map_err(SnapshotError::Open)?)
 }
 
 /// Refuses an output that is an input, also through links.

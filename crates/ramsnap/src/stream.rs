@@ -220,6 +220,17 @@ pub fn path_of(file: &File) -> PathBuf {
     format!("/dev/fd/{}", file.as_raw_fd()).into()
 }
 
+/// Fails if an open file cannot be opened again, before a stream is read into it.
+pub fn check_path_of(file: &File) -> anyhow::Result<()> {
+    let path = path_of(file);
+    match path.metadata() {
+        Ok(_) => Ok(()),
+        Err(error) => Err(error).with_context(|| {
+            format!("cannot open the received image by {path:?}, which needs /proc: mount it; nothing was read")
+        }),
+    }
+}
+
 /// Refuses a closed stdin, before a file is staged.
 pub fn check_stdin() -> Result<(), Failure> {
     match sys::stdin_was_open() {

@@ -79,6 +79,17 @@ pub fn is_ignored(signal: i32) -> bool {
     action.sa_sigaction == libc::SIG_IGN
 }
 
+/// Returns whether two descriptors, each of a process, are of different open files. `false` if the
+/// kernel does not say.
+#[cfg(target_os = "linux")]
+pub fn are_different_open_files(one: (u32, u32), other: (u32, u32)) -> bool {
+    const KCMP_FILE: libc::c_long = 0;
+    let [first, second, fd, other_fd] = [one.0, other.0, one.1, other.1].map(libc::c_long::from);
+    // SAFETY: compares numbers inside the kernel, and accesses no memory of this process.
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, first, second, KCMP_FILE, fd, other_fd) };
+    order > 0
+}
+
 #[cfg(target_os = "linux")]
 pub use mapping::Mapping;
 

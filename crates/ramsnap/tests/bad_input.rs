@@ -86,7 +86,7 @@ fn images_that_form_no_chain_are_refused_by_every_verb(#[case] files: &str, #[ca
 #[case::new_state_is_a_diff("diff full.mem --to d1.mem --to d2.mem -o out", 1, &["d1.mem", "is a diff"])]
 #[case::raw_where_sealed_is_demanded("convert full.raw --raw-diff --parent ram -o out --layout sealed", 1, &["ram", "neither sealed nor packed"])]
 #[case::other_size("diff full.mem --ram small -o out", 1, &["of different guests"])]
-#[case::target_of_other_size("restore full.mem -o small", 1, &["small", "must be equal"])]
+#[case::target_of_other_size("restore full.mem -o small", 2, &["small", "must be equal"])]
 #[case::maps_of_two_guests("map full.mem raw:small", 1, &["of different guests"])]
 #[case::same_state("diff full.mem full.mem -o out", 2, &["the same one"])]
 #[case::same_state_twice("diff full.mem --to full.mem -o out", 2, &["the same one"])]

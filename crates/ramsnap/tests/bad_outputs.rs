@@ -47,8 +47,25 @@ fn an_output_that_is_a_link_to_an_open_file_is_refused(#[case] command: &str) {
     };
     let before = files();
     let says = [&path, "a link to an open file", "by its path"];
-    work.run(&command.replace("OUT", &path)).fails(3, &says);
+    work.run(&command.replace("OUT", &path)).fails(2, &says);
     assert!(files() == before, "{:?} changed", work.files());
+}
+
+/// The descriptor is refused before the process is examined, which does not exist.
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::descriptor("/dev/fd/0")]
+#[case::stdout("/dev/stdout")]
+fn an_open_file_is_refused_before_the_process(#[case] output: &str) {
+    let work = Work::with_chain();
+    let pid = u32::MAX >> 1;
+    for verb in ["dump", "diff full.mem"] {
+        work.fails(
+            &format!("{verb} --pid {pid} --region ram -o {output} --force --quiet"),
+            2,
+            &["a link to an open file"],
+        );
+    }
 }
 
 /// Verifying checksums takes as long as the rest: all checks that can precede it must do so.

@@ -3,10 +3,14 @@
 
 mod support;
 
+#[cfg(target_os = "linux")]
+use std::fs::File;
 use std::process::Command;
 
 use rstest::rstest;
 use support::{Ended, RAMSNAP, Work};
+#[cfg(target_os = "linux")]
+use test_machine::needs;
 
 /// Runs the tool by a shell that redirects its streams.
 fn redirected(work: &Work, arguments: &str, redirection: &str) -> Ended {
@@ -172,4 +176,32 @@ fn ram_is_restored_to_a_quiet_stdout() {
     redirected(&work, "restore full.mem -o /dev/stdout --quiet", "1<>new").good();
     work.assert_same("new", "first");
     drop(ram);
+}
+
+/// The received image is opened again by its descriptor.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_missing_proc_is_an_error_before_the_stream_is_read() {
+    needs!(Root);
+    let work = Work::with_chain();
+    let mut send = work.command("convert full.mem -o - --zstd");
+    let sent = send.stdout(File::create(work.path("stream")).unwrap());
+    assert!(sent.status().unwrap().success());
+    let script = format!(
+        "mount -t tmpfs none /proc && {{ {RAMSNAP} convert - --zstd -o out; echo \"status $?\"; \
+         wc -c; }} < stream"
+    );
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &script]);
+    let output = command.current_dir(work.path("")).output().unwrap();
+    let (out, error) = (
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+    );
+    let unread = work.read("stream").len();
+    assert_eq!(out, format!("status 3\n{unread}\n"), "{error}");
+    for words in ["/proc", "mount it", "nothing was read"] {
+        assert!(error.contains(words), "{error}");
+    }
+    assert!(!work.path("out").exists());
 }

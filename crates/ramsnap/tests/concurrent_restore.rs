@@ -116,8 +116,8 @@ fn ram_that_is_truncated_during_a_restore_is_an_error(
     assert!(bytes(guest.as_file()).iter().all(|byte| *byte == 0));
 }
 
-/// Another program truncates the RAM, extends it again, and accesses it through a mapping. The holes
-/// become pages of zeros.
+/// Another program truncates the RAM, extends it again, and accesses it through a mapping. The
+/// holes become pages of zeros.
 #[rstest]
 #[case::between_two_writes("pwrite64", 2)]
 #[case::after_the_last_write("fsync", 1)]

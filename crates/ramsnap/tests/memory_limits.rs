@@ -1,4 +1,4 @@
-//! Limits of memory: an output is refused before it is staged.
+//! Limits of memory: an output is refused before it is staged, and images before they are read.
 
 #![cfg(target_os = "linux")]
 
@@ -82,6 +82,33 @@ fn a_limit_of_memory_refuses_an_output_or_has_no_effect(#[case] arguments: &str)
             "{mib} MiB: {:?}: {ended:?}",
             work.files()
         );
+    }
+    assert!(refused > 0 && done > 0, "{refused} refused, {done} done");
+}
+
+/// An allocation that fails later would end the process by SIGABRT.
+#[rstest]
+#[case::verify("verify full.mem d1.mem")]
+#[case::info("info full.mem d1.mem")]
+#[case::map("map full.mem d1.mem")]
+#[case::picture("map full.mem d1.mem -o map.svg --force")]
+#[case::compare("diff full.mem d1.mem --ram ram")]
+#[case::existing_ram("restore full.mem d1.mem -o target --force")]
+fn a_limit_of_memory_is_an_error_or_has_no_effect(#[case] arguments: &str) {
+    let work = scattered();
+    work.create("target", RAM);
+    let (mut refused, mut done) = (0, 0);
+    for mib in LIMITS.step_by(2) {
+        let ended = limited(&work, arguments, mib);
+        match ended.code {
+            Some(0) => done += 1,
+            Some(3) if ended.err.contains("cannot allocate") => {
+                let left = ["nothing was written", "the RAM is as it was"];
+                assert!(left.iter().any(|it| ended.err.contains(it)), "{ended:?}");
+                refused += 1;
+            }
+            _ => assert_eq!((refused, done), (0, 0), "{mib} MiB: {ended:?}"),
+        }
     }
     assert!(refused > 0 && done > 0, "{refused} refused, {done} done");
 }

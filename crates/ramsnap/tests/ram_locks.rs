@@ -63,7 +63,10 @@ struct Other(Child);
 
 impl Other {
     fn with(work: &Work) -> Self {
-        let mut command = Command::new(std::env::current_exe().unwrap());
+        Self::by(Command::new(std::env::current_exe().unwrap()), work)
+    }
+
+    fn by(mut command: Command, work: &Work) -> Self {
         command
             .args(["--exact", "a_holder", "--nocapture"])
             .env(LOCKED, work.path("guest"))
@@ -234,4 +237,42 @@ fn a_lock_of_a_process_that_is_not_examined_prevents_a_restore() {
         );
         work.assert_same("guest", "ram");
     }
+}
+
+/// The user may not examine the processes of root, and two of the user's own have all locks.
+#[test]
+fn two_named_holders_with_all_locks_are_ignored() {
+    needs!(Root);
+    const USER: u32 = 65534;
+    let work = Work::with_chain();
+    work.copy("ram", "guest");
+    fs::copy(support::RAMSNAP, work.path("ramsnap")).unwrap();
+    fs::copy(std::env::current_exe().unwrap(), work.path("holder")).unwrap();
+    for (name, mode) in [
+        ("", 0o755),
+        ("ramsnap", 0o755),
+        ("holder", 0o755),
+        ("full.mem", 0o644),
+        ("guest", 0o600),
+    ] {
+        fs::set_permissions(work.path(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    std::os::unix::fs::chown(work.path("guest"), Some(USER), Some(USER)).unwrap();
+    let holder = || {
+        let mut command = Command::new(work.path("holder"));
+        command.uid(USER).gid(USER).current_dir(work.path(""));
+        Other::by(command, &work)
+    };
+    let holders = [holder(), holder()];
+    let option = |holder: &Other| format!("--ignore-lock {}", holder.0.id());
+    let run = |command: &str| {
+        let mut restore = Command::new(work.path("ramsnap"));
+        restore.args(command.split(' ')).current_dir(work.path(""));
+        Ended::of(restore.uid(USER).gid(USER))
+    };
+    let ignoring = format!("{RESTORE} {}", option(&holders[0]));
+    run(&ignoring).fails(3, &[&option(&holders[1])]);
+    work.assert_same("guest", "ram");
+    run(&format!("{ignoring} {}", option(&holders[1]))).good();
+    work.assert_same("guest", "first");
 }

@@ -14,6 +14,7 @@ use nix::libc;
 use page_reader::printable;
 
 use super::byte_lock::{AT, request, set};
+use crate::sys::are_different_open_files;
 
 /// A byte that is locked for a moment, to see how the kernel lists the file.
 const PROBE: libc::off_t = AT + 0x100_0000;
@@ -31,6 +32,9 @@ pub(super) struct Holders {
     processes: Vec<Process>,
     /// The number of locks that other open files have, if known.
     locks: Option<usize>,
+    /// The number of locks that the processes have. Those of open files that the processes may
+    /// share count once.
+    found: usize,
     /// Whether all processes of the machine were examined.
     examined_all: bool,
 }
@@ -52,23 +56,35 @@ impl Holders {
         let mut holders = Self {
             processes: Vec::new(),
             locks: locks(),
+            found: 0,
             examined_all: process_memory::hidden_processes().is_ok_and(|it| it.is_empty()),
         };
         let Ok(entries) = fs::read_dir("/proc") else {
             return Self::default();
         };
+        let mut open_files = Vec::new();
         for entry in entries.flatten() {
             let name = entry.file_name();
             let pid = name.to_str().and_then(|name| name.parse().ok());
             let Some(pid) = pid.filter(|pid| *pid != std::process::id()) else {
                 continue;
             };
-            match any_descriptor(pid, &is_one) {
-                Ok(true) => holders.processes.push(Process {
-                    pid,
-                    command: command(pid),
-                }),
-                Ok(false) => {}
+            match descriptors(pid, &count) {
+                Ok(found) if found.is_empty() => {}
+                Ok(found) => {
+                    for (descriptor, locks) in found {
+                        let this = (pid, descriptor);
+                        let differs = |it: &(u32, u32)| are_different_open_files(*it, this);
+                        if open_files.iter().all(differs) {
+                            open_files.push(this);
+                            holders.found += locks;
+                        }
+                    }
+                    holders.processes.push(Process {
+                        pid,
+                        command: command(pid),
+                    });
+                }
                 Err(error) if has_ended(&error) => {}
                 Err(_) => holders.examined_all = false,
             }
@@ -97,10 +113,8 @@ impl Holders {
     fn are_known(&self) -> bool {
         self.examined_all
             || match self.locks {
-                Some(0) => true,
-                // Processes that share an open file have one lock.
-                Some(1) => !self.processes.is_empty(),
-                _ => false,
+                Some(locks) => locks <= self.found,
+                None => false,
             }
     }
 
@@ -190,17 +204,24 @@ fn fdinfo(file: &File) -> String {
     format!("/proc/self/fdinfo/{}", file.as_raw_fd())
 }
 
-/// Returns whether a descriptor of the process has a lock for which `is_one` returns `true`.
-fn any_descriptor(pid: u32, is_one: &impl Fn(&str) -> bool) -> io::Result<bool> {
+/// Returns the descriptors of the process that have locks, as `count` counts them in a list, and
+/// the number of the locks.
+fn descriptors(pid: u32, count: &impl Fn(&str) -> usize) -> io::Result<Vec<(u32, usize)>> {
+    let mut found = Vec::new();
     for descriptor in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-        match fs::read_to_string(descriptor?.path()) {
-            Ok(info) if info.lines().any(is_one) => return Ok(true),
-            Ok(_) => {}
+        let descriptor = descriptor?;
+        let number = descriptor.file_name();
+        let Some(number) = number.to_str().and_then(|number| number.parse().ok()) else {
+            continue;
+        };
+        match fs::read_to_string(descriptor.path()).map(|info| count(&info)) {
+            Ok(0) => {}
+            Ok(locks) => found.push((number, locks)),
             Err(error) if has_ended(&error) => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(false)
+    Ok(found)
 }
 
 fn command(pid: u32) -> String {
@@ -232,18 +253,22 @@ mod tests {
     }
 
     #[rstest]
-    #[case::no_lock(&[], Some(0), false, &[], true)]
-    #[case::one_process(&[5], Some(1), false, &[5], true)]
-    #[case::not_named(&[5], Some(1), true, &[6], false)]
-    #[case::sharing_one_lock(&[5, 6], Some(1), false, &[5], false)]
-    #[case::another_lock(&[5], Some(2), false, &[5], false)]
-    #[case::number_not_known(&[5], None, false, &[5], false)]
-    #[case::all_examined(&[5, 6], Some(3), true, &[5, 6], true)]
-    #[case::hidden_process(&[], Some(1), false, &[], false)]
-    #[case::no_descriptor(&[], Some(1), true, &[], true)]
+    #[case::no_lock(&[], Some(0), 0, false, &[], true)]
+    #[case::one_process(&[5], Some(1), 1, false, &[5], true)]
+    #[case::not_named(&[5], Some(1), 1, true, &[6], false)]
+    #[case::sharing_one_lock(&[5, 6], Some(1), 1, false, &[5], false)]
+    #[case::two_locks(&[5, 6], Some(2), 2, false, &[5, 6], true)]
+    #[case::one_of_two_named(&[5, 6], Some(2), 2, false, &[6], false)]
+    #[case::shared_and_hidden(&[5, 6], Some(2), 1, false, &[5, 6], false)]
+    #[case::another_lock(&[5], Some(2), 1, false, &[5], false)]
+    #[case::number_not_known(&[5], None, 1, false, &[5], false)]
+    #[case::all_examined(&[5, 6], Some(3), 2, true, &[5, 6], true)]
+    #[case::hidden_process(&[], Some(1), 0, false, &[], false)]
+    #[case::no_descriptor(&[], Some(1), 0, true, &[], true)]
     fn locks_are_ignored_only_if_all_holders_are(
         #[case] found: &[u32],
         #[case] locks: Option<usize>,
+        #[case] locks_found: usize,
         #[case] examined_all: bool,
         #[case] ignored: &[u32],
         #[case] all: bool,
@@ -256,8 +281,21 @@ mod tests {
         let holders = Holders {
             processes,
             locks,
+            found: locks_found,
             examined_all,
         };
         assert_eq!(holders.are_all_in(ignored), all);
+    }
+
+    #[test]
+    fn shared_open_files_are_not_different() {
+        let file = tempfile::tempfile().unwrap();
+        let shared = file.try_clone().unwrap();
+        let another = tempfile::tempfile().unwrap();
+        let this = |file: &File| (std::process::id(), file.as_raw_fd().cast_unsigned());
+        assert!(!are_different_open_files(this(&file), this(&shared)));
+        assert!(are_different_open_files(this(&file), this(&another)));
+        let no_process = (u32::MAX >> 1, 0);
+        assert!(!are_different_open_files(this(&file), no_process));
     }
 }

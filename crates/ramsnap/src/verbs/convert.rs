@@ -127,6 +127,7 @@ impl Convert {
             Some(staged) if as_it_is => staged.file().try_clone()?,
             _ => stream::spool(&dir)?,
         };
+        stream::check_path_of(&file)?;
         let incoming = Incoming::begin(session)?;
         self.check_header(incoming.header(), staged.as_ref(), as_it_is, &dir)?;
         incoming.write_to(&file, &dir)?;
@@ -201,11 +202,11 @@ impl Convert {
         self.input.open(Format::RAW)
     }
 
-    fn check(&self) -> Result<(), Failure> {
+    fn check(&self) -> anyhow::Result<()> {
         let streams = [&self.input.path, &self.output.path].map(|path| is_stream(path));
         match (streams.contains(&true), self.zstd) {
-            (true, false) => return Err(Failure::StreamNotCompressed),
-            (false, true) => return Err(Failure::NoStream),
+            (true, false) => return Err(Failure::StreamNotCompressed.into()),
+            (false, true) => return Err(Failure::NoStream.into()),
             _ => {}
         }
         let format = self.input.format(self.formats.format);
@@ -214,15 +215,15 @@ impl Convert {
         if streams[0] {
             stream::check_stdin()?;
             if !is_packed {
-                return Err(Failure::StreamFormat);
+                return Err(Failure::StreamFormat.into());
             }
         }
         if streams[1] {
             if self.layout.is_some_and(|layout| layout != Layout::Packed) {
-                return Err(Failure::StreamLayout);
+                return Err(Failure::StreamLayout.into());
             }
             memory_reserve::check_new(&self.output.path)?;
-            return stream::check_stdout();
+            return Ok(stream::check_stdout()?);
         }
         if let Some(layout) = self.layout {
             self.check_records(layout)?;

@@ -21,7 +21,7 @@ use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::print::JsonPath;
 use crate::session::Session;
-use crate::{input, print, save};
+use crate::{input, memory_reserve, print, save};
 
 /// Show which pages images hold: present, zero or clean
 ///
@@ -61,6 +61,7 @@ impl Map {
 
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         if let Some(path) = &self.output {
+            memory_reserve::check_new(path)?;
             self.draw(session, path)?;
             return Ok(ExitStatus::Success);
         }

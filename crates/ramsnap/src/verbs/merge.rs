@@ -98,7 +98,7 @@ impl Merge {
         Ok(ExitStatus::Success)
     }
 
-    fn checked_output(&self) -> Result<Output, Failure> {
+    fn checked_output(&self) -> anyhow::Result<Output> {
         let Some(path) = &self.output else {
             let path = self.files[0].path.clone();
             memory_reserve::check_new(&path)?;
@@ -106,7 +106,7 @@ impl Merge {
         };
         if input::is_one_of(path, &input::paths(&self.files)) {
             let path = path.clone();
-            return Err(Failure::MergeOntoInput { path });
+            return Err(Failure::MergeOntoInput { path }.into());
         }
         let output = Output {
             path: path.clone(),

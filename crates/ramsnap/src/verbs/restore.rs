@@ -91,8 +91,9 @@ impl Restore {
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         save::check_is_no_input(&self.output, &input::paths(&self.files))?;
         let in_place = self.output.exists();
-        if !in_place {
-            memory_reserve::check_new(&self.output)?;
+        match in_place {
+            true => memory_reserve::check_in_place(&self.output)?,
+            false => memory_reserve::check_new(&self.output)?,
         }
         let chain = input::full_chain(session, &self.files, self.formats, &self.raw)?;
         if self.verify
