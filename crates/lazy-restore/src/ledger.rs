@@ -100,3 +100,37 @@ impl LedgerLock {
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefetcher_waits_while_a_fault_is_handled() {
+        let lock = LedgerLock::default();
+        lock.lock().turns.handle(true);
+        std::thread::scope(|scope| {
+            let lock = &lock;
+            let stopped = || {
+                // The lock is held, so the fault ends once the prefetcher waits.
+                scope.spawn(move || {
+                    let mut ledger = lock.lock();
+                    ledger.turns.handle(false);
+                    lock.notify();
+                });
+                false
+            };
+            let ledger = lock.lock_for(Role::Prefetcher, stopped);
+            assert!(ledger.turns.may_prefetch());
+            assert!(!lock.prefetcher_waits());
+        });
+    }
+
+    #[test]
+    fn stopped_prefetcher_does_not_wait_for_a_turn() {
+        let lock = LedgerLock::default();
+        lock.lock().turns.handle(true);
+        let ledger = lock.lock_for(Role::Prefetcher, || true);
+        assert!(!ledger.turns.may_prefetch());
+    }
+}

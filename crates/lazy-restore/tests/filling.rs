@@ -70,6 +70,28 @@ fn threads_touching_random_pages_read_the_images_bytes(#[case] options: LazyRamO
 }
 
 #[test]
+fn a_fault_fills_the_aligned_block_around_its_page() {
+    needs!(Userfaultfd);
+    const BLOCK: u64 = 16 * PAGE;
+    let images = Images::new(MIB, PAGE).with([0..256]);
+    let ram = on_demand().fault_around(BLOCK);
+    let ram = ram.start(open_chain(&images)).unwrap();
+    let faults_of = |offset| {
+        let before = ram.faults();
+        page(&ram, offset).unwrap();
+        ram.faults() - before
+    };
+    for (block, touched) in [(1, 1), (5, 8), (9, 15)] {
+        let block = block * BLOCK;
+        assert_eq!(faults_of(block + touched * PAGE), 1);
+        for page in 0..16 {
+            assert_eq!(faults_of(block + page * PAGE), 0, "{page} of {block:#x}");
+        }
+        assert_eq!(faults_of(block + BLOCK), 1);
+    }
+}
+
+#[test]
 fn prefetch_does_not_overwrite_guest_writes() {
     needs!(Userfaultfd);
     let mut images = full_and_two_diffs();
