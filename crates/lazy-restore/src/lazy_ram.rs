@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use host_memory::{BlockedSignals, HostMemory};
 use memory_image::{Progress, ProgressFn};
-use page_reader::PageReader;
+use page_reader::{PageReader, RamLayout};
 
 use crate::error::{LazyError, WaitError};
 use crate::fault_handler::PageFaultHandler;
@@ -313,6 +313,10 @@ impl PageReader for LazyRam {
         let end = offset.saturating_add(len as u64);
         let end = end.min(self.ram_size());
         self.pages.host_memory(offset..end)
+    }
+
+    fn ram_layout(&self) -> Option<&RamLayout> {
+        self.pages.chain().ram_layout()
     }
 
     fn check_source(&self) -> io::Result<()> {

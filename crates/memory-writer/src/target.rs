@@ -13,6 +13,7 @@ const OPEN_FILE: &str = "(open file)";
 
 /// The file that a snapshot is written to.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a writer has only one")]
 pub(crate) enum Target {
     /// A staged file, which replaces its destination at the commit.
     Staged(AtomicWriter),
