@@ -1,11 +1,14 @@
 //! Checks at compile time which public types threads may send and share.
 
-use crate::{Event, Filled, OpenError, RegisterError, Stop, Userfaultfd, UserfaultfdOptions};
+use crate::{
+    AdoptError, Event, Filled, OpenError, RegisterError, Stop, Userfaultfd, UserfaultfdOptions,
+};
 
 fn shared<T: Send + Sync>() {}
 
 #[test]
 fn main_types_are_send_and_sync() {
+    shared::<AdoptError>();
     shared::<Event>();
     shared::<Filled>();
     shared::<OpenError>();

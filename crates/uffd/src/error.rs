@@ -60,6 +60,55 @@ impl OpenError {
     }
 }
 
+/// Errors of [adopting a descriptor](crate::UserfaultfdOptions::adopt).
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum AdoptError {
+    /// The descriptor is neither a userfaultfd nor `/dev/userfaultfd`.
+    #[error(
+        "the descriptor is neither a userfaultfd nor /dev/userfaultfd: pass /dev/userfaultfd, \
+         opened by a process that may open it"
+    )]
+    NotUserfaultfd,
+    /// No userfaultfd can be opened by the device, or it lacks features.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The userfaultfd is that of another address space.
+    #[error(
+        "the userfaultfd receives the faults of another process, the one that opened it: pass \
+         /dev/userfaultfd instead, or open the userfaultfd in this process before it gives up its \
+         privileges"
+    )]
+    OtherProcess,
+    /// The features of the userfaultfd were requested without some that are required.
+    #[error(
+        "the features of the userfaultfd were requested without {missing:?}: request them too, or \
+         pass the descriptor before any are requested"
+    )]
+    Features {
+        /// The features that it lacks.
+        missing: Features,
+    },
+    /// The userfaultfd handles only faults of the process's own instructions.
+    #[error(
+        "the userfaultfd does not receive faults that the kernel takes, in system calls or for \
+         vCPUs: open it without UFFD_USER_MODE_ONLY"
+    )]
+    UserModeOnly,
+    /// Memory is registered with the userfaultfd, or another process reads its events.
+    #[error("the userfaultfd is in use ({0}): pass one that nothing else uses")]
+    InUse(
+        /// What uses it.
+        &'static str,
+    ),
+    /// It is not known whether the userfaultfd can be used.
+    #[error(
+        "failed to examine the userfaultfd: mount /proc, or pass /dev/userfaultfd, which needs no \
+         examination"
+    )]
+    Unchecked(#[source] io::Error),
+}
+
 /// The error of [registering memory](crate::Userfaultfd::register).
 #[derive(Debug, Error)]
 #[error(

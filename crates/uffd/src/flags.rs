@@ -25,15 +25,18 @@ bitflags! {
         /// [`Event::Fork`](crate::Event::Fork) (Linux 4.11). Needs `CAP_SYS_PTRACE`.
         const EVENT_FORK = UFFD_FEATURE_EVENT_FORK as u64;
         /// [`Event::Remap`](crate::Event::Remap) (Linux 4.11). Without it, memory that is moved
-        /// loses its registration.
+        /// loses its registration. With it, a thread that moves memory
+        /// [waits](crate::Userfaultfd#events-of-changed-mappings) until the event is read.
         const EVENT_REMAP = UFFD_FEATURE_EVENT_REMAP as u64;
-        /// [`Event::Remove`](crate::Event::Remove) (Linux 4.11).
+        /// [`Event::Remove`](crate::Event::Remove) (Linux 4.11). A thread that discards pages
+        /// [waits](crate::Userfaultfd#events-of-changed-mappings) until the event is read.
         const EVENT_REMOVE = UFFD_FEATURE_EVENT_REMOVE as u64;
         /// Missing pages of hugetlbfs (Linux 4.11).
         const MISSING_HUGETLBFS = UFFD_FEATURE_MISSING_HUGETLBFS as u64;
         /// Missing pages of shared memory (Linux 4.11).
         const MISSING_SHMEM = UFFD_FEATURE_MISSING_SHMEM as u64;
-        /// [`Event::Unmap`](crate::Event::Unmap) (Linux 4.11).
+        /// [`Event::Unmap`](crate::Event::Unmap) (Linux 4.11). A thread that unmaps memory
+        /// [waits](crate::Userfaultfd#events-of-changed-mappings) until the event is read.
         const EVENT_UNMAP = UFFD_FEATURE_EVENT_UNMAP as u64;
         /// A fault raises `SIGBUS` in its thread and is not reported (Linux 4.14).
         const SIGBUS = UFFD_FEATURE_SIGBUS as u64;

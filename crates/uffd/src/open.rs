@@ -25,9 +25,17 @@ impl UserfaultfdOptions {
     ///   available
     /// - [`OpenError::Open`] or [`OpenError::Negotiate`] for other errors
     pub fn open(&self) -> Result<Userfaultfd, OpenError> {
+        self.open_by(|| self.descriptor())
+    }
+
+    /// Opens descriptors by `descriptor` until the kernel grants the features.
+    pub(crate) fn open_by(
+        &self,
+        descriptor: impl Fn() -> Result<OwnedFd, OpenError>,
+    ) -> Result<Userfaultfd, OpenError> {
         let mut features = self.required | self.optional;
         loop {
-            let fault = self.descriptor()?;
+            let fault = descriptor()?;
             let errno = match negotiate(&fault, features) {
                 Ok(_) => return Ok(Userfaultfd::new(fault, Some(features))),
                 Err(errno) => errno,
@@ -67,11 +75,17 @@ impl UserfaultfdOptions {
         })
     }
 
+    /// Returns the flags for a new descriptor.
+    pub(crate) fn flags(&self) -> i32 {
+        let user_mode_only = match self.user_mode_only {
+            true => UFFD_USER_MODE_ONLY.cast_signed(),
+            false => 0,
+        };
+        libc::O_CLOEXEC | libc::O_NONBLOCK | user_mode_only
+    }
+
     fn descriptor(&self) -> Result<OwnedFd, OpenError> {
-        let mut flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-        if self.user_mode_only {
-            flags |= UFFD_USER_MODE_ONLY.cast_signed();
-        }
+        let flags = self.flags();
         match sys::open(flags) {
             Ok(fault) => Ok(fault),
             Err(call @ (Errno::EPERM | Errno::EACCES | Errno::ENOSYS)) => {
@@ -92,7 +106,7 @@ fn from_device(flags: i32) -> io::Result<OwnedFd> {
 }
 
 /// Requests features, and returns all that the kernel has.
-fn negotiate(fault: &OwnedFd, features: Features) -> nix::Result<Features> {
+pub(crate) fn negotiate(fault: &OwnedFd, features: Features) -> nix::Result<Features> {
     let mut api = uffdio_api {
         api: UFFD_API.into(),
         features: features.bits(),

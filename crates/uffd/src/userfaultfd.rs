@@ -12,7 +12,7 @@ use linux_raw_sys::general::{
 };
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::stat::{SFlag, fstat};
+use nix::sys::stat::{FileStat, SFlag, fstat};
 
 use crate::abi::{WRITEPROTECT_MODE_DONTWAKE, WRITEPROTECT_MODE_WP};
 use crate::error::RegisterError;
@@ -31,6 +31,15 @@ use crate::sys;
 ///
 /// When the last duplicate of the descriptor is closed, all ranges are unregistered: waiting
 /// accesses continue, and missing pages are zeros.
+///
+/// # Events of changed mappings
+/// With [`Features::EVENT_UNMAP`], [`Features::EVENT_REMOVE`] or [`Features::EVENT_REMAP`], the
+/// thread that unmaps, discards or moves registered memory waits in its system call until the event
+/// is read. If no thread reads events, it waits until the last duplicate of the descriptor is
+/// closed, also one in another process. This includes a `munmap` by the thread that would read the
+/// event, such as the drop of a mapping after the loop that handles faults has ended. Before memory
+/// is unmapped, therefore [unregister](Self::unregister) it, or close all duplicates. No page can be
+/// filled while such an event is unread ([`Stop::Changing`]).
 #[derive(Debug)]
 #[must_use = "all ranges are unregistered when this is dropped"]
 pub struct Userfaultfd {
@@ -51,6 +60,9 @@ impl Userfaultfd {
     /// Uses a descriptor that another process or library has opened, and whose features it has
     /// requested. Makes the descriptor non-blocking.
     ///
+    /// This is for handling the faults of another process, which sends its descriptor. To fill
+    /// memory of this process, use [`adopt`](UserfaultfdOptions::adopt), which checks that.
+    ///
     /// # Errors
     /// Returns [`InvalidInput`](io::ErrorKind::InvalidInput) if it is not a userfaultfd, and the
     /// errors of `fcntl`.
@@ -60,7 +72,7 @@ impl Userfaultfd {
             io::Error::new(io::ErrorKind::InvalidInput, what)
         };
         // The device refuses an empty range with the same error.
-        let is_device = fstat(&fault)?.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFCHR.bits();
+        let is_device = is_device(&fstat(&fault)?);
         match sys::wake(&fault, uffdio_range { start: 0, len: 0 }) {
             Err(Errno::EINVAL) if !is_device => {}
             _ => return Err(wrong()),
@@ -70,6 +82,22 @@ impl Userfaultfd {
             fcntl(&fault, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         }
         Ok(Self::new(fault, None))
+    }
+
+    pub(crate) fn descriptor(&self) -> &OwnedFd {
+        &self.fault
+    }
+
+    pub(crate) fn set_features(&mut self, features: Features) {
+        self.features = Some(features);
+    }
+
+    /// Returns whether a mapping that is registered in these modes is registered with this
+    /// userfaultfd.
+    pub(crate) fn is_registered(&self, range: Range<u64>, modes: Modes) -> bool {
+        // SAFETY: a registration in the same modes with the same userfaultfd changes nothing, and
+        // the kernel refuses memory of another one.
+        unsafe { self.register(range, modes) }.is_ok()
     }
 
     /// Duplicates the descriptor. Both refer to the same registrations and events.
@@ -252,6 +280,11 @@ impl Userfaultfd {
         let nothing = self.zeropage(0..0, FillFlags::empty());
         nothing.stop == Some(Stop::Changing)
     }
+}
+
+/// Returns whether a file is a character device.
+pub(crate) fn is_device(file: &FileStat) -> bool {
+    file.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFCHR.bits()
 }
 
 /// Converts a range. One that ends before its start is empty, which the kernel refuses.
