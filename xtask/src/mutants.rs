@@ -112,7 +112,7 @@ const CRATES: [(&str, Tiers); 5] = [
         &[
             &["filling", "memory", "sharing", "split", "start", "waiting"],
             &["changed_images", "claimed_ram", "kvm", "long_chains"],
-            &["oracle", "secrets", "signals"],
+            &["oracle", "secrets", "signals", "sources", "unprivileged"],
         ],
     ),
 ];

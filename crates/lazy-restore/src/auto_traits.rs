@@ -1,6 +1,9 @@
 //! Checks at compile time which public types threads may send and share.
 
-use crate::{LazyError, LazyRam, LazyRamOptions, WaitError, WorkingSet, WorkingSetError};
+use crate::{
+    LazyError, LazyRam, LazyRamOptions, RamSegment, RamSource, SizedReader, WaitError, WorkingSet,
+    WorkingSetError,
+};
 
 fn shared<T: Send + Sync>() {}
 
@@ -9,6 +12,9 @@ fn main_types_are_send_and_sync() {
     shared::<LazyError>();
     shared::<LazyRam>();
     shared::<LazyRamOptions>();
+    shared::<RamSegment>();
+    shared::<Box<dyn RamSource>>();
+    shared::<SizedReader<Vec<u8>>>();
     shared::<WaitError>();
     shared::<WorkingSet>();
     shared::<WorkingSetError>();
@@ -20,4 +26,5 @@ fn crates_of_public_signatures_are_reexported() {
     shared::<crate::atomic_file::CommitError>();
     shared::<crate::memory_image::Chain>();
     shared::<crate::page_reader::MappingsError>();
+    shared::<crate::uffd::AdoptError>();
 }

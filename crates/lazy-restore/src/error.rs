@@ -57,10 +57,41 @@ pub enum LazyError {
         /// The error of the operating system.
         source: io::Error,
     },
-    /// A page could not be read from the images.
+    /// A page could not be read from the images of a chain, or they were changed.
     #[error(transparent)]
     Read(#[from] ReadImageError),
+    /// A page could not be read from another source than a chain.
+    #[error(
+        "failed to read the guest's RAM at offset {offset:#x} from its source: the page is \
+         inaccessible, so restore the guest again once the source can be read"
+    )]
+    ReadSource {
+        /// The offset in the RAM, in bytes, at which the read began.
+        offset: u64,
+        /// The error of the source.
+        source: io::Error,
+    },
+    /// Another source than a chain is not complete, or was changed while RAM was filled from it.
+    #[error(
+        "the source of the guest's RAM is not complete, or was changed: keep it unchanged until \
+         filling has completed"
+    )]
+    Source(#[source] io::Error),
     /// The kernel does not fill memory on demand here, or no longer does.
     #[error("failed to fill the guest's RAM on demand")]
     Userfaultfd(#[from] UserfaultfdError),
+}
+
+impl LazyError {
+    /// Converts an error of a source's read at `offset`.
+    pub(crate) fn of_read(offset: u64, error: io::Error) -> Self {
+        let other = |source| Self::ReadSource { offset, source };
+        error.downcast().map_or_else(other, Self::Read)
+    }
+
+    /// Converts an error of the checks of a source.
+    pub(crate) fn of_source(error: io::Error) -> Self {
+        let other = |error: io::Error| error.downcast().map_or_else(Self::Source, Self::Read);
+        error.downcast().map_or_else(other, Self::NotFull)
+    }
 }

@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use host_memory::SecretBuffer;
-use memory_image::SegmentSource;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -29,7 +28,7 @@ impl PageFaultHandler {
     /// touched pages and reads each alone.
     pub(crate) fn new(pages: Arc<Pages>, around: u64, record: bool) -> Self {
         let page_size = pages.page_size();
-        let ram_size = pages.chain().ram_size();
+        let ram_size = pages.source().ram_size();
         Self {
             around: match record {
                 true => page_size,
@@ -84,7 +83,7 @@ impl PageFaultHandler {
         }
     }
 
-    /// Handles a fault: fills the page and the bytes around it that are adjacent in the same image.
+    /// Handles a fault: fills the page and the segment of the source around it.
     /// A page that cannot be read is poisoned.
     ///
     /// # Errors
@@ -125,23 +124,21 @@ impl PageFaultHandler {
         let start = page.start - page.start % self.around;
         let around = start..pages.clip(start + self.around);
         let in_page = |range: &Range<u64>| range.contains(&page.start);
-        let mut segments = pages.chain().segments(around);
-        let Some(segment) = segments.find(|segment| in_page(&segment.range)) else {
-            return pages.load_all(page, buffer, Role::Handler);
-        };
+        let segment = pages.source().segment(page.start, around.clone());
         // Whole pages of the segment, including the last page of the RAM if the RAM ends inside it.
-        let start = segment.range.start.next_multiple_of(page_size);
-        let end = match segment.range.end {
-            end if end == pages.chain().ram_size() => end.next_multiple_of(page_size),
+        let start = segment.range.start.clamp(around.start, around.end);
+        let start = start.next_multiple_of(page_size);
+        let end = match segment.range.end.min(around.end) {
+            end if end == pages.source().ram_size() => end.next_multiple_of(page_size),
             end => end - end % page_size,
         };
         let whole = start..end;
         if !in_page(&whole) {
             return pages.load_all(page, buffer, Role::Handler);
         }
-        match segment.source {
-            SegmentSource::Stored { .. } => pages.load(whole, buffer, Role::Handler),
-            SegmentSource::Hole | SegmentSource::Zero => pages.zero(whole, Role::Handler),
+        match segment.zeros {
+            false => pages.load(whole, buffer, Role::Handler),
+            true => pages.zero(whole, Role::Handler),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! RAM that is read from a chain when the guest touches it.
+//! RAM that is read from a chain, or another source, when the guest touches it.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -22,8 +22,8 @@ use crate::working_set::WorkingSet;
 /// The interval at which a wait for the prefetcher reports progress.
 const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Guest RAM that is filled from a chain on demand, so that a guest starts at once, for any size of
-/// the RAM and any layout of the chain (Linux, userfaultfd).
+/// Guest RAM that is filled from a chain, or another [source](crate::RamSource), on demand, so that a
+/// guest starts at once, for any size of the RAM and any layout of the chain (Linux, userfaultfd).
 ///
 /// A page is read when it is first touched: by a thread of this process, by the kernel on its
 /// behalf, or by a KVM vCPU. The fault handler thread also reads the surrounding bytes that are
@@ -47,6 +47,13 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// `EFAULT`, a vCPU `SIGBUS` in its thread). Linux before 6.6 cannot poison pages: there the page
 /// is made inaccessible, an access gets `SIGSEGV`, and `KVM_RUN` fails.
 ///
+/// # Slow sources
+/// A [source](crate::RamSource) that is no chain may take long to read, such as a server. An access
+/// waits for the read of its page, and faults are handled one after the other. Dropping the value
+/// waits for the reads that are in progress, so a source should limit the time of a read, and then
+/// fail. A failed read is repeated once, for the touched page alone. A source that can try again
+/// does so itself.
+///
 /// # Images that are written to
 /// The images must not be written to until filling has completed. Starting fails if one was resized
 /// or [written to](memory_image::Chain::check_unchanged) since the chain was opened, and
@@ -67,6 +74,10 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// the pages at the old address if it stays mapped (`MREMAP_DONTUNMAP`), including pages that were
 /// filled before the move. If something else puts a page into the memory, the error is
 /// [`UserfaultfdError::Occupied`], and the page is made inaccessible.
+///
+/// To unmap or discard memory waits for the fault handler to read the kernel's message, while it is
+/// filled, and for nothing else: dropping the value unregisters the memory, so that adopted memory
+/// may be unmapped after it, also if another process has a duplicate of the userfaultfd.
 ///
 /// # Signals
 /// The threads that fill the memory block signals, so that a signal handler of this process may
@@ -176,7 +187,7 @@ impl LazyRam {
     /// Returns the size of the RAM in bytes.
     #[must_use]
     pub fn ram_size(&self) -> u64 {
-        self.pages.chain().ram_size()
+        self.pages.source().ram_size()
     }
 
     /// Returns the progress of filling: the bytes of the images that are in memory, and the total,
@@ -326,7 +337,7 @@ impl PageReader for LazyRam {
         }
         match status.is_finished() {
             true => Ok(()),
-            false => self.pages.chain().check_source(),
+            false => self.pages.source().check_source(),
         }
     }
 }

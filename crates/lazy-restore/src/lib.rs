@@ -5,6 +5,7 @@
 //! less than a millisecond, for any size of the RAM: a page of the [chain](memory_image::Chain) is
 //! read when it is first touched, and the other pages are read in the background. A
 //! [`WorkingSet`] records the pages that a guest touches, so that later starts read these first.
+//! [`RamSource`] fills RAM from other sources than a chain, such as a server.
 //!
 //! ```
 //! # #[cfg(target_os = "linux")]
@@ -42,6 +43,11 @@
 //! recorded. Therefore a discarded page is never filled with its old content, and a missing page is
 //! never read as zeros.
 //!
+//! # Permissions
+//! [`available`] returns whether this process may use userfaultfd, and its error names what permits
+//! it. To an unprivileged process, a privileged one passes an open `/dev/userfaultfd`
+//! ([`LazyRamOptions::userfaultfd`], example `unprivileged`).
+//!
 //! # System calls
 //! `userfaultfd`, or `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`; `MADV_DONTFORK`,
 //! `UFFDIO_REGISTER` and `MADV_DONTNEED` of anonymous memory; for each fault `pread` and
@@ -65,6 +71,7 @@ mod options;
 mod page_bits;
 mod pages;
 mod prefetcher;
+mod ram_source;
 mod region;
 mod start;
 mod status;
@@ -76,11 +83,14 @@ mod working_set;
 pub use atomic_file;
 pub use memory_image;
 pub use page_reader;
+pub use uffd;
 
 pub use error::{LazyError, WaitError};
 pub use lazy_ram::LazyRam;
 pub use memory_image::{CancelGuard, CancelToken, Progress, ProgressFn};
 pub use options::LazyRamOptions;
+pub use ram_source::{RamSegment, RamSource, SizedReader};
+pub use start::available;
 pub use userfaultfd::UserfaultfdError;
 pub use working_set::{WorkingSet, WorkingSetError};
 

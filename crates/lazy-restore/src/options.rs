@@ -1,5 +1,8 @@
 //! Options of lazily filled RAM.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
 use crate::working_set::WorkingSet;
 
 /// Options for filling RAM on demand, created by [`LazyRam::options`](crate::LazyRam::options).
@@ -12,6 +15,7 @@ pub struct LazyRamOptions {
     pub(crate) fault_around: u64,
     /// Whether to use the kernel's page poisoning.
     pub(crate) poison: bool,
+    pub(crate) userfaultfd: Option<Arc<OwnedFd>>,
 }
 
 impl Default for LazyRamOptions {
@@ -22,6 +26,7 @@ impl Default for LazyRamOptions {
             record: false,
             fault_around: 64 << 10,
             poison: true,
+            userfaultfd: None,
         }
     }
 }
@@ -48,6 +53,37 @@ impl LazyRamOptions {
     /// an image, so that later starts are faster.
     pub fn record(mut self, record: bool) -> Self {
         self.record = record;
+        self
+    }
+
+    /// Sets the descriptor to use, for a process that may not open a userfaultfd: an open
+    /// `/dev/userfaultfd` that a privileged process has passed, or a userfaultfd that this process
+    /// opened before it gave up its privileges. [`available`](crate::available) returns whether the
+    /// process needs one.
+    ///
+    /// The device may be used for any number of guests, a userfaultfd for one guest at a time. A
+    /// descriptor that cannot be used is [`UserfaultfdError::Passed`](crate::UserfaultfdError) at
+    /// the start, among them a userfaultfd that another process has opened: it would receive the
+    /// faults of that process. See [`UserfaultfdOptions::adopt`](uffd::UserfaultfdOptions::adopt).
+    ///
+    /// # Examples
+    /// ```
+    /// use std::fs::File;
+    ///
+    /// use lazy_restore::{LazyRam, SizedReader};
+    /// # if !test_machine::Need::Userfaultfd.met("the example of userfaultfd") { return Ok(()); }
+    /// # let Ok(_) = File::open("/dev/userfaultfd") else { return Ok(()); };
+    ///
+    /// // As a privileged process opens it, and passes it over a Unix socket.
+    /// let device = File::options().read(true).write(true).open("/dev/userfaultfd")?;
+    ///
+    /// let options = LazyRam::options().userfaultfd(device.into());
+    /// let ram = options.start(SizedReader::new(vec![7; 1 << 20], 1 << 20))?;
+    /// ram.wait()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn userfaultfd(mut self, descriptor: OwnedFd) -> Self {
+        self.userfaultfd = Some(Arc::new(descriptor));
         self
     }
 

@@ -8,29 +8,28 @@ mod messages;
 mod poison;
 mod teardown;
 
+use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use host_memory::{HostMemory, SecretBuffer};
-use memory_image::{Chain, SegmentSource};
 use nix::errno::Errno;
 
 use crate::error::LazyError;
 use crate::ledger::{Ledger, LedgerLock, Role};
 use crate::memory::Memory;
 use crate::page_bits::PageBits;
+use crate::ram_source::RamSource;
 use crate::status::Status;
 use crate::userfaultfd::{Filled, Userfaultfd, UserfaultfdError};
 
 /// Bytes that are filled at a time, so that a fault need not wait for a whole piece.
 const STEP: u64 = 64 << 10;
 
-/// The memory to fill, the chain that it is filled from, and the state of its pages.
-#[derive(Debug)]
+/// The memory to fill, the source that it is filled from, and the state of its pages.
 pub(crate) struct Pages {
-    chain: Arc<Chain>,
+    source: Box<dyn RamSource>,
     memory: Memory,
     fault: Userfaultfd,
     /// Whether the kernel can poison pages (Linux 6.6).
@@ -52,7 +51,7 @@ pub(crate) struct Pages {
 impl Pages {
     /// Returns the pages of `memory`, which is registered with `fault`, all of them missing.
     pub(crate) fn new(
-        chain: Arc<Chain>,
+        source: Box<dyn RamSource>,
         memory: Memory,
         fault: Userfaultfd,
         can_poison: bool,
@@ -61,7 +60,7 @@ impl Pages {
     ) -> Self {
         Self {
             page_size: settled.page_size(),
-            chain,
+            source,
             memory,
             fault,
             can_poison,
@@ -73,8 +72,8 @@ impl Pages {
         }
     }
 
-    pub(crate) fn chain(&self) -> &Chain {
-        &self.chain
+    pub(crate) fn source(&self) -> &dyn RamSource {
+        &*self.source
     }
 
     pub(crate) fn status(&self) -> &Status {
@@ -127,18 +126,18 @@ impl Pages {
 
     /// Clips an offset to the RAM: the images end with the RAM, the memory with a page.
     pub(crate) fn clip(&self, end: u64) -> u64 {
-        end.min(self.chain.ram_size())
+        end.min(self.source.ram_size())
     }
 
-    /// Returns the runs of pages of which an image stores any byte.
+    /// Returns the runs of pages of which the source stores any byte.
     pub(crate) fn stored(&self, within: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let bytes = within.start..self.clip(within.end);
         let mut stored = self
-            .chain
-            .segments(bytes)
-            .filter(|segment| matches!(segment.source, SegmentSource::Stored { .. }))
-            .map(|segment| {
-                let Range { start, end } = segment.range;
+            .source
+            .populated(bytes.clone())
+            .map(move |range| range.start.max(bytes.start)..range.end.min(bytes.end))
+            .filter(|range| !range.is_empty())
+            .map(|Range { start, end }| {
                 start - start % self.page_size..end.next_multiple_of(self.page_size)
             })
             .peekable();
@@ -177,7 +176,8 @@ impl Pages {
         let in_the_ram = (self.clip(pages.end) - pages.start) as usize;
         let (stored, past_the_ram) = bytes.split_at_mut(in_the_ram);
         past_the_ram.fill(0);
-        self.chain.read(pages.start, stored)?;
+        let read = self.source.read_at(pages.start, stored);
+        read.map_err(|error| LazyError::of_read(pages.start, error))?;
         self.settle(pages.clone(), by, |address, part| {
             let from = (part.start - pages.start) as usize..(part.end - pages.start) as usize;
             let filled = self.fault.copy(address, &bytes[from]);
@@ -275,6 +275,17 @@ impl Pages {
         if ledger.turns.stepped() {
             self.ledger.notify();
         }
+    }
+}
+
+impl fmt::Debug for Pages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The source need not be `Debug`.
+        f.debug_struct("Pages")
+            .field("memory", &self.memory)
+            .field("fault", &self.fault)
+            .field("status", &self.status)
+            .finish_non_exhaustive()
     }
 }
 

@@ -38,7 +38,7 @@ type Report<'r> = &'r mut dyn FnMut() -> ControlFlow<()>;
 pub(crate) struct Prefetcher {
     pages: Arc<Pages>,
     working_set: Option<WorkingSet>,
-    /// Bytes that the images store, counted on first use.
+    /// Bytes that the source stores, counted on first use.
     stored_bytes: OnceLock<u64>,
 }
 
@@ -83,7 +83,11 @@ impl Prefetcher {
     fn check_images(&self) -> Result<(), LazyError> {
         match self.is_stopped() {
             true => Ok(()),
-            false => Ok(self.pages.chain().check_unchanged()?),
+            false => self
+                .pages
+                .source()
+                .check_source()
+                .map_err(LazyError::of_source),
         }
     }
 
@@ -109,7 +113,7 @@ impl Prefetcher {
             }
             if index == advised {
                 let next = ahead.by_ref().take(RUNS_AHEAD);
-                next.for_each(|run| self.pages.chain().read_ahead(run));
+                next.for_each(|run| self.pages.source().read_ahead(run));
                 advised += RUNS_AHEAD;
             }
             let start = run.start - run.start % page_size;
@@ -139,7 +143,7 @@ impl Prefetcher {
             self.in_pieces(run, report, |piece| {
                 advised = piece.start.max(advised);
                 while advised < self.pages.clip(piece.end + READ_AHEAD) {
-                    self.pages.chain().read_ahead(advised..advised + READ_SIZE);
+                    self.pages.source().read_ahead(advised..advised + READ_SIZE);
                     advised += READ_SIZE;
                 }
                 self.pages.load(piece, &mut buffer, Role::Prefetcher)

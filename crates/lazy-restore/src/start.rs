@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::thread;
 
 use host_memory::BlockedSignals;
-use memory_image::Chain;
 
 use crate::error::LazyError;
 use crate::fault_handler::PageFaultHandler;
@@ -17,26 +16,27 @@ use crate::options::LazyRamOptions;
 use crate::page_bits::PageBits;
 use crate::pages::Pages;
 use crate::prefetcher::Prefetcher;
+use crate::ram_source::RamSource;
 use crate::region::{Region, host_page};
 use crate::status::Status;
 use crate::userfaultfd::{Userfaultfd, UserfaultfdError};
 use crate::working_set::WorkingSet;
 
 impl LazyRamOptions {
-    /// Maps memory for the chain's RAM, as one range, and starts to fill it.
+    /// Maps memory for the RAM of a [`Chain`](memory_image::Chain) or another source, as one range,
+    /// and starts to fill it.
     ///
     /// # Errors
     /// Returns a [`LazyError`].
-    pub fn start(&self, chain: impl Into<Arc<Chain>>) -> Result<LazyRam, LazyError> {
-        let chain = chain.into();
-        let size = chain.ram_size();
+    pub fn start(&self, source: impl RamSource + 'static) -> Result<LazyRam, LazyError> {
+        let size = source.ram_size();
         let failed = |source| LazyError::Reserve { size, source };
         let len = size.checked_next_multiple_of(host_page());
         let region = Region::zeros(len.unwrap_or(u64::MAX)).map_err(failed)?;
         // SAFETY: the region is new and owned by the `LazyRam`. It is dropped after the threads
         // that fill it have ended.
         let memory = unsafe { Memory::new([(region.as_ptr(), region.len())]) };
-        self.fill(chain, memory, Some(region))
+        self.fill(Box::new(source), memory, Some(region))
     }
 
     /// Starts to fill memory that the caller has mapped, such as the regions of a guest: address
@@ -49,7 +49,8 @@ impl LazyRamOptions {
     /// The memory must be private and anonymous. Shared memory, and a privately mapped memory file,
     /// are refused: another mapping, another process or `read(2)` would find zeros in missing
     /// pages, and a back end that writes to a page before it is filled would lose its write.
-    /// Restore the chain into such memory ([`Chain::restore`]) before others use it.
+    /// Restore the chain into such memory ([`Chain::restore`](memory_image::Chain::restore)) before
+    /// others use it.
     ///
     /// This check reads `/proc/self/smaps`. The time for it grows with the memory of the process.
     ///
@@ -68,31 +69,31 @@ impl LazyRamOptions {
     /// returned `Ok`.
     pub unsafe fn adopt(
         &self,
-        chain: impl Into<Arc<Chain>>,
+        source: impl RamSource + 'static,
         regions: impl IntoIterator<Item = (*mut u8, usize)>,
     ) -> Result<LazyRam, LazyError> {
-        let chain = chain.into();
         // SAFETY: the caller of this function promises what `Memory::new` requires.
         let mut memory = unsafe { Memory::new(regions) };
-        if memory.len() != chain.ram_size() {
+        let ram_size = source.ram_size();
+        if memory.len() != ram_size {
             return Err(LazyError::TargetSize {
-                image: chain.ram_size(),
+                image: ram_size,
                 target: memory.len(),
             });
         }
         memory.check_private()?;
-        self.fill(chain, memory, None)
+        self.fill(Box::new(source), memory, None)
     }
 
     fn fill(
         &self,
-        chain: Arc<Chain>,
+        source: Box<dyn RamSource>,
         memory: Memory,
         region: Option<Region>,
     ) -> Result<LazyRam, LazyError> {
-        chain.check_full()?;
-        chain.check_unchanged()?;
-        let (image, page) = (chain.ram_size(), host_page());
+        let checked = source.check_complete().and_then(|()| source.check_source());
+        checked.map_err(LazyError::of_source)?;
+        let (image, page) = (source.ram_size(), host_page());
         let ram_size = self.working_set.as_ref().map(WorkingSet::ram_size);
         if let Some(working_set) = ram_size.filter(|size| *size != image) {
             return Err(LazyError::WorkingSetSize { image, working_set });
@@ -103,7 +104,7 @@ impl LazyRamOptions {
         })?;
         let prefetching = self.prefetch && !self.record;
         let status = Status::new(prefetching).map_err(UserfaultfdError::Thread)?;
-        let fault = Userfaultfd::open(page)?;
+        let fault = Userfaultfd::open(page, self.userfaultfd.as_deref())?;
         memory.exclude_from_children()?;
         let registered = memory.register(&fault).and_then(|can_poison| {
             discard(&memory, &fault)?;
@@ -118,12 +119,32 @@ impl LazyRamOptions {
                 return Err(error.into());
             }
         };
-        let pages = Pages::new(chain, memory, fault, can_poison, settled, status);
+        let pages = Pages::new(source, memory, fault, can_poison, settled, status);
         let pages = Arc::new(pages);
         let handler = PageFaultHandler::new(Arc::clone(&pages), self.fault_around, self.record);
         let prefetcher = Prefetcher::new(Arc::clone(&pages), self.working_set.clone());
         LazyRam::run(pages, handler, prefetcher, prefetching, region)
     }
+}
+
+/// Checks that this process may fill memory on demand: that the kernel has userfaultfd with the
+/// features that are needed, and that this process may open one.
+///
+/// A process that may not can get a descriptor from another one
+/// ([`LazyRamOptions::userfaultfd`]), or restore or map the chain instead.
+///
+/// # Errors
+/// Returns [`UserfaultfdError::NotPermitted`], which names the three ways to permit it, or
+/// [`UserfaultfdError::Missing`] or [`UserfaultfdError::Open`] where there is none.
+///
+/// # Examples
+/// ```
+/// if let Err(error) = lazy_restore::available() {
+///     eprintln!("RAM is restored before the guest starts: {error}");
+/// }
+/// ```
+pub fn available() -> Result<(), UserfaultfdError> {
+    Userfaultfd::open(host_page(), None).map(drop)
 }
 
 /// Discards the content of the registered memory. The kernel blocks `madvise` until its message is

@@ -4,12 +4,12 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use page_reader::MappingsError;
 use thiserror::Error;
-use uffd::{Event, Features, FillFlags, Modes, OpenError, Operations, Stop};
+use uffd::{AdoptError, Event, Features, FillFlags, Modes, OpenError, Operations, Stop};
 
 /// A message from the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,12 +46,19 @@ pub(crate) struct Userfaultfd {
 
 impl Userfaultfd {
     /// Opens a descriptor for faults of this process in pages of `page` bytes, including faults
-    /// that the kernel takes on behalf of a vCPU or a system call.
-    pub(crate) fn open(page: u64) -> Result<Self, UserfaultfdError> {
+    /// that the kernel takes on behalf of a vCPU or a system call. Uses the descriptor that was
+    /// `passed`, if there is one.
+    pub(crate) fn open(page: u64, passed: Option<&OwnedFd>) -> Result<Self, UserfaultfdError> {
         // Without these features, memory that is moved loses its registration, and its missing
         // pages are zeros. Discarded pages could not be distinguished from missing ones.
         let features = Features::EVENT_REMAP | Features::EVENT_REMOVE | Features::EVENT_UNMAP;
-        let fault = uffd::Userfaultfd::options().features(features).open();
+        let options = uffd::Userfaultfd::options().features(features);
+        if let Some(passed) = passed {
+            let passed = passed.try_clone().map_err(UserfaultfdError::Open)?;
+            let fault = options.adopt(passed).map_err(UserfaultfdError::Passed)?;
+            return Ok(Self { fault, page });
+        }
+        let fault = options.open();
         let fault = fault.map_err(|error| match error {
             OpenError::Unsupported => UserfaultfdError::Missing,
             OpenError::NotPermitted { device, .. } => UserfaultfdError::NotPermitted(device),
@@ -203,13 +210,17 @@ pub enum UserfaultfdError {
     /// The process is not permitted to handle faults that the kernel takes, such as on behalf of a
     /// vCPU.
     #[error(
-        "userfaultfd is not permitted: let the process open /dev/userfaultfd (Linux 6.1), \
-         give it CAP_SYS_PTRACE, or set the sysctl vm.unprivileged_userfaultfd to 1"
+        "userfaultfd is not permitted: let the process open /dev/userfaultfd (Linux 6.1) or pass it \
+         an open one (LazyRamOptions::userfaultfd), give it CAP_SYS_PTRACE, or set the sysctl \
+         vm.unprivileged_userfaultfd to 1"
     )]
     NotPermitted(#[source] io::Error),
     /// The kernel returned no descriptor for another reason.
     #[error("failed to open userfaultfd")]
     Open(#[source] io::Error),
+    /// The descriptor that the caller [passed](crate::LazyRamOptions::userfaultfd) cannot be used.
+    #[error("the descriptor that was passed cannot fill the guest's RAM on demand")]
+    Passed(#[source] AdoptError),
     /// The kernel refused to register the memory.
     #[error(
         "{len:#x} bytes at {start:#x} cannot be registered with userfaultfd: give whole pages of \
