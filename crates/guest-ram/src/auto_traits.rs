@@ -14,6 +14,12 @@ fn main_types_are_send_and_sync() {
     shared::<TrackedRam>();
 }
 
+/// An owner may be a trait object.
+#[test]
+fn owner_is_dyn_compatible_and_shared() {
+    shared::<std::sync::Arc<dyn crate::RamOwner>>();
+}
+
 /// Callers name these types without a dependency of their own.
 #[test]
 fn crates_of_public_signatures_are_reexported() {

@@ -3,6 +3,8 @@
 use std::io;
 
 use dirty_bitmap::GeometryError;
+#[cfg(feature = "vm-memory")]
+use page_reader::LayoutError;
 use thiserror::Error;
 
 /// An error for a bitmap that does not cover the guest's RAM.
@@ -88,6 +90,19 @@ pub enum GuestRamError {
         /// The host's page size in bytes.
         page_size: u64,
     },
+    /// The owner of the memory has more of it than the layout.
+    #[error(
+        "the owner has more memory than the {ram_size:#x} bytes of RAM in the layout: pass the \
+         layout of all of its memory"
+    )]
+    LargerOwner {
+        /// The size of the RAM in the layout in bytes.
+        ram_size: u64,
+    },
+    /// The regions of the guest memory of `vm-memory` are not a layout.
+    #[cfg(feature = "vm-memory")]
+    #[error("the regions of the guest memory are not a RAM layout")]
+    Layout(#[source] LayoutError),
     /// A mapping is not as large as its region.
     #[error(
         "a mapping of {mapped:#x} bytes was made for the RAM region of {size:#x} bytes at \

@@ -25,7 +25,13 @@
 //! - **Allocate RAM**: [`GuestRam::new`], or [`GuestRam::options`] with an existing bitmap.
 //! - **Allocate it in a special way**, for example in a memory file or in huge pages: make a
 //!   [`Mapping`] for each region, and pass them to [`map`](GuestRamOptions::map).
+//! - **Use memory that another value owns**: a mapped or lazily filled snapshot, or guest memory of
+//!   the crate `vm-memory`. [`GuestRam::from_owner`] keeps the [owner](RamOwner), and
+//!   `GuestRam::from_guest_memory` takes an `Arc<GuestMemoryMmap>` (feature `vm-memory`).
 //! - **Use memory that the VMM has mapped**: [`adopt`](GuestRamOptions::adopt).
+//! - **Restore a snapshot into it**: `&GuestRam` is a `RamTarget` of the crate `memory-image`. It
+//!   marks no page. [`GuestRam::set_baseline`] makes the restored content the one that the next
+//!   diff starts from.
 //! - **Register it with a hypervisor**: [`GuestRam::host_address`]. Keep the `GuestRam` until the
 //!   hypervisor has confirmed the removal of the memory.
 //! - **Save it**: `GuestRam` is a [`PageReader`](page_reader::PageReader) that provides host
@@ -47,6 +53,11 @@
 //! - A write through a [host address](GuestRam::host_address), by a device or by the kernel, is not
 //!   seen here: call [`GuestRam::mark`] after it.
 //! - The regions of a layout must consist of whole pages of the host.
+//!
+//! # Features
+//! No feature is enabled by default.
+//!
+//! - `vm-memory`: `GuestRam::from_guest_memory`, RAM in the guest memory of the `vm-memory` crate.
 
 #[cfg(test)]
 mod auto_traits;
@@ -54,15 +65,19 @@ mod create;
 mod errors;
 mod mapping;
 mod options;
+mod owner;
 mod ram;
 
 // The crates whose types are in public signatures.
 pub use dirty_bitmap;
 pub use page_reader;
+#[cfg(feature = "vm-memory")]
+pub use vm_memory;
 
 pub use errors::{BitmapMismatch, GuestRamError, MisalignedRegion};
 pub use mapping::{Mapping, host_page_size};
 pub use options::{BitmapKind, GuestRamOptions};
+pub use owner::RamOwner;
 pub use ram::{GuestRam, TrackedRam};
 
 #[cfg(doctest)]

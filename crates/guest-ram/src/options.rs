@@ -27,7 +27,7 @@ impl BitmapKind for Tracked {
 
 /// A builder for guest RAM, returned by [`GuestRam::options`](crate::GuestRam::options).
 #[derive(Debug)]
-#[must_use = "options do nothing until `allocate`, `map` or `adopt`"]
+#[must_use = "options do nothing until `allocate`, `map`, `own` or `adopt`"]
 pub struct GuestRamOptions<K: BitmapKind = Untracked> {
     pub(crate) dirty: Option<Arc<DirtyBitmap<K>>>,
 }

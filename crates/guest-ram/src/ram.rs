@@ -5,11 +5,12 @@ use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use dirty_bitmap::{DirtyBitmap, Tracked, Untracked};
+use dirty_bitmap::{BeginEpochError, DirtyBitmap, Tracked, Untracked};
 use page_reader::{HostMemory, OutsideRam, PageReader, RamLayout, RamRange};
 
 use crate::mapping::Mapping;
 use crate::options::{BitmapKind, GuestRamOptions};
+use crate::owner::RamOwner;
 
 /// The RAM of one guest, with one mapping for each region of its layout, and the bitmap of its
 /// dirty pages.
@@ -43,6 +44,8 @@ pub struct GuestRam<K: BitmapKind = Untracked> {
     /// One for each region, of its size.
     mappings: Box<[Mapping]>,
     dirty: Arc<DirtyBitmap<K>>,
+    /// The owner of the memory, if it is another value.
+    owner: Option<Arc<dyn RamOwner>>,
 }
 
 /// Guest RAM whose marks only a [`WriteTracker`](dirty_bitmap::WriteTracker) takes.
@@ -64,6 +67,15 @@ impl<K: BitmapKind> GuestRam<K> {
             layout,
             mappings,
             dirty,
+            owner: None,
+        }
+    }
+
+    /// Sets the owner of the memory.
+    pub(crate) fn owned_by(self, owner: Arc<dyn RamOwner>) -> Self {
+        Self {
+            owner: Some(owner),
+            ..self
         }
     }
 
@@ -112,7 +124,9 @@ impl<K: BitmapKind> GuestRam<K> {
     /// Returns [`OutsideRam`] if any byte is not RAM. Nothing is written.
     pub fn write(&self, guest_start: u64, bytes: &[u8]) -> Result<(), OutsideRam> {
         let pieces = self.layout.guest_pieces(guest_start, bytes.len() as u64)?;
-        self.store(pieces, bytes);
+        self.store(pieces, bytes, |piece| {
+            self.mark_offsets(piece.offset, piece.size);
+        });
         Ok(())
     }
 
@@ -123,7 +137,23 @@ impl<K: BitmapKind> GuestRam<K> {
     /// Returns [`OutsideRam`] if any byte is past the end of the RAM. Nothing is written.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), OutsideRam> {
         let pieces = self.layout.offset_pieces(offset, bytes.len() as u64)?;
-        self.store(pieces, bytes);
+        self.store(pieces, bytes, |piece| {
+            self.mark_offsets(piece.offset, piece.size);
+        });
+        Ok(())
+    }
+
+    /// Writes `bytes` at `offset` of the memory file, and marks no page.
+    ///
+    /// This is for the restore of a snapshot before the guest runs: the bytes are those that the
+    /// next diff starts from. In all other cases a page that is not marked is missing from the next
+    /// diff, and nothing reports it: use [`write_at`](Self::write_at).
+    ///
+    /// # Errors
+    /// Returns [`OutsideRam`] if any byte is past the end of the RAM. Nothing is written.
+    pub fn write_unmarked_at(&self, offset: u64, bytes: &[u8]) -> Result<(), OutsideRam> {
+        let pieces = self.layout.offset_pieces(offset, bytes.len() as u64)?;
+        self.store(pieces, bytes, |_| ());
         Ok(())
     }
 
@@ -153,11 +183,17 @@ impl<K: BitmapKind> GuestRam<K> {
         }
     }
 
-    fn store(&self, pieces: impl Iterator<Item = RamRange>, mut bytes: &[u8]) {
+    /// Writes the pieces, and calls `written` after each of them.
+    fn store(
+        &self,
+        pieces: impl Iterator<Item = RamRange>,
+        mut bytes: &[u8],
+        written: impl Fn(&RamRange),
+    ) {
         for piece in pieces {
             let (now, rest) = bytes.split_at(piece.size as usize);
             self.mappings[piece.region].store(self.in_region(&piece), now);
-            self.mark_offsets(piece.offset, piece.size);
+            written(&piece);
             bytes = rest;
         }
     }
@@ -180,6 +216,47 @@ impl<K: BitmapKind> GuestRam<K> {
     }
 }
 
+impl GuestRam {
+    /// Discards all marks: the content of the RAM is the baseline of the next diff.
+    ///
+    /// Call this after a snapshot was restored, before vCPUs and devices run. The RAM must equal
+    /// the snapshot that will be the parent of the next diff. Without the call the first diff after
+    /// a restore is a full one, because a hypervisor's dirty log marks all of the RAM when it
+    /// starts, and [`write_at`](Self::write_at) marks what it writes.
+    ///
+    /// Start the dirty log first: a write before its start is in no log, and its page would be
+    /// missing from the next diff. In general:
+    ///
+    /// 1. register the RAM with the hypervisor, and start the dirty log;
+    /// 2. restore the snapshot;
+    /// 3. call this;
+    /// 4. restore the state of the vCPUs and devices, and run them.
+    ///
+    /// The marks of a [`TrackedRam`] are taken by its tracker instead.
+    ///
+    /// # Errors
+    /// Returns [`BeginEpochError`] while an epoch of the bitmap is open: a save is under way.
+    /// Nothing is discarded.
+    ///
+    /// # Examples
+    /// ```
+    /// use guest_ram::GuestRam;
+    /// use page_reader::RamLayout;
+    ///
+    /// let ram: GuestRam = GuestRam::new(RamLayout::single(0, 1 << 20)?)?;
+    /// ram.mark_all(); // as the start of a dirty log does
+    /// ram.write_unmarked_at(0x4000, b"restored")?;
+    /// ram.set_baseline()?;
+    /// assert!(ram.dirty_bitmap().is_clean());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn set_baseline(&self) -> Result<(), BeginEpochError> {
+        let epoch = self.dirty.begin_epoch()?;
+        // An epoch that another thread reclaims first has put its marks back into the bitmap.
+        epoch.release().map_err(|_| BeginEpochError::AlreadyOpen)
+    }
+}
+
 impl<K: BitmapKind> PageReader for GuestRam<K> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let pieces = self
@@ -199,6 +276,13 @@ impl<K: BitmapKind> PageReader for GuestRam<K> {
 
     fn ram_layout(&self) -> Option<&RamLayout> {
         Some(&self.layout)
+    }
+
+    fn check_source(&self) -> io::Result<()> {
+        match &self.owner {
+            Some(owner) => owner.check_source(),
+            None => Ok(()),
+        }
     }
 }
 

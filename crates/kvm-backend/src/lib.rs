@@ -107,7 +107,7 @@
 //! **Give a guest RAM** of one or several regions, each a memory slot: [`GuestRam`] owns the
 //! mappings, [`RamSlots`] registers them. The host reads and writes through `GuestRam`, which marks
 //! what the host writes. A VMM that has its own mappings and slots keeps them:
-//! [`GuestRamOptions::adopt`], [`RamSlots::adopt`].
+//! [`GuestRamOptions::own`] and [`GuestRamOptions::adopt`], [`RamSlots::adopt`].
 //!
 //! **Find the pages that the guest wrote**: [`DirtyLog`] moves KVM's log into the RAM's
 //! [`DirtyBitmap`](dirty_bitmap::DirtyBitmap). The page size of the bitmap is free. The guest may

@@ -24,6 +24,7 @@ fn main_types_are_send_and_sync() {
 #[test]
 fn crates_of_public_signatures_are_reexported() {
     shared::<crate::atomic_file::CommitError>();
+    shared::<crate::guest_ram::GuestRam>();
     shared::<crate::memory_image::Chain>();
     shared::<crate::page_reader::MappingsError>();
     shared::<crate::uffd::AdoptError>();

@@ -34,6 +34,34 @@
 //! memory is refused: its other users would find zeros in missing pages. Restore a chain into
 //! shared memory ([`Chain::restore`](memory_image::Chain::restore)) before others use it.
 //!
+//! `GuestRam::from_owner` of the crate `guest-ram` takes a [`LazyRam`] as the RAM of a VMM, without
+//! `unsafe`. Pass an `Arc` of it to [`wait`](LazyRam::wait) for it elsewhere:
+//! ```
+//! # #[cfg(target_os = "linux")]
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::sync::Arc;
+//! use guest_ram::GuestRam;
+//! use lazy_restore::LazyRam;
+//! use memory_image::Chain;
+//! use page_reader::RamLayout;
+//! # if !test_machine::Need::Userfaultfd.met("the RAM example of lazy-restore") { return Ok(()); }
+//! # let dir = tempfile::tempdir()?;
+//! # let full = dir.path().join("full.mem");
+//! # std::fs::write(&full, vec![7; 1 << 20])?;
+//!
+//! let lazy = Arc::new(LazyRam::options().start(Chain::open_raw(&full, 4096)?)?);
+//! let layout = RamLayout::single(0, 1 << 20)?;
+//! let ram: GuestRam = GuestRam::from_owner(layout, Arc::clone(&lazy))?;
+//! // Register `ram`, and run the guest. No page is marked yet: the chain is the baseline of the
+//! // next diff.
+//! ram.write(0x1000, b"device")?;
+//! lazy.wait()?;
+//! # Ok(())
+//! # }
+//! # #[cfg(not(target_os = "linux"))]
+//! # fn main() {}
+//! ```
+//!
 //! # How it works
 //! The page fault handler, a thread, receives each fault and fills the page, with the bytes around
 //! it that are adjacent in the same image. The prefetcher, another thread, fills all other pages.
@@ -71,6 +99,7 @@ mod options;
 mod page_bits;
 mod pages;
 mod prefetcher;
+mod ram_owner;
 mod ram_source;
 mod region;
 mod start;
@@ -81,6 +110,7 @@ mod working_set;
 
 // The crates whose types are in public signatures.
 pub use atomic_file;
+pub use guest_ram;
 pub use memory_image;
 pub use page_reader;
 pub use uffd;

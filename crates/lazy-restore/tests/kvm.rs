@@ -1,13 +1,12 @@
 //! A KVM guest on RAM that is filled on demand.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
-#![allow(unsafe_code)]
 
 mod support;
 
 use std::io;
-use std::ptr::NonNull;
 use std::sync::Arc;
 
+use guest_ram::RamOwner;
 use kvm_backend::{GuestRam, RamSlots, long_mode, open_kvm};
 use kvm_ioctls::VcpuExit;
 use lazy_restore::{LazyRam, LazyRamOptions};
@@ -47,14 +46,12 @@ fn images() -> Images {
         .with([900..1100, 3500..3600])
 }
 
-/// Runs a guest whose RAM is at `memory`. Returns its sum.
-fn sum(memory: *mut u8) -> u64 {
+/// Runs a guest whose RAM is in the memory of `owner`. Returns its sum.
+fn sum(owner: impl RamOwner) -> u64 {
     let kvm = open_kvm().unwrap();
-    let vm = Arc::new(kvm_backend::create_vm(&kvm).unwrap());
+    let vm = kvm_backend::create_vm(&kvm).unwrap();
     let layout = RamLayout::single(0, SIZE).unwrap();
-    // SAFETY: the memory outlives this function, and nothing holds a reference to it.
-    let ram = unsafe { GuestRam::options().adopt(layout, &[NonNull::new(memory).unwrap()]) };
-    let ram = Arc::new(ram.unwrap());
+    let ram = Arc::new(GuestRam::from_owner(layout, owner).unwrap());
     let _slots = RamSlots::register(&vm, &ram, 0).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
     ram.write(CODE, &SUM).unwrap();
@@ -90,8 +87,8 @@ fn expected(images: &Images) -> u64 {
 fn vcpu_reads_the_images_bytes_in_missing_pages(#[case] options: LazyRamOptions) {
     needs!(Userfaultfd, Kvm);
     let mut images = images();
-    let ram = options.start(open_chain(&images)).unwrap();
-    let sum = sum(ram.as_ptr());
+    let ram = Arc::new(options.start(open_chain(&images)).unwrap());
+    let sum = sum(Arc::clone(&ram));
     assert_eq!(sum, expected(&images));
     ram.wait().unwrap();
     // The guest's writes are not overwritten.
@@ -105,7 +102,7 @@ fn vcpu_reads_zeros_in_discarded_pages() {
     needs!(Userfaultfd, Kvm);
     let mut images = images();
     let ram = LazyRam::options().prefetch(false);
-    let ram = ram.start(open_chain(&images)).unwrap();
+    let ram = Arc::new(ram.start(open_chain(&images)).unwrap());
     page_reader::PageReader::read_at(&ram, 5000 * PAGE, &mut [0]).unwrap();
     for (page, pages) in [(2000, 100), (4990, 20), (8000, 1)] {
         let (start, len) = ((page * PAGE) as usize, (pages * PAGE) as usize);
@@ -113,7 +110,7 @@ fn vcpu_reads_zeros_in_discarded_pages() {
         support::regions::advise(address, len as u64, nix::libc::MADV_DONTNEED).unwrap();
         images.ram[start..start + len].fill(0);
     }
-    assert_eq!(sum(ram.as_ptr()), expected(&images));
+    assert_eq!(sum(Arc::clone(&ram)), expected(&images));
     ram.wait().unwrap();
 }
 
@@ -126,6 +123,6 @@ fn vcpu_reads_the_images_bytes_in_a_mapped_chain() {
         .max_mappings(100)
         .map(&open_chain(&images))
         .unwrap();
-    assert_eq!(sum(ram.as_ptr()), expected(&images));
+    assert_eq!(sum(ram), expected(&images));
     assert!(std::fs::read(images.path(0)).unwrap() == before);
 }

@@ -1,8 +1,9 @@
 //! Checks at compile time which public types threads may send and share.
 
 use crate::{
-    Chain, ChainError, Image, ImageOptions, MapError, MappedChain, MappedChainOptions, MappedImage,
-    MergeError, OpenImageError, ReadImageError, RestoreError, VerifyError, VerifyReport,
+    Chain, ChainError, HostRam, Image, ImageOptions, MapError, MappedChain, MappedChainOptions, MappedImage,
+    MergeError, OpenImageError, ReadImageError, RestoreError, TargetMemory, VerifyError,
+    VerifyReport,
 };
 
 fn shared<T: Send + Sync>() {}
@@ -11,6 +12,9 @@ fn shared<T: Send + Sync>() {}
 fn main_types_are_send_and_sync() {
     shared::<Chain>();
     shared::<ChainError>();
+    #[cfg(feature = "vm-memory")]
+    shared::<crate::GuestMemoryTarget<std::sync::Arc<crate::vm_memory::GuestMemoryMmap>>>();
+    shared::<HostRam<'_>>();
     shared::<Image>();
     shared::<ImageOptions>();
     shared::<MapError>();
@@ -21,6 +25,7 @@ fn main_types_are_send_and_sync() {
     shared::<OpenImageError>();
     shared::<ReadImageError>();
     shared::<RestoreError>();
+    shared::<TargetMemory<'_>>();
     shared::<VerifyError>();
     shared::<VerifyReport>();
 }
@@ -29,6 +34,7 @@ fn main_types_are_send_and_sync() {
 #[test]
 fn crates_of_public_signatures_are_reexported() {
     shared::<crate::dirty_bitmap::DirtyBitmap>();
+    shared::<crate::guest_ram::GuestRam>();
     shared::<crate::memory_writer::MemoryWriter>();
     shared::<crate::page_reader::LayoutError>();
     shared::<crate::sparse_file::PagesUnknown>();

@@ -32,7 +32,7 @@
 //! # assert_eq!(std::fs::read(&merged)?[8191..8193], [1, 2]);
 //!
 //! let mut ram = vec![0; 1 << 20]; // or a new guest's memory: see `RamTarget`
-//! chain.restore(ram.as_mut_slice())?;
+//! chain.restore(&mut ram)?;
 //! # assert_eq!(ram[8191..8193], [1, 2]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -102,6 +102,12 @@
 //!   then `MAP_PRIVATE`, `MAP_FIXED` mappings of files over it, the oldest first; `pread` of the
 //!   copied bytes.
 //!
+//! # Features
+//! No feature is enabled by default.
+//!
+//! - `vm-memory`: `GuestMemoryTarget`, a restore target for the guest memory of the `vm-memory`
+//!   crate.
+//!
 //! # Limitations
 //! Reading a chain does not verify checksums: [`Image::verify`] does.
 
@@ -122,9 +128,12 @@ mod verify;
 
 // The crates whose types are in public signatures.
 pub use dirty_bitmap;
+pub use guest_ram;
 pub use memory_writer;
 pub use page_reader;
 pub use sparse_file;
+#[cfg(feature = "vm-memory")]
+pub use vm_memory;
 
 pub use chain::Chain;
 pub use chain::segment::{Segment, SegmentSource};
@@ -136,6 +145,8 @@ pub use error::{
 pub use image::{Image, ImageOptions};
 pub use image_format::{Footer, FooterError, ImageId, Layout, Placement};
 pub use map::{MappedChain, MappedChainOptions, MappedImage};
+#[cfg(feature = "vm-memory")]
+pub use restore::GuestMemoryTarget;
 pub use restore::{HostRam, RamTarget, TargetMemory};
 pub use sparse_file::{CancelGuard, CancelToken, Pass, Progress, ProgressFn};
 pub use verify::{Damage, VerifyReport};

@@ -7,6 +7,7 @@ mod region;
 use std::io;
 use std::path::Path;
 
+use guest_ram::RamOwner;
 use page_reader::{HostMemory, PageReader, RamLayout};
 
 pub use chain::{MappedChain, MappedChainOptions};
@@ -108,6 +109,12 @@ impl MappedImage {
         self.ram.len() as u64
     }
 }
+
+#[allow(unsafe_code)]
+// SAFETY: `host_memory` lends memory of the region, which is mapped readable and writable until the
+// value is dropped. No reference to it exists. The documentation requires that the file is not
+// truncated.
+unsafe impl RamOwner for MappedImage {}
 
 /// Implements [`PageReader`] for RAM that is mapped. It is read as the guest has it now: the images
 /// and the guest's writes.

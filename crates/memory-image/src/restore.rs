@@ -1,7 +1,10 @@
 //! Restores a chain to memory.
 
+#[cfg(feature = "vm-memory")]
+mod guest_memory;
 mod host_ram;
 mod target_memory;
+mod targets;
 
 use std::io;
 use std::ops::{ControlFlow, Range};
@@ -10,6 +13,8 @@ use nix::errno::Errno;
 use page_reader::SecretBuffer;
 use sparse_file::{Progress, ProgressFn};
 
+#[cfg(feature = "vm-memory")]
+pub use guest_memory::GuestMemoryTarget;
 pub use host_ram::HostRam;
 pub use target_memory::TargetMemory;
 
@@ -19,10 +24,23 @@ use crate::error::RestoreError;
 use crate::image::{Image, READ_SIZE};
 
 /// Memory that a guest's RAM can be restored to, addressed by the offset in the memory file.
+///
+/// | location of the RAM | target |
+/// |---|---|
+/// | a `GuestRam` of the crate `guest-ram` | `&GuestRam`, which marks no page |
+/// | the types of the `vm-memory` crate | `GuestMemoryTarget` (feature `vm-memory`) |
+/// | mapped in this process, the guest does not run | [`HostRam`] |
+/// | ordinary memory | `[u8]`, `Vec<u8>` |
+/// | anywhere else | your `impl RamTarget`: two required methods, one provided one |
+///
+/// It is implemented for `&mut T` and `Box<T>` too.
 #[diagnostic::on_unimplemented(
     message = "a guest's RAM cannot be restored to `{Self}`",
     label = "this type does not implement `RamTarget`",
-    note = "for mapped memory, pass `&mut HostRam`; for ordinary memory, `&mut [u8]`",
+    note = "for mapped memory, pass `&mut HostRam`; for a `GuestRam`, `&mut &ram`; \
+            for ordinary memory, `&mut [u8]` or `&mut Vec<u8>`",
+    note = "for guest memory of the crate `vm-memory`, pass `GuestMemoryTarget::new(&memory)?` \
+            (feature `vm-memory` of `memory-image`)",
     note = "for any other target, implement `RamTarget`: `ram_size` and `write_at` are required"
 )]
 pub trait RamTarget {

@@ -7,7 +7,7 @@ use std::ops::{Deref, Range};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use guest_ram::GuestRamError;
+use guest_ram::{GuestRamError, RamOwner};
 use page_reader::{HostMemory, PageReader, PopulatedRanges, RamLayout, RamRange};
 
 pub use options::GuestRamOptions;
@@ -66,6 +66,15 @@ impl GuestRam {
         Self::options().allocate(layout)
     }
 
+    /// Uses the memory of `owner`, which holds the memory file of this layout, as
+    /// [`guest_ram::GuestRam::from_owner`] does.
+    ///
+    /// # Errors
+    /// Returns [`GuestRamError`].
+    pub fn from_owner(layout: RamLayout, owner: impl RamOwner) -> Result<Self, GuestRamError> {
+        Self::options().own(layout, owner)
+    }
+
     /// Returns a builder for non-default options.
     pub fn options() -> GuestRamOptions {
         GuestRamOptions::default()
@@ -98,6 +107,13 @@ impl GuestRam {
     }
 }
 
+/// Converts RAM of any owner.
+impl From<guest_ram::GuestRam> for GuestRam {
+    fn from(ram: guest_ram::GuestRam) -> Self {
+        Self::over(ram, None)
+    }
+}
+
 impl Deref for GuestRam {
     type Target = guest_ram::GuestRam;
 
@@ -113,6 +129,10 @@ impl PageReader for GuestRam {
 
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         self.ram.host_memory(offset, len)
+    }
+
+    fn check_source(&self) -> io::Result<()> {
+        self.ram.check_source()
     }
 
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {

@@ -5,6 +5,7 @@ use std::collections::BinaryHeap;
 use std::io;
 use std::ops::{ControlFlow, Range};
 
+use guest_ram::RamOwner;
 use page_reader::RamLayout;
 use sparse_file::{Progress, ProgressFn};
 
@@ -40,6 +41,10 @@ use crate::restore::{HostRam, RamTarget};
 /// because the mapping keeps the old file. The chain may be dropped after it was mapped. No
 /// descriptor stays open, so a chain may have any number of images.
 ///
+/// # As the RAM of a VMM
+/// `GuestRam::from_owner` of the crate `guest-ram` takes the value, and keeps the memory mapped as
+/// long as the RAM. The RAM begins with no marked page.
+///
 /// # Examples
 /// ```
 /// use memory_image::{Chain, MappedChain};
@@ -57,6 +62,10 @@ use crate::restore::{HostRam, RamTarget};
 /// let mut bytes = [0; 2];
 /// ram.read_at(65535, &mut bytes)?; // the current bytes of a running guest
 /// assert_eq!(bytes, [7, 8]);
+///
+/// let layout = page_reader::RamLayout::single(0, 1 << 20)?;
+/// let ram: guest_ram::GuestRam = guest_ram::GuestRam::from_owner(layout, ram)?;
+/// ram.write(0x1000, b"device")?; // the files do not change
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
@@ -177,6 +186,10 @@ impl MappedChainOptions {
         })
     }
 }
+
+#[allow(unsafe_code)]
+// SAFETY: as for `MappedImage`, for the files of all images.
+unsafe impl RamOwner for MappedChain {}
 
 /// Segments of one layer that one mapping covers, because their distances in the RAM and in the
 /// file are the same. The gaps between them are pages of newer layers, which are put over the

@@ -30,6 +30,12 @@ pub struct HostRam<'a> {
     memory: PhantomData<&'a mut ()>,
 }
 
+// SAFETY: the value is addresses and lengths. `new` requires that the regions are mapped and
+// accessed by nothing else, whichever thread has the value.
+unsafe impl Send for HostRam<'_> {}
+// SAFETY: methods with `&self` return the size only.
+unsafe impl Sync for HostRam<'_> {}
+
 impl HostRam<'_> {
     /// Creates a target from the address and the length in bytes of each region.
     ///

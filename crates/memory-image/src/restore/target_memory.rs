@@ -8,9 +8,13 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
 
 use nix::errno::Errno;
 use nix::libc;
+
+/// The size of a machine word in bytes.
+const WORD: usize = size_of::<usize>();
 
 /// Writable memory of a restore target, by address. No Rust reference covers it.
 #[derive(Debug)]
@@ -18,8 +22,16 @@ use nix::libc;
 pub struct TargetMemory<'a> {
     start: *mut u8,
     len: usize,
+    /// Whether other code may access the memory.
+    shared: bool,
     memory: PhantomData<&'a mut ()>,
 }
+
+// SAFETY: the value is an address and a length. Both constructors require that the memory is
+// writable for the lifetime of the value, which for mapped memory does not depend on the thread.
+unsafe impl Send for TargetMemory<'_> {}
+// SAFETY: methods with `&self` return the address and the length only.
+unsafe impl Sync for TargetMemory<'_> {}
 
 impl TargetMemory<'_> {
     /// Creates the memory from its address and its length in bytes.
@@ -31,8 +43,32 @@ impl TargetMemory<'_> {
         Self {
             start,
             len,
+            shared: false,
             memory: PhantomData,
         }
+    }
+
+    /// Creates the memory from its address and its length in bytes, if other code may access it
+    /// too. It is written by the kernel, or by atomic stores of machine words.
+    ///
+    /// # Safety
+    /// For the lifetime of the value:
+    /// - The memory stays mapped and writable.
+    /// - No Rust reference covers any of it. Rust code of this process accesses it only through raw
+    ///   pointers, with atomic or volatile operations.
+    pub unsafe fn shared(start: *mut u8, len: usize) -> Self {
+        Self {
+            start,
+            len,
+            shared: true,
+            memory: PhantomData,
+        }
+    }
+
+    /// Returns the address of the first byte.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.start
     }
 
     /// Returns its length in bytes.
@@ -48,9 +84,27 @@ impl TargetMemory<'_> {
     /// Writes zeros to a range of it.
     pub(super) fn fill_zeros(&mut self, range: Range<usize>) {
         let (at, len) = self.part(&range);
+        if self.shared {
+            // SAFETY: `part` returns memory inside the value, by the contract of `shared`.
+            unsafe { store(at, len, |_| 0, |_| 0) };
+            return;
+        }
         // SAFETY: `part` returns memory inside the value, which is mapped, writable and not
         // otherwise accessed, by the contract of `new`.
         unsafe { ptr::write_bytes(at, 0, len) };
+    }
+
+    /// Writes `bytes` to the start of it.
+    #[cfg(feature = "vm-memory")]
+    pub(super) fn write(&mut self, bytes: &[u8]) {
+        let (at, len) = self.part(&(0..bytes.len()));
+        let word = |at: usize| {
+            let word = bytes[at..at + WORD].try_into();
+            usize::from_ne_bytes(word.expect("the length of a word"))
+        };
+        // SAFETY: `part` returns memory inside the value, which is mapped and writable. Atomic
+        // stores are right for the memory of both constructors.
+        unsafe { store(at, len, |at| bytes[at], word) };
     }
 
     /// Reads the bytes of `file` from `offset` on into a range of it. The error is that of one
@@ -104,6 +158,32 @@ fn read_all(
     Ok(())
 }
 
+/// Stores `len` bytes, each aligned machine word by one atomic store. `byte` and `word` return the
+/// values at an offset.
+///
+/// # Safety
+/// The memory is mapped and writable, and other code accesses it by atomic or volatile operations
+/// only.
+unsafe fn store(
+    to: *mut u8,
+    len: usize,
+    byte: impl Fn(usize) -> u8,
+    word: impl Fn(usize) -> usize,
+) {
+    let head = to.align_offset(WORD).min(len);
+    let words_end = head + (len - head) / WORD * WORD;
+    for at in (0..head).chain(words_end..len) {
+        // SAFETY: `at` is less than `len`. The reference is to an atomic, and exists only for this
+        // store.
+        unsafe { (*to.add(at).cast::<AtomicU8>()).store(byte(at), Relaxed) };
+    }
+    for at in (head..words_end).step_by(WORD) {
+        // SAFETY: the whole word is before `words_end`, which is at most `len`. It is aligned,
+        // because `head` ends at a multiple of a word. The reference is as above.
+        unsafe { (*to.add(at).cast::<AtomicUsize>()).store(word(at), Relaxed) };
+    }
+}
+
 impl<'a> From<&'a mut [u8]> for TargetMemory<'a> {
     fn from(bytes: &'a mut [u8]) -> Self {
         // SAFETY: the slice is mapped and writable, and borrowed exclusively for the lifetime of
@@ -129,6 +209,24 @@ mod tests {
         memory.fill_zeros(6..7);
         memory.fill_zeros(8..8);
         assert_eq!(bytes, *b"..3456.\0..");
+    }
+
+    #[test]
+    fn shared_memory_is_written_at_any_alignment() {
+        let filler: Vec<u8> = (1..=64).collect();
+        for start in 0..=WORD {
+            for end in start..=start + 3 * WORD {
+                let mut bytes = filler.clone();
+                let first = bytes.as_mut_ptr();
+                // SAFETY: the bytes live longer, and are accessed only through the value until its
+                // last use.
+                let mut memory = unsafe { TargetMemory::shared(first, 64) };
+                memory.fill_zeros(start..end);
+                let mut expected = filler.clone();
+                expected[start..end].fill(0);
+                assert_eq!(bytes, expected, "{start}..{end}");
+            }
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use dirty_bitmap::DirtyBitmap;
-use guest_ram::GuestRamError;
+use guest_ram::{GuestRamError, RamOwner};
 use page_reader::{RamLayout, RamRange};
 
 use super::GuestRam;
@@ -12,7 +12,7 @@ use crate::linux::memory;
 
 /// A builder for guest RAM, returned by [`GuestRam::options`].
 #[derive(Clone, Debug, Default)]
-#[must_use = "options do nothing until `allocate` or `adopt`"]
+#[must_use = "options do nothing until `allocate`, `own` or `adopt`"]
 pub struct GuestRamOptions {
     ram: guest_ram::GuestRamOptions,
     memfd: Option<String>,
@@ -89,6 +89,35 @@ impl GuestRamOptions {
         };
         let ram = self.ram.map(layout, map)?;
         Ok(GuestRam::over(ram, memfd))
+    }
+
+    /// Uses the memory of `owner`, as [`guest_ram::GuestRamOptions::own`] does. Of these options,
+    /// only the bitmap applies.
+    ///
+    /// # Errors
+    /// Returns [`GuestRamError`].
+    ///
+    /// # Examples
+    /// Guest memory of the crate `vm-memory`, whose writes mark the same bitmap:
+    /// ```
+    /// use std::sync::Arc;
+    /// use dirty_bitmap::DirtyBitmap;
+    /// use kvm_backend::GuestRam;
+    /// use page_reader::GuestMemoryReader;
+    /// use vm_memory::{GuestAddress, GuestMemoryMmap};
+    ///
+    /// # let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+    /// // Of `DirtyBitmapSlice`s of the bitmap.
+    /// let bitmap = Arc::new(DirtyBitmap::new(0, 1 << 20, 4096)?);
+    /// let memory = Arc::new(memory);
+    /// let owner = GuestMemoryReader::new(memory)?;
+    /// let ram = GuestRam::options()
+    ///     .dirty_bitmap(bitmap)
+    ///     .own(owner.layout().clone(), owner)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn own(&self, layout: RamLayout, owner: impl RamOwner) -> Result<GuestRam, GuestRamError> {
+        Ok(GuestRam::from(self.ram.own(layout, owner)?))
     }
 
     /// Uses memory that the caller has mapped: one host address for each region, in the layout's
