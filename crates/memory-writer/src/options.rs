@@ -265,9 +265,9 @@ impl MemoryWriterOptions {
         self
     }
 
-    /// Calls `callback` on the writing thread before the first byte and after each chunk. It cancels
-    /// the write by returning [`ControlFlow::Break`]. The progress of each write begins at 0 and
-    /// names its [pass](Progress::pass).
+    /// Calls `callback` on the writing thread before the first byte and after each chunk. It
+    /// cancels the write by returning [`ControlFlow::Break`]. The progress of each write begins at
+    /// 0 and names its [pass](Progress::pass).
     pub fn progress(
         mut self,
         callback: impl FnMut(Progress) -> ControlFlow<()> + Send + 'static,

@@ -263,8 +263,8 @@ impl FooterBuilder {
         }
     }
 
-    /// Places the pages of a file that has none and gets no others. The runs ascend; there are about
-    /// `count` of them, for which memory is reserved.
+    /// Places the pages of a file that has none and gets no others. The runs ascend; there are
+    /// about `count` of them, for which memory is reserved.
     pub(crate) fn place(
         &mut self,
         count: u64,

@@ -52,8 +52,8 @@ pub enum ReadImageError {
         /// The path of the image.
         path: PathBuf,
     },
-    /// The source of an image that is a reader [reports](page_reader::PageReader::check_source) that
-    /// it may have changed.
+    /// The source of an image that is a reader [reports](page_reader::PageReader::check_source)
+    /// that it may have changed.
     #[error("the memory image {path:?} may have changed while it was in use")]
     Source {
         /// The name of the image.

@@ -43,7 +43,8 @@ impl MemoryWriter {
     ///
     /// - [`SnapshotError::BitmapSize`] or [`SnapshotError::BitmapStart`] if the bitmap covers other
     ///   RAM.
-    /// - [`SnapshotError::Regions`] if the reader has other regions than a sealed diff would record.
+    /// - [`SnapshotError::Regions`] if the reader has other regions than a sealed diff would
+    ///   record.
     /// - [`SnapshotError::AmbiguousDiff`] if a raw diff could not be read back.
     /// - [`SnapshotError::DiffWithoutParent`] for a sealed diff that no chain accepts.
     /// - [`SnapshotError::Seal`] for more runs than a footer can list.
