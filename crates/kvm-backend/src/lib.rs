@@ -54,13 +54,14 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::sync::Arc;
 //! use kvm_backend::{
-//!     DirtyLog, GuestRam, RamSlots, VcpuState, Vcpus, create_vm, long_mode, open_kvm,
+//!     DirtyLog, GuestRam, MsrList, RamSlots, VcpuState, Vcpus, create_vm, long_mode, open_kvm,
 //! };
 //! use kvm_ioctls::VcpuExit;
 //! use page_reader::{PageReader, RamLayout};
 //!
 //! # if !test_machine::Need::Kvm.met("the example of the crate") { return Ok(()); }
 //! let kvm = open_kvm()?;
+//! let msrs = MsrList::query(&kvm)?; // `kvm` is not needed for a capture
 //! let layout = RamLayout::single(0, 2 << 20)?;
 //! let new_vm = || -> Result<_, Box<dyn std::error::Error>> {
 //!     let vm = create_vm(&kvm)?;
@@ -84,7 +85,7 @@
 //!
 //! vcpu.complete_io(|_| ())?;
 //! let paused = vcpus.pause()?;
-//! let state = VcpuState::capture(&kvm, &paused, &vcpu)?;
+//! let state = VcpuState::capture(&msrs, &paused, &vcpu)?;
 //! let harvest = log.harvest(paused)?;
 //! assert!(ram.dirty_bitmap().is_dirty(0x10_0000)?);
 //! let mut image = vec![0; layout.ram_size() as usize]; // or write a file with memory-writer
@@ -124,7 +125,12 @@
 //! 6. release the epoch once the file is durable.
 //!
 //! **Save and restore vCPUs**: [`VcpuState`]. [`VmState`] has the interrupt controllers, the timer
-//! and the clock. Both are serde types.
+//! and the clock. Both have `to_bytes` and `from_bytes`, and are serde types.
+//!
+//! **Without `/dev/kvm`**: a sandboxed process captures with a [`MsrList`] that was queried before.
+//!
+//! **Add snapshots to a VMM** with guest memory of the crate `vm-memory` and slots of its own: the
+//! example `own_vmm` of this crate.
 //!
 //! **Run a program without firmware or kernel**: [`long_mode::boot`].
 //!
@@ -189,8 +195,10 @@ pub use linux::{
 
 #[cfg(target_arch = "x86_64")]
 pub use linux::x86_64::{
+    bytes::StateError,
     capture::CaptureError,
     long_mode,
+    msrs::MsrList,
     restore::{RestoreError, Restored},
     vcpu_state::{Msr, VcpuState},
     vm_state::{IrqChip, VmState, VmStateError},

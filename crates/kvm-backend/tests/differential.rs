@@ -13,6 +13,7 @@ use kvm_backend::{DirtyLog, GuestRam, RamSlots, Reprotect, Vcpu, VcpuState, long
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs};
 use page_reader::{PageReader, RamLayout};
 use rstest::rstest;
+use support::state::msrs;
 use support::{CODE, Guest, HIGH, INPUT, PAGE, Program, STACK, TABLES};
 use test_machine::{needs, rounds};
 
@@ -255,7 +256,7 @@ fn fill_with_random_state(guest: &Guest, random: &mut Random) {
 fn capture(guest: &mut Guest) -> VcpuState {
     guest.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
     let paused = guest.vcpus.pause().unwrap();
-    let mut state = VcpuState::capture(&guest.kvm, &paused, &guest.vcpu).unwrap();
+    let mut state = VcpuState::capture(&msrs(&guest.kvm), &paused, &guest.vcpu).unwrap();
     // The time-stamp counter runs on.
     let time_stamp_counter = |index: u32| index == 0x10;
     state.msrs.retain(|msr| !time_stamp_counter(msr.index));

@@ -16,6 +16,7 @@ use kvm_backend::{
 use kvm_ioctls::VcpuExit;
 use page_reader::PageReader;
 use rstest::rstest;
+use support::state::msrs;
 use support::{DONE, Guest, LOW_SIZE, PAGE, Program};
 use test_machine::needs;
 
@@ -37,7 +38,7 @@ fn answer(exit: VcpuExit<'_>) {
 fn save(guest: &mut Guest, log: &DirtyLog, image: &mut [u8]) -> VcpuState {
     guest.vcpu.complete_io(answer).unwrap();
     let paused = guest.vcpus.pause().unwrap();
-    let state = VcpuState::capture(&guest.kvm, &paused, &guest.vcpu).unwrap();
+    let state = VcpuState::capture(&msrs(&guest.kvm), &paused, &guest.vcpu).unwrap();
     let harvest = log.harvest(paused).unwrap();
     let epoch = guest.ram.dirty_bitmap().begin_epoch().unwrap();
     for run in epoch.bitmap().runs() {
@@ -292,7 +293,7 @@ fn vcpus_of_another_vm_are_refused() {
     let (guest, other) = (Guest::booted(Program::Mix), Guest::booted(Program::Mix));
     let log = guest.log(Reprotect::WhenRead);
     let paused = other.vcpus.pause().unwrap();
-    let state = VcpuState::capture(&guest.kvm, &paused, &guest.vcpu);
+    let state = VcpuState::capture(&msrs(&guest.kvm), &paused, &guest.vcpu);
     assert!(matches!(state, Err(CaptureError::NotPaused)));
     assert!(matches!(
         log.harvest(paused),
@@ -303,6 +304,6 @@ fn vcpus_of_another_vm_are_refused() {
     assert_eq!(unknown.pause().unwrap_err(), PauseError::NoVcpu);
     let _second = unknown.create(&guest.vm, 1).unwrap();
     let paused = unknown.pause().unwrap();
-    let state = VcpuState::capture(&guest.kvm, &paused, &guest.vcpu);
+    let state = VcpuState::capture(&msrs(&guest.kvm), &paused, &guest.vcpu);
     assert!(matches!(state, Err(CaptureError::NotPaused)));
 }

@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use dirty_bitmap::{Epoch as LoggedEpoch, TakenBitmap};
-use kvm_backend::{DirtyLog, GuestRam, PauseError, RamSlots, Vcpu, VcpuState, Vcpus, long_mode};
+use kvm_backend::{
+    DirtyLog, GuestRam, MsrList, PauseError, RamSlots, Vcpu, VcpuState, Vcpus, long_mode,
+};
 use kvm_ioctls::{Kvm, VcpuExit, VmFd};
 use page_reader::{PageReader, RamLayout};
 
@@ -271,12 +273,12 @@ impl Guest for Machine {
 
     fn processor(&mut self) -> anyhow::Result<Vec<u8>> {
         let paused = self.vcpus.pause()?;
-        let state = VcpuState::capture(&self.kvm, &paused, &self.vcpu)?;
-        Ok(postcard::to_stdvec(&state)?)
+        let state = VcpuState::capture(&MsrList::query(&self.kvm)?, &paused, &self.vcpu)?;
+        Ok(state.to_bytes())
     }
 
     fn set_processor(&mut self, state: &[u8]) -> anyhow::Result<()> {
-        let state: VcpuState = postcard::from_bytes(state).context("not the state of a vCPU")?;
+        let state = VcpuState::from_bytes(state)?;
         // The ledger reads no MSRs, since it runs at privilege level 3, so it does not matter which
         // ones KVM refuses.
         let _ = state.restore(&self.vm, &self.vcpu)?;

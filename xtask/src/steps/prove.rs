@@ -119,7 +119,7 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "fuzzing",
-            proves: "footers, chains, dirty logs, bitmaps and RAM layouts from libFuzzer are read or refused",
+            proves: "footers, chains, dirty logs, bitmaps, RAM layouts and states of vCPUs from libFuzzer are read or refused",
             paths: &[
                 "crates/dirty-bitmap",
                 "crates/host-memory",

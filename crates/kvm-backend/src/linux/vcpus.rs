@@ -103,12 +103,12 @@ use super::machine::Machine;
 #[cfg_attr(not(target_arch = "x86_64"), doc = "```ignore")]
 /// # fn example(
 /// #     log: &kvm_backend::DirtyLog,
-/// #     kvm: &kvm_ioctls::Kvm,
+/// #     msrs: &kvm_backend::MsrList,
 /// #     vcpu: &kvm_backend::Vcpu,
 /// #     paused: kvm_backend::Paused,
 /// # ) {
 /// let harvest = log.harvest(paused);
-/// let state = kvm_backend::VcpuState::capture(kvm, &paused, vcpu);
+/// let state = kvm_backend::VcpuState::capture(msrs, &paused, vcpu);
 /// # }
 /// ```
 #[derive(Clone, Debug)]

@@ -2,9 +2,10 @@
 //! firmware.
 
 mod abi;
+pub(crate) mod bytes;
 pub(crate) mod capture;
 pub mod long_mode;
-mod msrs;
+pub(crate) mod msrs;
 pub(crate) mod restore;
 pub(crate) mod vcpu_state;
 pub(crate) mod vm_state;

@@ -1,8 +1,8 @@
 //! Guests with state to capture.
 
-use kvm_backend::VcpuState;
+use kvm_backend::{MsrList, VcpuState};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{Kvm, VmFd};
 
 use super::Guest;
 
@@ -25,8 +25,12 @@ pub fn with_devices(vm: &VmFd) {
     vm.create_pit2(pit).unwrap();
 }
 
+pub fn msrs(kvm: &Kvm) -> MsrList {
+    MsrList::query(kvm).unwrap()
+}
+
 pub fn capture(guest: &mut Guest) -> VcpuState {
     guest.vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
     let paused = guest.vcpus.pause().unwrap();
-    VcpuState::capture(&guest.kvm, &paused, &guest.vcpu).unwrap()
+    VcpuState::capture(&msrs(&guest.kvm), &paused, &guest.vcpu).unwrap()
 }

@@ -18,11 +18,11 @@ fn machine() -> Machine {
 fn successor(old: &mut Machine, change: impl FnOnce(&mut VcpuState)) -> Machine {
     let mut ram = vec![0; LAYOUT.ram as usize];
     old.ram.read_at(0, &mut ram).unwrap();
-    let mut state: VcpuState = postcard::from_bytes(&old.processor().unwrap()).unwrap();
+    let mut state: VcpuState = VcpuState::from_bytes(&old.processor().unwrap()).unwrap();
     change(&mut state);
     let mut new = Machine::new(LAYOUT).unwrap();
     new.write(0, &ram).unwrap();
-    let state = postcard::to_stdvec(&state).unwrap();
+    let state = state.to_bytes();
     new.set_processor(&state).unwrap();
     new
 }

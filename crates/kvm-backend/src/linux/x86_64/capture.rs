@@ -4,11 +4,12 @@ use std::io;
 
 use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::{Cap, Kvm, VcpuFd};
+use kvm_ioctls::{Cap, VcpuFd};
 use thiserror::Error;
 use zerocopy::IntoBytes;
 
 use super::abi::FormatVersion;
+use super::msrs::MsrList;
 use super::vcpu_state::VcpuState;
 use super::{msrs, xsave};
 use crate::linux::machine::Machine;
@@ -17,18 +18,23 @@ use crate::linux::vcpus::{Paused, Vcpu};
 impl VcpuState {
     /// Captures the state of `vcpu`. Every vCPU must be [paused](crate::Vcpus::pause): none runs
     /// (one can send another an interrupt), and none has an instruction that KVM has yet to
-    /// complete.
+    /// complete. `msrs` are the model-specific registers to capture: those of the host's
+    /// [`MsrList`].
     ///
     /// # Errors
     /// Returns [`CaptureError`], which names the call that failed.
-    pub fn capture(kvm: &Kvm, paused: &Paused, vcpu: &Vcpu) -> Result<Self, CaptureError> {
+    pub fn capture(msrs: &MsrList, paused: &Paused, vcpu: &Vcpu) -> Result<Self, CaptureError> {
         if !vcpu.is_of(paused) {
             return Err(CaptureError::NotPaused);
         }
-        Self::capture_idle(kvm, paused.machine(), vcpu)
+        Self::capture_idle(msrs, paused.machine(), vcpu)
     }
 
-    fn capture_idle(kvm: &Kvm, machine: &Machine, vcpu: &VcpuFd) -> Result<Self, CaptureError> {
+    fn capture_idle(
+        list: &MsrList,
+        machine: &Machine,
+        vcpu: &VcpuFd,
+    ) -> Result<Self, CaptureError> {
         // The order matters. Reading mp_state first lets a pending INIT or SIPI take effect. The
         // events are last, since other calls may still add an interrupt (KVM_GET_LAPIC syncs posted
         // ones).
@@ -44,11 +50,8 @@ impl VcpuState {
             Err(error) if io::Error::from(error).kind() == io::ErrorKind::InvalidInput => None,
             Err(error) => return Err(failed("KVM_GET_LAPIC")(error)),
         };
-        let listed = kvm
-            .get_msr_index_list()
-            .map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
         let (msrs, unreadable_msrs) =
-            msrs::read(vcpu, listed.as_slice()).map_err(failed("KVM_GET_MSRS"))?;
+            msrs::read(vcpu, list.indices()).map_err(failed("KVM_GET_MSRS"))?;
         let tsc_khz = if machine.check_extension(Cap::GetTscKhz) > 0 {
             Some(vcpu.get_tsc_khz().map_err(failed("KVM_GET_TSC_KHZ"))?)
         } else {

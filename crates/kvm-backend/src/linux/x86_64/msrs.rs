@@ -1,7 +1,9 @@
-//! Reads and writes model-specific registers in batches, and skips those that KVM refuses.
+//! The model-specific registers that KVM knows. Reads and writes them in batches, and skips those that KVM refuses.
+
+use std::io;
 
 use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::vcpu_state::Msr;
 
@@ -13,6 +15,49 @@ const BATCH: usize = KVM_MAX_MSR_ENTRIES - 1;
 pub(super) const IA32_TSC: u32 = 0x10;
 /// The time at which the local APIC's timer fires in TSC-deadline mode (Intel SDM vol. 4, 2.1).
 pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
+
+/// The model-specific registers that this host's KVM captures and restores
+/// (`KVM_GET_MSR_INDEX_LIST`).
+///
+/// KVM lists them by the descriptor of `/dev/kvm`. A VMM asks once, before its sandbox closes the
+/// descriptor, and passes the list to each [`VcpuState::capture`](crate::VcpuState::capture). A
+/// process that cannot open the device gets the numbers from one that can.
+///
+/// # Examples
+/// ```
+/// use kvm_backend::MsrList;
+///
+/// # if !test_machine::Need::Kvm.met("the example of MsrList") { return Ok(()); }
+/// let msrs = MsrList::query(&kvm_backend::open_kvm()?)?;
+/// let elsewhere = MsrList::from_indices(msrs.indices());
+/// assert_eq!(elsewhere, msrs);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MsrList(Box<[u32]>);
+
+impl MsrList {
+    /// Returns the list of this host.
+    ///
+    /// # Errors
+    /// Returns the error of `KVM_GET_MSR_INDEX_LIST`.
+    pub fn query(kvm: &Kvm) -> io::Result<Self> {
+        Ok(Self::from_indices(kvm.get_msr_index_list()?.as_slice()))
+    }
+
+    /// Creates a list of these registers. A register that is missing from the list is missing from
+    /// the captured state: pass the [indices](Self::indices) of a list that KVM returned.
+    #[must_use]
+    pub fn from_indices(indices: &[u32]) -> Self {
+        Self(indices.into())
+    }
+
+    /// Returns the numbers of the registers, the operands of `rdmsr`, in KVM's order.
+    #[must_use]
+    pub fn indices(&self) -> &[u32] {
+        &self.0
+    }
+}
 
 /// Reads the MSRs `indices`. Returns those that KVM read, and the indices of those that it refused.
 pub(super) fn read(

@@ -11,8 +11,8 @@ use super::abi::{self, FormatVersion};
 /// The state of one vCPU, from which a new vCPU continues the guest.
 ///
 /// It is [captured](Self::capture) from a vCPU that is [paused](crate::Vcpus::pause), and
-/// [restored](Self::restore) into one that has never run. In between it is data for any serde
-/// format. Kernel structures are stored byte for byte (as hexadecimal digits in human-readable
+/// [restored](Self::restore) into one that has never run. In between it is
+/// [bytes](Self::to_bytes), or data for any serde format. Kernel structures are stored byte for byte (as hexadecimal digits in human-readable
 /// formats). The version of the format is the first field, so that state of another format is an
 /// error and is not misread.
 ///
@@ -20,17 +20,17 @@ use super::abi::{self, FormatVersion};
 /// ```no_run
 /// use kvm_backend::VcpuState;
 /// # fn example(
-/// #     kvm: &kvm_ioctls::Kvm,
+/// #     msrs: &kvm_backend::MsrList,
 /// #     vcpus: &kvm_backend::Vcpus,
 /// #     vcpu: &kvm_backend::Vcpu,
 /// #     new_vm: &kvm_ioctls::VmFd,
 /// #     new_vcpu: &kvm_ioctls::VcpuFd,
 /// # ) -> Result<(), Box<dyn std::error::Error>> {
 /// let paused = vcpus.pause()?; // after each vCPU has completed its I/O
-/// let state = VcpuState::capture(kvm, &paused, vcpu)?;
-/// let bytes = postcard::to_stdvec(&state)?;
+/// let state = VcpuState::capture(msrs, &paused, vcpu)?;
+/// let bytes = state.to_bytes();
 ///
-/// let state: VcpuState = postcard::from_bytes(&bytes)?; // after the RAM is restored
+/// let state = VcpuState::from_bytes(&bytes)?; // after the RAM is restored
 /// let restored = state.restore(new_vm, new_vcpu)?;
 /// for msr in &restored.differing_msrs {
 ///     eprintln!("MSR {:#x} was not restored to {:#x}", msr.index, msr.value);

@@ -24,7 +24,8 @@ const CHIPS: [u32; 3] = [
 /// The state of a virtual machine other than its RAM and vCPUs: the devices that KVM emulates
 /// itself, and the guest's clock.
 ///
-/// Like [`VcpuState`](crate::VcpuState) it is data for any serde format.
+/// Like [`VcpuState`](crate::VcpuState) it has [bytes](Self::to_bytes), and is data for any serde
+/// format.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 #[must_use = "the state is lost unless it is saved"]
