@@ -1,8 +1,8 @@
 //! Checks at compile time which public types threads may send and share.
 
 use crate::{
-    DirtyLog, GuestRam, GuestRamOptions, HarvestError, Paused, PausedHarvest, RamSlots, SlotError,
-    StartError, Vcpu, Vcpus,
+    DirtyLog, GuestRam, GuestRamOptions, HarvestError, Paused, PausedHarvest, Precopied, Precopy,
+    PrecopyError, RamSlots, SlotError, StartError, Vcpu, Vcpus,
 };
 
 fn shared<T: Send + Sync>() {}
@@ -15,6 +15,9 @@ fn main_types_are_send_and_sync() {
     shared::<HarvestError>();
     shared::<Paused>();
     shared::<PausedHarvest>();
+    shared::<Precopied<'_, ()>>();
+    shared::<Precopy<'_>>();
+    shared::<PrecopyError>();
     shared::<RamSlots>();
     shared::<SlotError>();
     shared::<StartError>();

@@ -124,6 +124,9 @@
 //!    [`PageReader`](page_reader::PageReader) that provides host addresses);
 //! 6. release the epoch once the file is durable.
 //!
+//! **Save a running guest**, most of which is copied before it pauses: [`Precopy`] makes these steps
+//! in this order (example `precopy`).
+//!
 //! **Save and restore vCPUs**: [`VcpuState`]. [`VmState`] has the interrupt controllers, the timer
 //! and the clock. Both have `to_bytes` and `from_bytes`, and are serde types.
 //!
@@ -188,6 +191,7 @@ pub use page_reader;
 pub use linux::{
     dirty_log::{DirtyLog, HarvestError, HarvestStats, PausedHarvest, Reprotect, StartError},
     open::{OpenKvmError, create_vm, open_kvm, open_kvm_at},
+    precopy::{Precopied, Precopy, PrecopyError},
     ram::{GuestRam, GuestRamOptions},
     slots::{RamSlots, SlotError},
     vcpus::{PauseError, Paused, Vcpu, Vcpus},

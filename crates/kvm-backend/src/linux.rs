@@ -4,6 +4,7 @@ pub(crate) mod dirty_log;
 mod machine;
 mod memory;
 pub(crate) mod open;
+pub(crate) mod precopy;
 pub(crate) mod ram;
 pub(crate) mod slots;
 mod sys;
