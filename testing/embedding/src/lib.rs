@@ -1,0 +1,6 @@
+//! Examples of the crates in programs of other kinds, such as programs with an async runtime. The
+//! code in `docs/guides` is compiled and run as documentation tests of this crate.
+
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/guides/async.md")]
+struct Async;
