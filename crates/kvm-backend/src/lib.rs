@@ -124,8 +124,8 @@
 //!    [`PageReader`](page_reader::PageReader) that provides host addresses);
 //! 6. release the epoch once the file is durable.
 //!
-//! **Save a running guest**, most of which is copied before it pauses: [`Precopy`] makes these steps
-//! in this order (example `precopy`).
+//! **Save a running guest**, most of which is copied before it pauses: [`Precopy`] makes these
+//! steps in this order (example `precopy`).
 //!
 //! **Save and restore vCPUs**: [`VcpuState`]. [`VmState`] has the interrupt controllers, the timer
 //! and the clock. Both have `to_bytes` and `from_bytes`, and are serde types.

@@ -22,8 +22,9 @@ use crate::working_set::WorkingSet;
 /// The interval at which a wait for the prefetcher reports progress.
 const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Guest RAM that is filled from a chain, or another [source](crate::RamSource), on demand, so that a
-/// guest starts at once, for any size of the RAM and any layout of the chain (Linux, userfaultfd).
+/// Guest RAM that is filled from a chain, or another [source](crate::RamSource), on demand, so that
+/// a guest starts at once, for any size of the RAM and any layout of the chain (Linux,
+/// userfaultfd).
 ///
 /// A page is read when it is first touched: by a thread of this process, by the kernel on its
 /// behalf, or by a KVM vCPU. The fault handler thread also reads the surrounding bytes that are

@@ -31,8 +31,8 @@ impl UserfaultfdOptions {
     ///   before it gave up its privileges. Its features may have been requested already.
     ///
     /// A userfaultfd receives the faults of the process that *opened* it, so one that another
-    /// process has opened is refused. Nothing else may use the userfaultfd, or read its events, from
-    /// now on. It is made non-blocking.
+    /// process has opened is refused. Nothing else may use the userfaultfd, or read its events,
+    /// from now on. It is made non-blocking.
     ///
     /// A userfaultfd is examined with a page of memory that is registered for the time of the call,
     /// and by `/proc/self` if its features were requested already.
@@ -130,7 +130,8 @@ fn field<'l>(list: &'l str, name: &str) -> Option<&'l str> {
         .map(str::trim)
 }
 
-/// Fails if an access waits for the userfaultfd, or if memory of this process is registered with it.
+/// Fails if an access waits for the userfaultfd, or if memory of this process is registered with
+/// it.
 fn check_unused(fault: &Userfaultfd) -> Result<(), AdoptError> {
     let info = read_info(fault).map_err(AdoptError::Unchecked)?;
     if field(&info, "total:") != Some("0") {

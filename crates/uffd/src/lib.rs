@@ -80,9 +80,9 @@
 //! # By task
 //! **Open a descriptor**: [`Userfaultfd::options`]. It uses the system call, or `/dev/userfaultfd`
 //! if the call is not permitted. [`Features`] are requested when it is opened.
-//! [`UserfaultfdOptions::adopt`] uses a descriptor that a privileged process has passed, or that was
-//! opened before privileges were given up. [`Userfaultfd::from_fd`] handles the faults of another
-//! process.
+//! [`UserfaultfdOptions::adopt`] uses a descriptor that a privileged process has passed, or that
+//! was opened before privileges were given up. [`Userfaultfd::from_fd`] handles the faults of
+//! another process.
 //!
 //! **Receive events**: [`Userfaultfd::read_event`] and [`read_events`](Userfaultfd::read_events).
 //! The descriptor is non-blocking, and `poll` reports it as readable.
@@ -99,8 +99,8 @@
 //! - Memory is given by address. No reference may cover a registered missing page: the compiler
 //!   assumes that a reference can be read at any time, and the read would wait.
 //! - A thread that resolves faults must not touch the memory itself. It would wait for itself.
-//! - With [`Features::EVENT_UNMAP`], `EVENT_REMOVE` or `EVENT_REMAP`, a thread that unmaps, discards
-//!   or moves registered memory waits until its event is read: see
+//! - With [`Features::EVENT_UNMAP`], `EVENT_REMOVE` or `EVENT_REMAP`, a thread that unmaps,
+//!   discards or moves registered memory waits until its event is read: see
 //!   [`Userfaultfd`](Userfaultfd#events-of-changed-mappings).
 //! - Linux only: on other systems the crate is empty.
 #![cfg(target_os = "linux")]

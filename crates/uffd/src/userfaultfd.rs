@@ -38,8 +38,8 @@ use crate::sys;
 /// is read. If no thread reads events, it waits until the last duplicate of the descriptor is
 /// closed, also one in another process. This includes a `munmap` by the thread that would read the
 /// event, such as the drop of a mapping after the loop that handles faults has ended. Before memory
-/// is unmapped, therefore [unregister](Self::unregister) it, or close all duplicates. No page can be
-/// filled while such an event is unread ([`Stop::Changing`]).
+/// is unmapped, therefore [unregister](Self::unregister) it, or close all duplicates. No page can
+/// be filled while such an event is unread ([`Stop::Changing`]).
 #[derive(Debug)]
 #[must_use = "all ranges are unregistered when this is dropped"]
 pub struct Userfaultfd {

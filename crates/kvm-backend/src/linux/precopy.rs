@@ -6,7 +6,8 @@ use thiserror::Error;
 use super::dirty_log::{DirtyLog, HarvestError};
 use super::vcpus::Paused;
 
-/// A copy of a running guest's RAM (pre-copy), whose steps are made in the order that loses no page.
+/// A copy of a running guest's RAM (pre-copy), whose steps are made in the order that loses no
+/// page.
 ///
 /// Most pages are copied while the guest runs, in [live rounds](Self::live_round). The guest then
 /// pauses for the pages that it wrote since the last round only: [`finish`](Self::finish). A round
