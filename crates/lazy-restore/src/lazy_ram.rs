@@ -76,9 +76,8 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// filled before the move. If something else puts a page into the memory, the error is
 /// [`UserfaultfdError::Occupied`], and the page is made inaccessible.
 ///
-/// To unmap or discard memory waits for the fault handler to read the kernel's message, while it is
-/// filled, and for nothing else: dropping the value unregisters the memory, so that adopted memory
-/// may be unmapped after it, also if another process has a duplicate of the userfaultfd.
+/// Dropping the value unregisters the memory. Adopted memory may be unmapped afterwards without a
+/// wait for a message to be read, also if another process has a duplicate of the userfaultfd.
 ///
 /// # Signals
 /// The threads that fill the memory block signals, so that a signal handler of this process may
