@@ -4,3 +4,11 @@
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/guides/async.md")]
 struct Async;
+
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/guides/firecracker-files.md")]
+struct FirecrackerFiles;
+
+#[cfg(all(doctest, target_os = "linux"))]
+#[doc = include_str!("../../../docs/guides/squib-snapshot.md")]
+struct SquibSnapshot;
