@@ -320,9 +320,14 @@
 //! - If a process of this user is stopped (`SIGSTOP`) during a group commit, commits of that
 //!   group's files wait until it is continued or killed.
 //!
-//! # Features
+//! # Cargo features
 //!
-//! None. This crate supports Linux and macOS, and compiles on other Unix systems.
+//! - `tracing` (off by default): emits events of the crate [`tracing`](https://docs.rs/tracing), or
+//!   records of the crate [`log`](https://docs.rs/log) if the program has no subscriber of
+//!   `tracing`. They state which files a sweep removed and kept, and why a file was not recycled.
+//!   They contain paths, and no bytes of files.
+//!
+//! This crate supports Linux and macOS, and compiles on other Unix systems.
 
 mod acl;
 mod attribute;
@@ -353,6 +358,7 @@ mod stat;
 mod sweep;
 mod sys;
 mod ticket;
+mod trace;
 mod version;
 mod write;
 mod writer;

@@ -45,45 +45,57 @@ use crate::recover::no_group_in_progress;
 use crate::retry::retry;
 use crate::staged_file::{STAGED_MODE, StagedFile};
 use crate::stat::{FileId, stat_of};
-use crate::sys;
+use crate::{sys, trace};
 
 /// Reuses the recycled file of `dest`, if it exists and is usable, as a staged file. It keeps its
 /// old bytes and length.
 ///
 /// An unusable file is removed, unless another writer has taken it or it is not a regular file.
 pub(crate) fn reuse(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option<StagedFile> {
-    let recycled = lock_file(dir, &recycled_name(dest), OFlag::O_RDWR).ok()??;
-    let mut recycled = StagedFile::from(recycled);
-    let ready = || -> io::Result<bool> {
+    let name = recycled_name(dest);
+    let mut recycled = match lock_file(dir, &name, OFlag::O_RDWR) {
+        Ok(recycled) => StagedFile::from(recycled?),
+        Err(why) => {
+            trace::recycled_file_declined(&dir.path_of(&name), &why);
+            return None;
+        }
+    };
+    let check = || -> io::Result<()> {
         // Clear O_NONBLOCK, which was set on open: io_uring honors it for regular files.
         retry(|| fcntl(recycled.file(), FcntlArg::F_SETFL(OFlag::empty())))?;
-        Ok(
-            is_like_new(dir, recycled.file(), max_bytes)? && no_group_in_progress(dir)? && {
-                sys::set_mode(recycled.file(), STAGED_MODE)?;
-                sys::is_exclusively_open(recycled.file()) && stat_of(recycled.file())?.links == 1
-            },
-        )
+        check_like_new(dir, recycled.file(), max_bytes)?;
+        decline_if(!no_group_in_progress(dir)?, GROUP)?;
+        sys::set_mode(recycled.file(), STAGED_MODE)?;
+        decline_if(!sys::is_exclusively_open(recycled.file()), IN_USE)?;
+        decline_if(stat_of(recycled.file())?.links != 1, LINKS)
     };
     // On any failure fall back to a new file; drop unlinks this one.
-    (ready().is_ok_and(|ready| ready) && recycled.move_to_staged_name(dest).is_ok())
-        .then_some(recycled)
+    match check().and_then(|()| recycled.move_to_staged_name(dest)) {
+        Ok(()) => Some(recycled),
+        Err(why) => {
+            trace::recycled_file_declined(recycled.path(), &why);
+            None
+        }
+    }
 }
 
 /// Locks the file at `dest` for the exchange; `None` if it cannot be recycled.
 pub(crate) fn lock_old(dir: &Arc<Directory>, dest: &OsStr, max_bytes: u64) -> Option<LockedFile> {
     let lock = || -> io::Result<Option<LockedFile>> {
-        if !sys::supports_leases(dir)? {
-            return Ok(None);
-        }
+        decline_if(!sys::supports_leases(dir)?, LEASES)?;
         let Some(old) = lock_file(dir, dest, OFlag::O_RDONLY)? else {
             return Ok(None);
         };
         // Check this after the lock: if a group renamed the file here, its record exists until the
         // group is complete.
-        let usable = is_like_new(dir, old.file(), max_bytes)? && no_trusted_record(dir)?;
-        Ok(usable.then_some(old))
+        check_like_new(dir, old.file(), max_bytes)?;
+        decline_if(!no_trusted_record(dir)?, GROUP)?;
+        Ok(Some(old))
     };
-    lock().ok()?
+    lock().unwrap_or_else(|why| {
+        trace::old_file_not_kept(&dir.path_of(dest), &why);
+        None
+    })
 }
 
 /// Renames a replaced file to the recycled name of `dest`, or removes it.
@@ -94,10 +106,12 @@ pub(crate) fn retain(mut old: StagedFile, dest: &OsStr) -> Result<(), Leftover> 
         return remove_replaced(old);
     }
     // The next writer must be able to open it, and no user who could not read the destination.
-    let private = sys::set_mode(old.file(), STAGED_MODE).is_ok();
-    if private && sys::is_exclusively_open(old.file()) && old.move_to(&recycled_name(dest)).is_ok()
-    {
-        old.disarm();
+    let kept = sys::set_mode(old.file(), STAGED_MODE)
+        .and_then(|()| decline_if(!sys::is_exclusively_open(old.file()), IN_USE))
+        .and_then(|()| old.move_to(&recycled_name(dest)));
+    match kept {
+        Ok(()) => old.disarm(),
+        Err(why) => trace::old_file_not_kept(&old.dir().path_of(dest), &why),
     }
     old.discard()
 }
@@ -155,9 +169,22 @@ fn lock_file(dir: &Arc<Directory>, name: &OsStr, access: OFlag) -> io::Result<Op
     }
 }
 
-/// Returns whether the file equals a new one except for its bytes, length and mode, and has at most
+const GROUP: &str = "a group commit is in progress or pending in the directory";
+const IN_USE: &str = "another process has it open or mapped";
+const LEASES: &str = "its file system has no leases, which show whether it is open elsewhere";
+const LINKS: &str = "it has other names";
+
+/// Fails with `reason` if `found` is true.
+fn decline_if(found: bool, reason: &'static str) -> io::Result<()> {
+    match found {
+        true => Err(io::Error::other(reason)),
+        false => Ok(()),
+    }
+}
+
+/// Fails unless the file equals a new one except for its bytes, length and mode, and has at most
 /// `max_bytes` allocated.
-fn is_like_new(dir: &Directory, file: &File, max_bytes: u64) -> io::Result<bool> {
+fn check_like_new(dir: &Directory, file: &File, max_bytes: u64) -> io::Result<()> {
     /// On a directory: new files receive its group.
     const SET_GROUP_ID: u32 = 0o2000;
     let stat = stat_of(file)?;
@@ -166,11 +193,17 @@ fn is_like_new(dir: &Directory, file: &File, max_bytes: u64) -> io::Result<bool>
     } else {
         dir.stat.gid
     };
-    Ok(stat.is_file()
-        && stat.links == 1
-        && stat.allocated <= max_bytes
-        && stat.uid.is(UserId::new(geteuid().as_raw()))
-        && stat.gid.is(gid)
-        && sys::supports_leases(file)?
-        && !sys::has_attributes(file)?)
+    decline_if(!stat.is_file(), "it is not a regular file")?;
+    decline_if(stat.links != 1, LINKS)?;
+    decline_if(
+        stat.allocated > max_bytes,
+        "it takes more space than may be recycled",
+    )?;
+    let own = stat.uid.is(UserId::new(geteuid().as_raw())) && stat.gid.is(gid);
+    decline_if(!own, "its owner or group is not that of a new file")?;
+    decline_if(!sys::supports_leases(file)?, LEASES)?;
+    decline_if(
+        sys::has_attributes(file)?,
+        "it has an access control list or other attributes",
+    )
 }

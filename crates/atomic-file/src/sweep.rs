@@ -14,6 +14,7 @@ use crate::records::Records;
 use crate::report::{Skipped, SweepReport};
 use crate::stat::FileId;
 use crate::sys::file_owner;
+use crate::trace;
 
 /// Number of files that are locked at a time. The records are listed once per batch: one listing
 /// per file would take quadratic time.
@@ -124,6 +125,9 @@ pub(crate) fn sweep_names(
                 Inspection::Missing => {}
             }
         }
+    }
+    if remove {
+        trace::swept(dir.path(), &report);
     }
     Ok(report)
 }

@@ -16,6 +16,7 @@ use crate::options::LazyRamOptions;
 use crate::pages::Pages;
 use crate::prefetcher::Prefetcher;
 use crate::region::Region;
+use crate::trace;
 use crate::userfaultfd::UserfaultfdError;
 use crate::working_set::WorkingSet;
 
@@ -151,12 +152,15 @@ impl LazyRam {
             threads: Vec::new(),
             region,
         };
+        trace::started(&ram.pages, prefetching);
         let handler = Arc::clone(&ram.handler);
         ram.spawn("lazy-ram-faults", move || handler.run())?;
         if prefetching {
+            let (pages, handler) = (Arc::clone(&ram.pages), Arc::clone(&ram.handler));
             let prefetcher = Arc::clone(&ram.prefetcher);
             ram.spawn(PREFETCHER, move || {
                 let _ = prefetcher.run(&mut || ControlFlow::Continue(()));
+                trace::filled(&pages, &handler);
             })?;
         }
         Ok(ram)
@@ -251,7 +255,9 @@ impl LazyRam {
     fn prefetch(&self, report: &mut (dyn FnMut() -> ControlFlow<()> + Send)) -> ControlFlow<()> {
         let mut fill = || {
             let _guard = AbortOnPanic(&self.pages);
-            self.prefetcher.run(report)
+            let flow = self.prefetcher.run(report);
+            trace::filled(&self.pages, &self.handler);
+            flow
         };
         let mut blocked = Some(BlockedSignals::new());
         let filled = thread::scope(|scope| {

@@ -82,6 +82,14 @@
 //! `UFFDIO_COPY`, or `UFFDIO_ZEROPAGE`, or `UFFDIO_POISON` (Linux 6.6); at the end
 //! `UFFDIO_UNREGISTER`, `UFFDIO_WAKE` and `MADV_DOFORK`.
 //!
+//! # Cargo features
+//!
+//! - `tracing` (off by default): emits events of the crate [`tracing`](https://docs.rs/tracing), or
+//!   records of the crate [`log`](https://docs.rs/log) if the program has no subscriber of
+//!   `tracing`. The features of the same name of `memory-image` and `atomic-file` are
+//!   turned on with it. The totals of a restore are reported: faults, bytes by faults and by the
+//!   prefetcher, and the time. No event contains bytes of memory.
+//!
 //! Linux only; on other systems the crate is empty.
 
 // Elsewhere the links above have no targets.
@@ -104,6 +112,7 @@ mod ram_source;
 mod region;
 mod start;
 mod status;
+mod trace;
 mod turns;
 mod userfaultfd;
 mod working_set;

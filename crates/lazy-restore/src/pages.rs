@@ -12,6 +12,7 @@ use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use host_memory::{HostMemory, SecretBuffer};
 use nix::errno::Errno;
@@ -45,6 +46,9 @@ pub(crate) struct Pages {
     changes: AtomicU64,
     /// Bytes of the images that were filled.
     loaded: AtomicU64,
+    /// Those of them that the fault handler filled.
+    loaded_by_faults: AtomicU64,
+    started: Instant,
     status: Status,
 }
 
@@ -68,6 +72,8 @@ impl Pages {
             ledger: LedgerLock::default(),
             changes: AtomicU64::new(0),
             loaded: AtomicU64::new(0),
+            loaded_by_faults: AtomicU64::new(0),
+            started: Instant::now(),
             status,
         }
     }
@@ -102,6 +108,16 @@ impl Pages {
     /// Returns the number of bytes of the images that were filled.
     pub(crate) fn loaded(&self) -> u64 {
         self.loaded.load(Ordering::Relaxed)
+    }
+
+    /// Returns the number of those bytes that the fault handler filled.
+    pub(crate) fn loaded_by_faults(&self) -> u64 {
+        self.loaded_by_faults.load(Ordering::Relaxed)
+    }
+
+    /// Returns the time since filling has begun.
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Returns the number of messages other than faults that were read.
@@ -182,6 +198,10 @@ impl Pages {
             let from = (part.start - pages.start) as usize..(part.end - pages.start) as usize;
             let filled = self.fault.copy(address, &bytes[from]);
             self.loaded.fetch_add(filled.bytes, Ordering::Relaxed);
+            if by == Role::Handler {
+                self.loaded_by_faults
+                    .fetch_add(filled.bytes, Ordering::Relaxed);
+            }
             filled
         })
     }

@@ -10,6 +10,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::error::LazyError;
 use crate::ledger::locked;
+use crate::trace;
 
 /// The state of filling, shared by all threads.
 #[derive(Debug)]
@@ -57,6 +58,9 @@ impl Status {
 
     /// Records an error. Only the first one is kept.
     pub(crate) fn record_error(&self, error: LazyError) {
+        if self.failure.get().is_none() {
+            trace::failed(&error);
+        }
         let _ = self.failure.set(Arc::new(error));
     }
 

@@ -110,6 +110,14 @@
 //!
 //! # Limitations
 //! Reading a chain does not verify checksums: [`Image::verify`] does.
+//!
+//! # Cargo features
+//!
+//! - `tracing` (off by default): emits events of the crate [`tracing`](https://docs.rs/tracing), or
+//!   records of the crate [`log`](https://docs.rs/log) if the program has no subscriber of
+//!   `tracing`. The features of the same name of `memory-writer`, `atomic-file` and
+//!   `sparse-file` are turned on with it. Opened images, holes that are not trusted, and mappings
+//!   are reported. No event contains bytes of memory.
 
 #[cfg(test)]
 mod auto_traits;
@@ -124,6 +132,7 @@ mod merge;
 mod parallel;
 mod raw;
 mod restore;
+mod trace;
 mod verify;
 
 // The crates whose types are in public signatures.

@@ -116,6 +116,14 @@
 //! Sealed and packed layouts list their pages on every file system.
 //!
 //! A raw diff does not record its page size: read it in pages of the size that it was written in.
+//!
+//! # Cargo features
+//!
+//! - `tracing` (off by default): emits events of the crate [`tracing`](https://docs.rs/tracing), or
+//!   records of the crate [`log`](https://docs.rs/log) if the program has no subscriber of
+//!   `tracing`. The features of the same name of `atomic-file` and `sparse-file` are
+//!   turned on with it: engines, direct I/O, recycling and sweeps are reported. No event contains
+//!   bytes of memory.
 
 #[cfg(test)]
 mod auto_traits;
@@ -134,6 +142,7 @@ mod sealing;
 mod stale_pages;
 mod stream;
 mod target;
+mod trace;
 mod write_pass;
 mod writer;
 
@@ -150,7 +159,9 @@ pub use error::{MemoryIoStep, OpenFileError, RamError, SnapshotError, WriteAmbig
 pub use image_format::{FooterError, ImageId, Layout, Placement};
 pub use options::MemoryWriterOptions;
 pub use seal::Seal;
-pub use sparse_file::{CancelGuard, CancelToken, Engine, Pass, Progress};
+pub use sparse_file::{
+    CancelGuard, CancelToken, Engine, EngineChoice, EngineReason, Pass, Progress,
+};
 pub use stream::{PackedStream, PackedStreamOptions};
 pub use writer::MemoryWriter;
 

@@ -9,6 +9,7 @@ use sparse_file::{ExtentKind, HolesUnknown, PageHoles, PagesUnknown, extents};
 
 use crate::error::WriteAmbiguity;
 use crate::geometry::Geometry;
+use crate::trace;
 
 /// The pages of the memory file that were written.
 #[derive(Debug)]
@@ -19,7 +20,8 @@ pub(crate) struct RawDiff {
 impl RawDiff {
     /// Creates a diff without pages in `file`.
     pub(crate) fn begin(file: &File, geometry: Geometry) -> Result<Self, WriteAmbiguity> {
-        PageHoles::check_new(file, geometry.page_size)?;
+        let checked = PageHoles::check_new(file, geometry.page_size).map_err(WriteAmbiguity::from);
+        checked.inspect_err(trace::holes_not_trusted)?;
         Ok(Self {
             pages: geometry.no_pages(),
         })
@@ -48,11 +50,13 @@ impl RawDiff {
         // Delayed allocation may cover more than was written, and blocks that are being written
         // count as reserved. A sync ends both. The commit syncs anyway, so sync here only if
         // needed.
-        if self.check_extents(file).is_ok() {
+        let Err(why) = self.check_extents(file) else {
             return Ok(());
-        }
+        };
+        trace::synced_for_holes(&why);
         fsync(file).map_err(|errno| PagesUnknown::Sync(errno.into()))?;
         self.check_extents(file)
+            .inspect_err(trace::holes_not_trusted)
     }
 
     fn check_extents(&self, file: &File) -> Result<(), WriteAmbiguity> {

@@ -11,7 +11,7 @@ use std::path::Path;
 use atomic_file::NotPreserved;
 use dirty_bitmap::Coverage;
 use image_format::{ImageId, Layout};
-use sparse_file::{Pass, WriteError, WriteOptions};
+use sparse_file::{EngineChoice, Pass, WriteError, WriteOptions};
 
 use crate::error::SnapshotError;
 use crate::geometry::Geometry;
@@ -120,6 +120,27 @@ impl MemoryWriter {
     #[must_use]
     pub fn recycled(&self) -> bool {
         self.staged.recycled()
+    }
+
+    /// Returns the I/O engine that a full dump by this writer uses, and why no faster one does. See
+    /// [`WriteOptions::engine_choice`].
+    ///
+    /// # Examples
+    /// ```
+    /// use memory_writer::MemoryWriter;
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// let writer = MemoryWriter::open(dir.path().join("full.mem"), 1 << 30, 4096)?;
+    /// let choice = writer.engine_choice();
+    /// if choice.is_fallback() {
+    ///     println!("a faster engine is not available: {choice}");
+    /// }
+    /// # Ok::<(), memory_writer::SnapshotError>(())
+    /// ```
+    #[must_use]
+    pub fn engine_choice(&self) -> EngineChoice {
+        let ram_size = self.geometry.ram_size;
+        self.write.engine_choice(self.staged.file(), ram_size)
     }
 
     /// Returns the id of the snapshot, or `None` for a raw one. A diff on top of the snapshot names

@@ -24,6 +24,10 @@ pub struct Cli {
     /// Print only errors, warnings and requested output; no progress bar
     #[arg(short, long, global = true)]
     pub quiet: bool,
+    /// Print to stderr why ramsnap does what it does: the I/O engine and why no faster one, holes
+    /// that are not trusted, files that were swept; -vv prints more. RAMSNAP_LOG overrides it
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
     #[command(subcommand)]
     pub verb: Verb,
 }
@@ -135,6 +139,10 @@ Exit status:
   128 plus the number of a signal: interrupted by SIGINT (130), SIGTERM (143), SIGHUP (129),
        SIGQUIT (131), SIGALRM (142), SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM or SIGPROF,
        unless it was ignored from the start, as SIGHUP is under nohup
+
+Environment:
+  RAMSNAP_LOG  the events to print to stderr, in place of --verbose: a level (error, warn, info, debug, trace)
+               or directives such as sparse_file=debug,atomic_file=info. Without color unless stderr is a terminal
 
 If the exit status is not 0, the output is unchanged unless the message states that the new file is in place or may be: a file is staged \
 beside the output, and replaces it when it is complete and synced. The first signal removes the staged file. A second signal ends ramsnap at \

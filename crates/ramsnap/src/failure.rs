@@ -22,6 +22,11 @@ pub enum Failure {
     StreamIsFile { stream: &'static str, path: PathBuf },
     #[error("{path:?} would replace one of its inputs: name another file, or say --in-place")]
     MergeOntoInput { path: PathBuf },
+    #[error(
+        "RAMSNAP_LOG is {value:?}, which names no events: set it to a level such as debug, or to directives such \
+         as sparse_file=debug"
+    )]
+    EventFilter { value: String },
     #[error("`-` is a stream, which is always compressed: add --zstd")]
     StreamNotCompressed,
     #[error("--zstd is for streams: name `-` as input or output")]
@@ -328,6 +333,7 @@ impl Failure {
             | Self::OutputIsInput { .. }
             | Self::StreamIsFile { .. }
             | Self::MergeOntoInput { .. }
+            | Self::EventFilter { .. }
             | Self::StreamNotCompressed
             | Self::NoStream
             | Self::StreamLayout

@@ -8,6 +8,7 @@
 mod args;
 mod cause;
 mod cli;
+mod events;
 mod exit_status;
 mod failure;
 mod input;
@@ -54,7 +55,9 @@ fn run() -> anyhow::Result<ExitStatus> {
         print::check_stdout()?;
     }
     print::check_apart(&cli.verb.files(), prints)?;
-    cli.verb.run(&Session::begin(cli.quiet)?)
+    let events = events::start(cli.verbose)?;
+    // A bar would be drawn over the events.
+    cli.verb.run(&Session::begin(cli.quiet, !events)?)
 }
 
 fn main() -> ExitCode {

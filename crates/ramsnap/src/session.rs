@@ -21,14 +21,15 @@ pub struct Session {
 }
 
 impl Session {
-    pub fn begin(quiet: bool) -> anyhow::Result<Self> {
+    /// Begins a session. It shows progress bars if `bars` is set and `quiet` is not.
+    pub fn begin(quiet: bool, bars: bool) -> anyhow::Result<Self> {
         let interrupt = Interrupt::listen().context(
             "cannot start the thread that listens for signals: raise the limit of threads and processes (ulimit -u, \
              pids.max), or end some",
         )?;
         Ok(Self {
             quiet,
-            bars: !quiet,
+            bars: bars && !quiet,
             interrupt,
         })
     }

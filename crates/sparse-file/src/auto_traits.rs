@@ -1,8 +1,8 @@
 //! Checks at compile time which public types threads may send and share.
 
 use crate::{
-    CancelGuard, CancelToken, Capabilities, Extents, FileIdentity, PageHoles, WriteError,
-    WriteOptions,
+    CancelGuard, CancelToken, Capabilities, EngineChoice, Extents, FileIdentity, PageHoles,
+    WriteError, WriteOptions,
 };
 
 fn shared<T: Send + Sync>() {}
@@ -12,6 +12,7 @@ fn main_types_are_send_and_sync() {
     shared::<CancelGuard>();
     shared::<CancelToken>();
     shared::<Capabilities>();
+    shared::<EngineChoice>();
     shared::<Extents>();
     shared::<FileIdentity>();
     shared::<PageHoles>();

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
 use crate::holes::{HolesUnknown, check_holes_are_zeros};
-use crate::sys;
+use crate::{sys, trace};
 
 /// The kind of a range: stored, or a hole that reads as zeros without being stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -105,7 +105,8 @@ pub fn extents_in<F: Borrow<File>>(file: F, range: Range<u64>) -> io::Result<Ext
             reported_extents_in(file, range, confirm)
         }
         Err(HolesUnknown::Io(error)) => Err(error),
-        Err(_) => {
+        Err(why) => {
+            trace::holes_not_used(&why);
             let mut extents = Extents::new(file, range)?;
             extents.ahead = extents.rest_is_data(ExtentSource::NotUsed).map(Ok);
             Ok(extents)
@@ -274,6 +275,7 @@ impl<F: Borrow<File>> Extents<F> {
 
     fn rest_is_data(&mut self, source: ExtentSource) -> Option<Extent> {
         self.source = source;
+        trace::rest_is_data(self.at, source);
         (self.at < self.end).then(|| self.advance(self.end, ExtentKind::Data))
     }
 

@@ -162,7 +162,12 @@
 //!   [`write_runs`].
 //! - If another program changes a file, its extents may be outdated.
 //!
-//! There are no cargo features.
+//! # Cargo features
+//!
+//! - `tracing` (off by default): emits events of the crate [`tracing`](https://docs.rs/tracing), or
+//!   records of the crate [`log`](https://docs.rs/log) if the program has no subscriber of
+//!   `tracing`. They state which engine writes and why no faster one does, that direct I/O was
+//!   refused, and that holes are not trusted. No event contains bytes of memory.
 
 #[cfg(test)]
 mod auto_traits;
@@ -175,6 +180,7 @@ mod probe;
 mod progress;
 mod space;
 mod sys;
+mod trace;
 mod write;
 mod zero;
 
@@ -190,7 +196,9 @@ pub use probe::{
 };
 pub use progress::{CancelGuard, CancelToken, Pass, Progress, ProgressFn};
 pub use space::{SpaceError, allocated_bytes, check_len, grow, punch_hole, reserve, share_blocks};
-pub use write::{Engine, RunSource, WriteError, WriteOptions, write_runs};
+pub use write::{
+    Engine, EngineChoice, EngineReason, RunSource, WriteError, WriteOptions, write_runs,
+};
 pub use zero::{ZeroError, zero_range, zero_ranges};
 
 #[cfg(doctest)]

@@ -1,6 +1,7 @@
 //! Writes ranges of a source to the same ranges of a file.
 
 mod auto;
+mod choice;
 mod chunks;
 mod error;
 mod job;
@@ -19,11 +20,13 @@ use std::ops::{ControlFlow, Range};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+pub use choice::{EngineChoice, EngineReason};
 pub use error::WriteError;
 pub use options::{Engine, WriteOptions};
 pub use source::RunSource;
 
 use crate::limit::SizeLimit;
+use crate::trace;
 use chunks::Chunks;
 use job::Job;
 use progress::Progress;
@@ -91,7 +94,11 @@ pub fn write_runs<S: RunSource + ?Sized>(
         source,
         progress: Progress::new(progress),
     };
-    match options.engine {
+    let requested = options.engine;
+    if requested != Engine::Auto {
+        trace::engine_chosen(&EngineChoice::new(requested, EngineReason::Requested));
+    }
+    match requested {
         Engine::Auto => auto::write(job),
         Engine::Pwrite => pwrite::write(job),
         Engine::Threads => threads::write(job),

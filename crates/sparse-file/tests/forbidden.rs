@@ -9,7 +9,7 @@ use std::io;
 
 use libc::{SYS_clone, SYS_clone3, SYS_io_uring_enter, SYS_io_uring_setup, SYS_pwrite64};
 use rstest::rstest;
-use sparse_file::{Engine, WriteError, WriteOptions, grow, write_runs};
+use sparse_file::{Capabilities, Engine, EngineReason, WriteError, WriteOptions, grow, write_runs};
 use support::{Shifted, child, child_task, contents, expect_success, go_on, ram, strace_child};
 use test_machine::Need;
 
@@ -116,6 +116,42 @@ fn calling_thread_writes_without_ring_and_threads() {
             if source.raw_os_error() == Some(libc::EAGAIN)),
         "{error:?}"
     );
+}
+
+#[test]
+fn the_choice_names_the_error_of_each_engine_that_is_missing() {
+    const TEST: &str = "the_choice_names_the_error_of_each_engine_that_is_missing";
+    if child_task().is_none() {
+        return expect_success(child(TEST, "forbidden"));
+    }
+    let dir = std::env::temp_dir();
+    if Capabilities::probe(&dir)
+        .expect("probed")
+        .direct_io
+        .is_none()
+    {
+        return;
+    }
+    let file = tempfile::tempfile_in(dir).expect("file");
+    forbid(&[(SYS_io_uring_setup, libc::ENOSYS)]);
+    let choice = WriteOptions::new().engine_choice(&file, LEN);
+    assert_eq!(choice.engine, Engine::Threads);
+    assert!(
+        matches!(&choice.because, EngineReason::NoRing { source }
+            if source.raw_os_error() == Some(libc::ENOSYS)),
+        "{choice}"
+    );
+    assert!(choice.to_string().contains("Function not implemented"));
+    forbid(&[(SYS_clone, libc::EAGAIN), (SYS_clone3, libc::EAGAIN)]);
+    let choice = WriteOptions::new().engine_choice(&file, LEN);
+    assert_eq!(choice.engine, Engine::Pwrite);
+    assert!(
+        matches!(&choice.because, EngineReason::NoRingAndNoThreads { ring, threads }
+            if ring.raw_os_error() == Some(libc::ENOSYS)
+                && threads.raw_os_error() == Some(libc::EAGAIN)),
+        "{choice}"
+    );
+    assert!(choice.is_fallback());
 }
 
 /// Returns the lines of a trace of a child that writes with [`Engine::Auto`].

@@ -14,8 +14,8 @@ use crate::recover::recover_pending_for;
 use crate::recycle;
 use crate::rename::PublishError;
 use crate::staged_file::{STAGED_MODE, StagedFile};
-use crate::sys;
 use crate::version::FileVersion;
+use crate::{sys, trace};
 
 impl AtomicWriter {
     /// Syncs the file, renames it onto the destination, and syncs the directory.
@@ -84,6 +84,10 @@ impl AtomicWriter {
         // could restore it as the destination. A version to replace is open, so it is not kept;
         // locking it here would exclude this writer itself.
         let keeps_old = durability == Durability::Full && !no_clobber && replace_only.is_none();
+        if recycle.is_some() && !keeps_old {
+            let why = "that takes Durability::Full, and neither no_clobber nor replace_only";
+            trace::old_file_not_kept(&dest.path, &io::Error::other(why));
+        }
         let old = recycle
             .filter(|_| keeps_old)
             .and_then(|max_bytes| recycle::lock_old(&dest.dir, &dest.name, max_bytes));
@@ -208,7 +212,7 @@ fn publish(
         match staged.exchange(old) {
             Ok(old) => return Ok(Replaced::Exchanged(old)),
             // The exchange changed nothing: fall back to a rename.
-            Err(PublishError::NotPublished(_)) => {}
+            Err(PublishError::NotPublished(why)) => trace::old_file_not_kept(&dest.path, &why),
             Err(unknown @ PublishError::Unknown { .. }) => return Err(unknown),
         }
     }

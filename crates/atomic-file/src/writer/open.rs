@@ -22,7 +22,7 @@ use crate::retry::retry;
 use crate::staged_file::{STAGED_MODE, StagedFile};
 use crate::stat::{Stat, stat_of};
 use crate::sweep::remove_leftovers;
-use crate::sys;
+use crate::{sys, trace};
 
 impl AtomicWriterOptions {
     /// Stages a new file for `dest`.
@@ -95,10 +95,15 @@ impl AtomicWriter {
                 None
             }
         };
+        if elsewhere && options.recycle.is_some() {
+            let why = io::Error::other("the file is staged in another directory");
+            trace::old_file_not_kept(path, &why);
+        }
         let recycled = reused.is_some();
         let staged = reused
             .map_or_else(|| StagedFile::create(&staging, &dest.name), Ok)
             .map_err(|source| not_staged(&staging, path, source))?;
+        trace::staged(path, staged.path(), recycled);
         let not_preserved = try_attributes(&staged, &dest, options)?;
         // The commit lists the directory with the staged file open: detect the descriptor limit
         // now.

@@ -11,6 +11,7 @@ use super::segment::SegmentSource;
 use super::{Chain, Members};
 use crate::error::{ChainError, NotFullError, ReadAmbiguity};
 use crate::image::Image;
+use crate::trace;
 
 impl Chain {
     /// Opens the full image `base`, sealed or packed, as the base of a chain with pages of
@@ -189,6 +190,7 @@ impl Chain {
         match self.pages_of_diff(image) {
             Ok(pages) => Ok((pages, None)),
             Err(ChainError::AmbiguousDiff { why, .. }) => {
+                trace::holes_not_trusted(image, &why);
                 let pages = image.pages_by_reported_holes(self.page_size)?;
                 Ok((Pages::Listed(pages), Some(why)))
             }
@@ -290,6 +292,7 @@ impl Chain {
                 }
             }
         }
+        trace::image_added(layer, &newest);
         if self.ram_layout.is_none() {
             self.ram_layout = newest.ram_layout();
         }

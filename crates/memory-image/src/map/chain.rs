@@ -16,6 +16,7 @@ use crate::chain::segment::{Segment, SegmentSource};
 use crate::error::{MapError, ReadImageError};
 use crate::image::READ_SIZE;
 use crate::restore::{HostRam, RamTarget};
+use crate::trace;
 
 /// A chain mapped copy-on-write (`MAP_PRIVATE`) as one range of host memory: RAM for a guest that
 /// starts at once and reads its pages when it touches them. The guest's writes never change the
@@ -178,6 +179,7 @@ impl MappedChainOptions {
         copy(chain, copies, &mut ram.as_target(size), report)?;
         advised(ram.read_single_pages(false))?;
         chain.check_unchanged()?;
+        trace::mapped(stored - copied, copied);
         Ok(MappedChain {
             ram,
             layout: chain.ram_layout().cloned(),

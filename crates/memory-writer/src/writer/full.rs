@@ -11,6 +11,7 @@ use crate::error::SnapshotError;
 use crate::geometry::Geometry;
 use crate::page_record::PageRecord;
 use crate::stale_pages::StalePages;
+use crate::trace;
 use crate::write_pass::WritePass;
 
 impl MemoryWriter {
@@ -74,7 +75,8 @@ impl MemoryWriter {
         self.begin()?;
         match share_blocks(image, self.staged.file(), self.geometry.ram_size) {
             Ok(()) => {}
-            Err(SpaceError::Unsupported { .. }) => {
+            Err(why @ SpaceError::Unsupported { .. }) => {
+                trace::blocks_not_shared(self.staged.dest_path(), &why);
                 self.state = before;
                 return Ok(false);
             }

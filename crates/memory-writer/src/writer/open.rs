@@ -18,6 +18,7 @@ use crate::page_record::PageRecord;
 use crate::sealing::FooterBuilder;
 use crate::stale_pages::StalePages;
 use crate::target::Target;
+use crate::trace;
 
 impl MemoryWriterOptions {
     /// Stages a memory file of `ram_size` bytes in pages of `page_size` bytes. The file replaces or
@@ -170,6 +171,7 @@ impl MemoryWriterOptions {
             true => StalePages::of_new_writes(layout, geometry),
             false => None,
         };
+        trace::opened(staged.dest_path(), layout, geometry, staged.recycled());
         Ok(MemoryWriter {
             staged,
             geometry,

@@ -86,7 +86,8 @@ pub(crate) fn reopen_direct(file: &File) -> io::Result<File> {
         || flags & OFlag::O_ACCMODE == OFlag::O_RDONLY
         || flags.intersects(OFlag::O_APPEND | OFlag::O_PATH)
     {
-        return Err(Errno::EINVAL.into());
+        let why = "it is not a regular file that is open for writing at any offset";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     }
     let kept = flags & (OFlag::O_SYNC | OFlag::O_DSYNC);
     let direct = OpenOptions::new()

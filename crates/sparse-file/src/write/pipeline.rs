@@ -1,8 +1,8 @@
 //! Keeps requests in flight. Separates chunks into direct and cached parts, and completes every
 //! request.
 
-use std::io;
 use std::ops::Range;
+use std::{io, mem};
 
 use host_memory::{AlignedBuffer, HostMemory};
 
@@ -13,7 +13,7 @@ use super::pwrite::{self, Pwrite};
 use super::source::RunSource;
 use super::target::Alignment;
 use crate::limit::SizeLimit;
-use crate::sys;
+use crate::{sys, trace};
 
 /// Maximum size of a request in bytes: larger ones were not faster.
 const REQUEST: usize = 1 << 20;
@@ -89,6 +89,7 @@ where
         in_flight: Vec::with_capacity(Q::DEPTH),
         buffers: Buffers::new(job.chunk_size.min(REQUEST)),
         progress: job.progress,
+        refused: false,
     };
     let mut failure = None;
     for chunk in job.chunks {
@@ -135,6 +136,8 @@ struct Pipeline<'a, Q> {
     in_flight: Vec<Range<u64>>,
     buffers: Buffers,
     progress: Progress<'a>,
+    /// Whether the file system has refused a direct write.
+    refused: bool,
 }
 
 impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
@@ -268,6 +271,9 @@ impl<'m, Q: Queue<'m>> Pipeline<'_, Q> {
                 if sys::is_unsupported_argument(&error)
                     || error.raw_os_error().is_some_and(is_retried) =>
             {
+                if sys::is_unsupported_argument(&error) && !mem::replace(&mut self.refused, true) {
+                    trace::direct_write_refused(request.offset, &error);
+                }
                 0
             }
             Err(source) => {

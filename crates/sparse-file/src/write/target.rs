@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 
 use host_memory::HostMemory;
 
-use crate::sys;
+use crate::{sys, trace};
 
 /// The largest block size that is used: no file system in use has larger blocks, and network file
 /// systems report the size of their transfers.
@@ -23,23 +23,35 @@ pub(super) struct Target {
 impl Target {
     /// Opens the file for direct I/O if possible, otherwise for writes through the page cache.
     pub(super) fn of(file: &File) -> io::Result<Self> {
-        Self::direct(file).map_or_else(|| Self::cached(file), Ok)
+        Self::direct(file).or_else(|why| {
+            trace::direct_io_refused(&why);
+            Self::cached(file)
+        })
     }
 
-    /// Opens the file for direct I/O. Returns `None` if that is not possible.
-    pub(super) fn direct(file: &File) -> Option<Self> {
-        let direct = sys::reopen_direct(file).ok()?;
+    /// Opens the file for direct I/O. Returns the reason if that is not possible.
+    pub(super) fn direct(file: &File) -> io::Result<Self> {
+        let direct = sys::reopen_direct(file)?;
         let reported = sys::reported_direct_alignment(&direct);
         // Direct writes must not share a page of the page cache or a block of the file system with
         // cached writes.
         let page = sys::page_size();
-        let block = usize::try_from(file.metadata().ok()?.blksize())
+        let block = usize::try_from(file.metadata()?.blksize())
             .ok()
             .filter(|block| block.is_power_of_two() && *block <= LARGEST_BLOCK)
             .map_or(page, |block| block.max(page));
         let (memory, offset) = reported.unwrap_or((block, block));
         let usable = |align: usize| align.is_power_of_two() && align <= LARGEST_BLOCK;
-        (usable(memory) && usable(offset)).then_some(Self {
+        if (memory, offset) == (0, 0) {
+            let why = "the file system does not support it for this file";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        }
+        if !usable(memory) || !usable(offset) {
+            let why =
+                format!("it requires memory aligned to {memory} and blocks of {offset} bytes");
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        }
+        Ok(Self {
             file: direct,
             alignment: Alignment {
                 memory,

@@ -365,7 +365,7 @@ mod tests {
 
     #[test]
     fn ram_is_emptied_by_a_panic_while_it_is_restored() {
-        let session = Session::begin(true).unwrap();
+        let session = Session::begin(true, false).unwrap();
         let ram = tempfile::NamedTempFile::new().unwrap();
         ram.as_file().write_all_at(&[7; 8192], 0).unwrap();
         let mut target = InPlace {
