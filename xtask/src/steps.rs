@@ -4,6 +4,7 @@ mod busy;
 mod changed;
 mod ci;
 mod durations;
+mod error_texts;
 mod left_out;
 mod page;
 mod prose;

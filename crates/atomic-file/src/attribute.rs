@@ -39,7 +39,7 @@ impl fmt::Display for Attribute {
 
 /// An attribute of the replaced file that the new file cannot receive.
 #[derive(Debug, Error)]
-#[error("the {attribute} of the replaced file cannot be preserved")]
+#[error("the {attribute} of the replaced file cannot be preserved: {source}")]
 pub struct NotPreserved {
     /// The attribute.
     pub attribute: Attribute,

@@ -162,6 +162,6 @@ pub enum DecodeError {
     #[error("the encoded bitmap marks pages after the end of its RAM: it is damaged")]
     MarkOutsideRam,
     /// The geometry is invalid, or memory for the bitmap can't be allocated.
-    #[error("failed to make the encoded bitmap")]
+    #[error("failed to make the encoded bitmap: {0}")]
     Geometry(#[from] GeometryError),
 }

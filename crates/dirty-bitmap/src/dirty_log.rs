@@ -68,7 +68,7 @@ pub enum DirtyLogError {
     /// page inside was marked.
     #[error(
         "the dirty log reports pages outside the tracked RAM: pass the address of the log's memory \
-         slot, and a bitmap that covers it"
+         slot, and a bitmap that covers it: {0}"
     )]
     OutOfRange(#[source] OutOfRange),
 }

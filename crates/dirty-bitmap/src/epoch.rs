@@ -322,7 +322,7 @@ pub enum BeginEpochError {
     )]
     AlreadyOpen,
     /// Memory for the marks can't be allocated.
-    #[error("failed to take the marks out of the bitmap")]
+    #[error("failed to take the marks out of the bitmap: {0}")]
     OutOfMemory(#[source] GeometryError),
 }
 
@@ -334,7 +334,7 @@ pub enum ExtendError {
     #[error(transparent)]
     Reclaimed(#[from] EpochReclaimed),
     /// Memory for the marks can't be allocated.
-    #[error("failed to take the marks out of the bitmap")]
+    #[error("failed to take the marks out of the bitmap: {0}")]
     OutOfMemory(#[from] GeometryError),
 }
 
@@ -361,9 +361,9 @@ pub struct EpochCommitting;
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum ReleaseError<E> {
     /// The epoch was reclaimed before the commit. Nothing was committed.
-    #[error("nothing was committed")]
+    #[error("nothing was committed: {0}")]
     Reclaimed(#[from] EpochReclaimed),
     /// The commit failed.
-    #[error("the commit failed, and the marks of its epoch are back in the bitmap")]
+    #[error("the commit failed, and the marks of its epoch are back in the bitmap: {0}")]
     Commit(#[source] E),
 }

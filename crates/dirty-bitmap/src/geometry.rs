@@ -106,7 +106,7 @@ pub enum GeometryError {
     NoRam,
     /// `ram_size` is larger than [`MAX_RAM_SIZE`].
     #[error(
-        "the RAM size {ram_size:#x} exceeds the limit of {MAX_RAM_SIZE:#x} bytes: pass a smaller size"
+        "the RAM size {ram_size} exceeds the limit of {MAX_RAM_SIZE} bytes: pass a smaller size"
     )]
     RamTooLarge {
         /// The requested size, in bytes.
@@ -114,7 +114,7 @@ pub enum GeometryError {
     },
     /// `ram_start + ram_size` exceeds 64 bits.
     #[error(
-        "RAM of {ram_size:#x} bytes at {ram_start:#x} ends past the last 64-bit address: pass a \
+        "RAM of {ram_size} bytes at {ram_start:#x} ends past the last 64-bit address: pass a \
          smaller start or size"
     )]
     AddressOverflow {
@@ -173,7 +173,7 @@ pub struct OutOfRange {
 /// moved or copied.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error(
-    "the bitmaps cover different RAM, {this_size:#x} bytes at {this_start:#x} and {other_size:#x} \
+    "the bitmaps cover different RAM, {this_size} bytes at {this_start:#x} and {other_size} \
      bytes at {other_start:#x}: make both with the same start and size"
 )]
 #[non_exhaustive]

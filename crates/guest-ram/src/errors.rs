@@ -10,8 +10,8 @@ use thiserror::Error;
 /// An error for a bitmap that does not cover the guest's RAM.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error(
-    "the bitmap covers {bitmap_size:#x} bytes from {bitmap_start:#x} on, but the guest has \
-     {ram_size:#x} bytes of RAM: create it with start 0 and the size of the RAM \
+    "the bitmap covers {bitmap_size} bytes from {bitmap_start:#x} on, but the guest has \
+     {ram_size} bytes of RAM: create it with start 0 and the size of the RAM \
      (`layout.ram_size()`)"
 )]
 #[allow(clippy::exhaustive_structs)]
@@ -27,7 +27,7 @@ pub struct BitmapMismatch {
 /// An error for a RAM region that does not consist of whole pages.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error(
-    "the RAM region of {size:#x} bytes at {guest_start:#x} does not start and end at a multiple of \
+    "the RAM region of {size} bytes at {guest_start:#x} does not start and end at a multiple of \
      the page size of {page_size} bytes: align it"
 )]
 #[allow(clippy::exhaustive_structs)]
@@ -51,13 +51,13 @@ pub enum GuestRamError {
     #[error(transparent)]
     BitmapMismatch(#[from] BitmapMismatch),
     /// The bitmap of the RAM could not be created.
-    #[error("failed to create the dirty bitmap of the RAM")]
+    #[error("failed to create the dirty bitmap of the RAM: {0}")]
     Bitmap(#[source] GeometryError),
     /// The host did not provide the memory.
     #[error(
-        "{call} failed for {size:#x} bytes of guest RAM: check the address-space limit \
+        "{call} failed for {size} bytes of guest RAM: check the address-space limit \
          (ulimit -v), the overcommit policy, and, for a memory file, the file-size limit \
-         (ulimit -f)"
+         (ulimit -f): {source}"
     )]
     Allocate {
         /// The system call.
@@ -105,7 +105,7 @@ pub enum GuestRamError {
     Layout(#[source] LayoutError),
     /// A mapping is not as large as its region.
     #[error(
-        "a mapping of {mapped:#x} bytes was made for the RAM region of {size:#x} bytes at \
+        "a mapping of {mapped} bytes was made for the RAM region of {size} bytes at \
          {guest_start:#x}: map as many bytes as the region has"
     )]
     MappingSize {

@@ -5,7 +5,7 @@ use std::io;
 /// The payload of the `UnexpectedEof` error of a read past the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{len} bytes at offset {offset} end past the {size} bytes of the source: check the RAM size or \
+    "{len} bytes at offset {offset:#x} end past the {size} bytes of the source: check the RAM size or \
      layout"
 )]
 #[non_exhaustive]

@@ -65,7 +65,10 @@ pub enum FooterError {
         version: u32,
     },
     /// The footer is damaged.
-    #[error("the footer is damaged at offset {offset:#x}: use another copy of the image")]
+    #[error(
+        "the footer is damaged at offset {offset:#x}: use another copy of the image{}",
+        reason(source.as_ref())
+    )]
     Damaged {
         /// The file offset of the first invalid field, in bytes.
         offset: u64,
@@ -73,7 +76,7 @@ pub enum FooterError {
         source: Option<InvalidFooter>,
     },
     /// The footer is inconsistent although its checksum is correct, or the footer to be written is.
-    #[error("the footer is inconsistent")]
+    #[error("the footer is inconsistent: {0}")]
     Invalid(#[from] InvalidFooter),
     /// The footer exceeds the maximum length.
     #[error("a footer of {len} bytes is too large: use larger pages, which result in fewer runs")]
@@ -88,7 +91,7 @@ pub enum FooterError {
     )]
     Append,
     /// A system call failed.
-    #[error("failed to {operation} the footer at offset {offset:#x}")]
+    #[error("failed to {operation} the footer at offset {offset:#x}: {source}")]
     Io {
         /// `read` or `write`.
         operation: &'static str,
@@ -124,7 +127,7 @@ impl FooterError {
 pub enum InvalidFooter {
     /// The size of the RAM or of a page is not supported.
     #[error(
-        "a RAM size of {ram_size:#x} bytes with pages of {page_size:#x} bytes is not supported: \
+        "a RAM size of {ram_size} bytes with pages of {page_size} bytes is not supported: \
          use at most 2^52 bytes, and whole pages of a power of two from 512 bytes"
     )]
     Sizes {
@@ -154,7 +157,7 @@ pub enum InvalidFooter {
         index: usize,
     },
     /// The sizes of the regions do not add up to the RAM size.
-    #[error("the regions have {sum:#x} bytes, but the RAM has {ram_size:#x} bytes")]
+    #[error("the regions have {sum} bytes, but the RAM has {ram_size} bytes")]
     RegionsSum {
         /// The total size of the regions in bytes.
         sum: u64,
@@ -229,4 +232,9 @@ pub enum InvalidFooter {
         /// The file offset of the end of the pages, in bytes.
         data_end: u64,
     },
+}
+
+/// Returns the reason as the end of an error's text.
+fn reason(source: Option<&InvalidFooter>) -> String {
+    source.map_or_else(String::new, |source| format!(": {source}"))
 }

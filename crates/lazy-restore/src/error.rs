@@ -50,7 +50,7 @@ pub enum LazyError {
         working_set: u64,
     },
     /// There is no address space for the guest's RAM.
-    #[error("failed to reserve {size} bytes of address space for the guest's RAM")]
+    #[error("failed to reserve {size} bytes of address space for the guest's RAM: {source}")]
     Reserve {
         /// The size of the RAM in bytes.
         size: u64,
@@ -78,7 +78,7 @@ pub enum LazyError {
     )]
     Source(#[source] io::Error),
     /// The kernel does not fill memory on demand here, or no longer does.
-    #[error("failed to fill the guest's RAM on demand")]
+    #[error("failed to fill the guest's RAM on demand: {0}")]
     Userfaultfd(#[from] UserfaultfdError),
 }
 

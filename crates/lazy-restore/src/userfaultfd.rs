@@ -212,19 +212,20 @@ pub enum UserfaultfdError {
     #[error(
         "userfaultfd is not permitted: let the process open /dev/userfaultfd (Linux 6.1) or pass it \
          an open one (LazyRamOptions::userfaultfd), give it CAP_SYS_PTRACE, or set the sysctl \
-         vm.unprivileged_userfaultfd to 1"
+         vm.unprivileged_userfaultfd to 1: {0}"
     )]
     NotPermitted(#[source] io::Error),
     /// The kernel returned no descriptor for another reason.
-    #[error("failed to open userfaultfd")]
+    #[error("failed to open userfaultfd: {0}")]
     Open(#[source] io::Error),
     /// The descriptor that the caller [passed](crate::LazyRamOptions::userfaultfd) cannot be used.
-    #[error("the descriptor that was passed cannot fill the guest's RAM on demand")]
+    #[error("the descriptor that was passed cannot fill the guest's RAM on demand: {0}")]
     Passed(#[source] AdoptError),
     /// The kernel refused to register the memory.
     #[error(
-        "{len:#x} bytes at {start:#x} cannot be registered with userfaultfd: give whole pages of \
-         private anonymous memory that is mapped writable and registered with no other userfaultfd"
+        "{len} bytes at {start:#x} cannot be registered with userfaultfd: give whole pages of \
+         private anonymous memory that is mapped writable and registered with no other userfaultfd: \
+         {source}"
     )]
     Register {
         /// The address of the memory.
@@ -236,7 +237,7 @@ pub enum UserfaultfdError {
     },
     /// The memory consists of huge pages, which cannot be filled page by page.
     #[error(
-        "{len:#x} bytes at {start:#x} are huge pages of hugetlbfs: \
+        "{len} bytes at {start:#x} are huge pages of hugetlbfs: \
          give memory of the host's own page size"
     )]
     HugePages {
@@ -247,7 +248,7 @@ pub enum UserfaultfdError {
     },
     /// Other users may share the memory: they would find zeros in pages that are still missing.
     #[error(
-        "{len:#x} bytes at {start:#x} are not private anonymous memory ({mapping}), and its other \
+        "{len} bytes at {start:#x} are not private anonymous memory ({mapping}), and its other \
          users would find zeros in missing pages: restore the chain into it before anything else uses it \
          (Chain::restore)"
     )]
@@ -260,10 +261,10 @@ pub enum UserfaultfdError {
         mapping: String,
     },
     /// The check that the memory is private failed.
-    #[error("failed to check that the memory is private: mount /proc")]
+    #[error("failed to check that the memory is private: mount /proc: {0}")]
     Unchecked(#[source] MappingsError),
     /// The memory cannot be discarded, or cannot be excluded from forked children.
-    #[error("failed to prepare {len:#x} bytes at {start:#x}: {what}")]
+    #[error("failed to prepare {len} bytes at {start:#x}: {what}: {source}")]
     Prepare {
         /// The address of the memory.
         start: u64,
@@ -285,7 +286,7 @@ pub enum UserfaultfdError {
     },
     /// Memory was unmapped or moved while it was being filled.
     #[error(
-        "{len:#x} bytes at offset {offset:#x} of the guest's RAM were unmapped or moved: keep the \
+        "{len} bytes at offset {offset:#x} of the guest's RAM were unmapped or moved: keep the \
          memory mapped until the restore has finished"
     )]
     Unmapped {
@@ -295,15 +296,15 @@ pub enum UserfaultfdError {
         len: u64,
     },
     /// A thread could not be started, or panicked.
-    #[error("failed to run a thread that fills the memory")]
+    #[error("failed to run a thread that fills the memory: {0}")]
     Thread(#[source] io::Error),
     /// Faults can no longer be received. The memory was made inaccessible.
-    #[error("failed to receive faults: the memory was made inaccessible")]
+    #[error("failed to receive faults: the memory was made inaccessible: {0}")]
     Wait(#[source] io::Error),
     /// A page could not be put into the memory.
     #[error(
         "failed to fill the page at offset {offset:#x} of the guest's RAM: check that the memory \
-         is mapped and that the host has free memory"
+         is mapped and that the host has free memory: {source}"
     )]
     Fill {
         /// The offset of the first affected byte in the RAM.

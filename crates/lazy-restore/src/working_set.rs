@@ -196,7 +196,7 @@ fn read_at_most(path: &Path, most: usize) -> io::Result<Vec<u8>> {
 #[non_exhaustive]
 pub enum WorkingSetError {
     /// The file cannot be read.
-    #[error("failed to read the working set {path:?}")]
+    #[error("failed to read the working set {path:?}: {source}")]
     Read {
         /// The file.
         path: PathBuf,
@@ -212,10 +212,10 @@ pub enum WorkingSetError {
         what: &'static str,
     },
     /// The new file could not be staged.
-    #[error("failed to stage the working set")]
+    #[error("failed to stage the working set: {0}")]
     Stage(#[from] OpenError),
     /// The new file could not be written.
-    #[error("failed to write the working set {path:?}")]
+    #[error("failed to write the working set {path:?}: {source}")]
     Write {
         /// The destination.
         path: PathBuf,
@@ -223,7 +223,7 @@ pub enum WorkingSetError {
         source: io::Error,
     },
     /// The new file was not committed. The error reports whether the destination was replaced.
-    #[error("failed to commit the working set")]
+    #[error("failed to commit the working set: {0}")]
     Commit(#[from] CommitError),
 }
 

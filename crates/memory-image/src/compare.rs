@@ -21,11 +21,11 @@ const MAX_PAGES: u64 = 1 << 33;
 #[non_exhaustive]
 pub enum CompareError {
     /// The RAM size and page size are not valid together.
-    #[error("failed to compare RAM of this size in pages of this size")]
+    #[error("failed to compare RAM of this size in pages of this size: {0}")]
     Geometry(#[from] GeometryError),
     /// The RAM has more than 2^33 pages.
     #[error(
-        "RAM of {ram_size:#x} bytes has too many pages of {page_size:#x} bytes to compare: \
+        "RAM of {ram_size} bytes has too many pages of {page_size} bytes to compare: \
          use larger pages"
     )]
     TooManyPages {
@@ -35,7 +35,7 @@ pub enum CompareError {
         page_size: u64,
     },
     /// A source could not be read.
-    #[error("failed to read the {which} source at offset {offset:#x}")]
+    #[error("failed to read the {which} source at offset {offset:#x}: {source}")]
     Read {
         /// Either `older` or `newer`.
         which: &'static str,
@@ -45,7 +45,7 @@ pub enum CompareError {
         source: io::Error,
     },
     /// A source was changed while it was read, so the result may be wrong.
-    #[error("the {which} source was changed while it was compared")]
+    #[error("the {which} source was changed while it was compared: {source}")]
     Changed {
         /// Either `older` or `newer`.
         which: &'static str,

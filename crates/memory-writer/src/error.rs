@@ -26,16 +26,16 @@ pub use write_ambiguity::WriteAmbiguity;
 #[non_exhaustive]
 pub enum SnapshotError {
     /// The size of the RAM or of a page is invalid.
-    #[error("invalid RAM geometry")]
+    #[error("invalid RAM geometry: {0}")]
     Ram(#[from] RamError),
     /// The file could not be staged. For a link to an open file, such as `/dev/stdout`
     /// ([`OpenError::MagicLink`]), pass the open file to
     /// [`MemoryWriterOptions::open_file`](crate::MemoryWriterOptions::open_file), or to a
     /// [`PackedStream`](crate::PackedStream) if it may be a pipe.
-    #[error("failed to stage the snapshot")]
+    #[error("failed to stage the snapshot: {0}")]
     Open(#[from] OpenError),
     /// A snapshot cannot be written to the open file.
-    #[error("failed to write the snapshot to an open file")]
+    #[error("failed to write the snapshot to an open file: {0}")]
     OpenFile(#[from] OpenFileError),
     /// The snapshot is written to an open file, which is not staged.
     #[error("the snapshot {dest:?} is not staged: call commit instead of finish")]
@@ -54,7 +54,8 @@ pub enum SnapshotError {
         dest: PathBuf,
     },
     /// Guest memory could not be read, or the staged file could not be written.
-    #[error("{step} failed at offset {offset:#x} for the snapshot {dest:?}{}", step.advice(source))]
+    #[error("{step} failed at offset {offset:#x} for the snapshot {dest:?}{}: \
+         {source}", step.advice(source))]
     MemoryIo {
         /// The snapshot's destination.
         dest: PathBuf,
@@ -68,7 +69,7 @@ pub enum SnapshotError {
     },
     /// The bitmap and the memory file differ in size.
     #[error(
-        "the bitmap covers {bitmap:#x} bytes, but the memory file has {file:#x}: pass the bitmap of \
+        "the bitmap covers {bitmap} bytes, but the memory file has {file}: pass the bitmap of \
          this guest's RAM"
     )]
     BitmapSize {
@@ -93,7 +94,7 @@ pub enum SnapshotError {
     /// A run of bytes is empty, ends past the RAM, begins before the previous run ended, or is not
     /// of whole pages where these are required.
     #[error(
-        "invalid run {start:#x}..{end:#x} of pages of {page_size:#x} bytes in RAM of {ram_size:#x} \
+        "invalid run {start:#x}..{end:#x} of pages of {page_size} bytes in RAM of {ram_size} \
          bytes: pass runs that ascend, do not overlap and are inside the RAM"
     )]
     Run {
@@ -129,7 +130,7 @@ pub enum SnapshotError {
         dest: PathBuf,
     },
     /// The system provided no random numbers for the snapshot's id.
-    #[error("failed to generate an id for the snapshot {dest:?}: pass one to Seal::id")]
+    #[error("failed to generate an id for the snapshot {dest:?}: pass one to Seal::id: {source}")]
     Id {
         /// The snapshot's destination.
         dest: PathBuf,
@@ -182,7 +183,7 @@ pub enum SnapshotError {
     /// this, nothing was written.
     #[error(
         "the raw diff {dest:?} could not be read back: choose Layout::Sealed or Layout::Packed, \
-         which list their pages"
+         which list their pages: {source}"
     )]
     AmbiguousDiff {
         /// The snapshot's destination.
@@ -192,7 +193,7 @@ pub enum SnapshotError {
     },
     /// The footer cannot be written. Reported as early as possible: before pages are written, if
     /// regions or metadata do not fit.
-    #[error("failed to seal the snapshot {dest:?}")]
+    #[error("failed to seal the snapshot {dest:?}: {source}")]
     Seal {
         /// The snapshot's destination.
         dest: PathBuf,
@@ -200,7 +201,7 @@ pub enum SnapshotError {
         source: FooterError,
     },
     /// The commit failed. Its error states whether the destination was replaced.
-    #[error("failed to commit the snapshot")]
+    #[error("failed to commit the snapshot: {0}")]
     Commit(#[from] CommitError),
     /// The epoch that was to be released has marks whose pages were not written since they were
     /// taken. Nothing was committed.
@@ -215,7 +216,7 @@ pub enum SnapshotError {
     },
     /// The marks of the epoch were reclaimed while the snapshot was taken. It was not committed: a
     /// later save may have committed its own file.
-    #[error("the snapshot {dest:?} was not committed")]
+    #[error("the snapshot {dest:?} was not committed: {source}")]
     EpochReclaimed {
         /// The snapshot's destination.
         dest: PathBuf,

@@ -51,7 +51,7 @@ pub struct FileReader<F = File> {
 /// The payload of the `UnexpectedEof` error of a read past the end of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the file ends before byte {end}, the end of a read of {len} bytes: check that the file is a \
+    "the file ends before byte {end:#x}, the end of a read of {len} bytes: check that the file is a \
      complete memory file and that the RAM size matches it"
 )]
 struct ShortFile {
@@ -154,7 +154,7 @@ mod tests {
         let error = source.read_at(0, &mut [0; 4096]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         assert!(
-            error.to_string().contains("ends before byte 4098"),
+            error.to_string().contains("ends before byte 0x1002"),
             "{error}"
         );
     }

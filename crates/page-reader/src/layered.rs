@@ -77,7 +77,7 @@ pub enum LayeredError {
     NoPart,
     /// A part or overlay is empty.
     #[error(
-        "the part or overlay at offset {offset} is empty: leave it out, or give its size in bytes"
+        "the part or overlay at offset {offset:#x} is empty: leave it out, or give its size in bytes"
     )]
     Empty {
         /// The offset of its start.
@@ -85,7 +85,7 @@ pub enum LayeredError {
     },
     /// An overlay ends past the layers below it.
     #[error(
-        "an overlay of {overlay_size} bytes at offset {offset} ends past the {size} bytes below \
+        "an overlay of {overlay_size} bytes at offset {offset:#x} ends past the {size} bytes below \
          it: shorten it or extend the base"
     )]
     PastEnd {

@@ -71,8 +71,8 @@ pub enum MappedMemoryError {
     },
     /// A host memory range and its RAM region differ in size.
     #[error(
-        "{mapped:#x} bytes of host memory do not match the RAM region at {guest_start:#x} of \
-         {size:#x} bytes: give the memory of the regions in ascending guest-physical order"
+        "{mapped} bytes of host memory do not match the RAM region at {guest_start:#x} of \
+         {size} bytes: give the memory of the regions in ascending guest-physical order"
     )]
     RegionSize {
         /// The guest-physical start of the region.

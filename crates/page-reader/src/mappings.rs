@@ -32,7 +32,7 @@ pub enum MappingsError {
     /// The list cannot be read.
     #[error(
         "failed to read {list}: check that this process may trace process {pid} (same user, or \
-         CAP_SYS_PTRACE)"
+         CAP_SYS_PTRACE): {source}"
     )]
     Read {
         /// The process id.

@@ -195,7 +195,7 @@ fn a_layout_error_names_the_region_and_the_remedy() {
     let error = RamLayout::new([(0x800, PAGE)]).unwrap_err().to_string();
     assert_eq!(
         error,
-        "the RAM region at 0x800 of 0x1000 bytes does not start and end at a multiple of 4096 \
+        "the RAM region at 0x800 of 4096 bytes does not start and end at a multiple of 4096 \
          bytes: give whole pages"
     );
 }

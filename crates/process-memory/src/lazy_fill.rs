@@ -108,19 +108,20 @@ pub enum LazyFillError {
     },
     /// The file cannot be examined.
     #[error(
-        "failed to check whether the memory is still being filled: its file cannot be examined"
+        "failed to check whether the memory is still being filled: its file cannot be examined: \
+         {0}"
     )]
     File(#[source] io::Error),
     /// The processes cannot be listed.
     #[error(
         "failed to check whether the memory is still being filled: the processes cannot be listed: \
-         mount /proc"
+         mount /proc: {0}"
     )]
     Processes(#[source] io::Error),
     /// The mappings of a process have an unknown format, or those of this process cannot be read.
     #[error(
         "failed to check whether the memory is still being filled: the mappings of a process \
-         cannot be listed"
+         cannot be listed: {0}"
     )]
     Mappings(#[from] MappingsError),
 }

@@ -69,7 +69,7 @@ pub enum ProcessMemoryError {
     /// The process does not exist, or this process may not trace it.
     #[error(
         "failed to open /proc/{pid}/mem: check that the process runs, and that this process may \
-         trace it (same user, or CAP_SYS_PTRACE)"
+         trace it (same user, or CAP_SYS_PTRACE): {source}"
     )]
     Open {
         /// The process id.
@@ -78,7 +78,7 @@ pub enum ProcessMemoryError {
         source: io::Error,
     },
     /// The address ranges do not form a source.
-    #[error("the address ranges in process {pid} are invalid: give non-empty ranges")]
+    #[error("the address ranges in process {pid} are invalid: give non-empty ranges: {source}")]
     Ranges {
         /// The process id.
         pid: u32,
@@ -86,7 +86,7 @@ pub enum ProcessMemoryError {
         source: LayeredError,
     },
     /// An address range ends past the highest address of a process.
-    #[error("{size:#x} bytes at address {start:#x} end past the highest address of a process")]
+    #[error("{size} bytes at address {start:#x} end past the highest address of a process")]
     PastAddressSpace {
         /// The address of the first byte of the range.
         start: u64,
@@ -105,9 +105,9 @@ pub enum ProcessMemoryError {
     /// Part of the range is not mapped in the process, or cannot be read, such as a missing page
     /// that a userfaultfd fills when it is accessed.
     #[error(
-        "failed to read {len} bytes at offset {offset} of the memory of process {pid}: part of \
+        "failed to read {len} bytes at offset {offset:#x} of the memory of process {pid}: part of \
          them is not mapped there, not readable, or not filled yet by a userfaultfd: if the guest \
-         is being restored, wait until the restore has finished"
+         is being restored, wait until the restore has finished: {source}"
     )]
     Unreadable {
         /// The process id.

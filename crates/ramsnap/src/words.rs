@@ -18,11 +18,21 @@ use crate::stderr;
 pub fn text(error: &anyhow::Error) -> String {
     let causes = error
         .chain()
-        .map(|cause| own_words(cause).unwrap_or_else(|| cause.to_string()));
+        .map(|cause| own_words(cause).unwrap_or_else(|| without_reason(cause)));
     // An I/O error that only wraps another error has the same text.
     let mut causes: Vec<_> = causes.collect();
     causes.dedup();
     causes.join(": ")
+}
+
+/// Returns the text of an error without that of its source, which the texts of the libraries
+/// contain: it is printed next, perhaps in other words.
+fn without_reason(cause: &(dyn std::error::Error + 'static)) -> String {
+    let text = cause.to_string();
+    match cause.source() {
+        Some(source) => text.replacen(&format!(": {source}"), "", 1),
+        None => text,
+    }
 }
 
 /// Prints to stderr what failed, and what to do about it.
@@ -36,10 +46,10 @@ pub fn print_error(error: &anyhow::Error) {
 /// Returns the message that replaces that of an error that names a part of a library.
 fn own_words(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
     if let Some(error) = cause.downcast_ref() {
-        return of_opening(error).or_else(|| Some(recovering(&error.to_string())));
+        return of_opening(error).or_else(|| Some(recovering(&without_reason(cause))));
     }
-    if let Some(error) = cause.downcast_ref::<RecoverError>() {
-        return Some(recovering(&error.to_string()));
+    if cause.is::<RecoverError>() {
+        return Some(recovering(&without_reason(cause)));
     }
     if let Some(error) = cause.downcast_ref() {
         return of_snapshot(error);
@@ -178,3 +188,47 @@ const LOCKED: &str = "a process holds an flock on this file, which keeps writers
      end it (`lslocks` lists it); `flock FILE ramsnap ...` locks the file against ramsnap itself: lock another file";
 
 const AFTER_ANOTHER_WRITER: &str = "nothing was replaced; look at the file with `ramsnap info`, and run this again if it still applies";
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    #[test]
+    fn each_reason_is_printed_once() {
+        let opening = OpenError::Io {
+            operation: "inspect",
+            path: PathBuf::from("/x"),
+            source: io::ErrorKind::PermissionDenied.into(),
+        };
+        let error = SnapshotError::Open(opening);
+        let reason = "permission denied";
+        let alone = error.to_string();
+        assert!(
+            alone.contains("inspect") && alone.contains(reason),
+            "{alone}"
+        );
+        let text = text(&anyhow::Error::new(error).context("cannot save"));
+        assert_eq!(text.matches(reason).count(), 1, "{text}");
+        assert_eq!(text.matches("cannot inspect").count(), 1, "{text}");
+        let parts = [
+            "cannot save: ",
+            ": cannot inspect \"/x\": permission denied",
+        ];
+        assert!(parts.iter().all(|part| text.contains(part)), "{text}");
+    }
+
+    #[test]
+    fn a_reason_in_other_words_replaces_that_of_the_library() {
+        let error = ChainError::Link {
+            path: PathBuf::from("d"),
+            newest: PathBuf::from("f"),
+            why: LinkError::NoParent,
+        };
+        assert!(error.to_string().contains(&LinkError::NoParent.to_string()));
+        let text = text(&error.into());
+        assert!(text.ends_with(": it names no parent"), "{text}");
+        assert!(!text.contains(&LinkError::NoParent.to_string()), "{text}");
+    }
+}

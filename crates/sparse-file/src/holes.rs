@@ -45,7 +45,7 @@ pub enum HolesUnknown {
     )]
     NoExtents,
     /// The type of the file or of its file system could not be determined.
-    #[error("failed to determine the file system of the file")]
+    #[error("failed to determine the file system of the file: {0}")]
     Io(#[from] io::Error),
 }
 

@@ -29,7 +29,7 @@ pub enum PagesUnknown {
     )]
     OtherLayer,
     /// The directory could not be probed. The probe needs write access.
-    #[error("failed to probe the file system")]
+    #[error("failed to probe the file system: {0}")]
     Probe(#[from] ProbeError),
     /// The file system does not keep holes as small as a page.
     #[error(
@@ -68,7 +68,7 @@ pub enum PagesUnknown {
         option: &'static str,
     },
     /// The file could not be synced, and a sync may change its reported extents.
-    #[error("failed to sync the file")]
+    #[error("failed to sync the file: {0}")]
     Sync(#[source] io::Error),
 }
 

@@ -44,7 +44,7 @@ pub enum ProbeError {
     /// No temporary file could be created.
     #[error(
         "failed to create a temporary file in {dir:?} to probe its file system: pass an existing, \
-         writable directory"
+         writable directory: {source}"
     )]
     CreateFile {
         /// The directory that was to be probed.
@@ -54,7 +54,8 @@ pub enum ProbeError {
     },
     /// A system call failed that succeeds on a working file system.
     #[error(
-        "failed to probe the file system of {dir:?}: could not {operation} a temporary file of 16 MiB"
+        "failed to probe the file system of {dir:?}: could not {operation} a temporary file of 16 MiB: \
+         {source}"
     )]
     Io {
         /// The directory that was to be probed.

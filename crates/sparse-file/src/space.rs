@@ -19,13 +19,13 @@ pub enum SpaceError {
         operation: &'static str,
     },
     /// The range ends before it starts, or past the largest file offset.
-    #[error("the range {}..{} is not a valid file range: pass start <= end <= 2^63 - 1", range.start, range.end)]
+    #[error("the range {:#x}..{:#x} is not a valid file range: pass start <= end <= 2^63 - 1", range.start, range.end)]
     InvalidRange {
         /// The invalid range.
         range: Range<u64>,
     },
     /// The system call failed.
-    #[error("failed to {operation} for bytes {}..{}", range.start, range.end)]
+    #[error("failed to {operation} for bytes {:#x}..{:#x}: {source}", range.start, range.end)]
     Io {
         /// The operation that failed.
         operation: &'static str,

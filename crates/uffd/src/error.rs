@@ -28,7 +28,7 @@ pub enum OpenError {
         device: io::Error,
     },
     /// The kernel returned no descriptor for another reason, such as too many open files.
-    #[error("failed to open a userfaultfd")]
+    #[error("failed to open a userfaultfd: {0}")]
     Open(#[source] io::Error),
     /// The kernel lacks required features.
     #[error("this kernel lacks the userfaultfd features {missing:?}: use a newer kernel")]
@@ -40,7 +40,7 @@ pub enum OpenError {
     #[error("userfaultfd events of forks are not permitted: give the process CAP_SYS_PTRACE")]
     ForkNotPermitted,
     /// The kernel refused the features for another reason.
-    #[error("failed to agree with the kernel on the userfaultfd features {features:?}")]
+    #[error("failed to agree with the kernel on the userfaultfd features {features:?}: {source}")]
     Negotiate {
         /// The requested features.
         features: Features,
@@ -112,7 +112,7 @@ pub enum AdoptError {
 /// The error of [registering memory](crate::Userfaultfd::register).
 #[derive(Debug, Error)]
 #[error(
-    "failed to register {:#x} bytes at {:#x} with userfaultfd for {modes:?}: {}",
+    "failed to register {:#x} bytes at {:#x} with userfaultfd for {modes:?}: {}: {source}",
     range.end.saturating_sub(range.start), range.start, remedy(source)
 )]
 pub struct RegisterError {

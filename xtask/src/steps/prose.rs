@@ -9,6 +9,8 @@ use anyhow::{Context as _, ensure};
 use regex::Regex;
 use xshell::{Shell, cmd};
 
+use super::error_texts;
+
 /// Columns of a line of text.
 const WIDTH: usize = 100;
 
@@ -68,6 +70,12 @@ pub(super) fn check(sh: &Shell) -> anyhow::Result<()> {
             Err(error) => return Err(error).with_context(|| format!("failed to read {path}")),
         };
         rules.check(path, &text, &mut findings);
+        let without = error_texts::without_reason(path, &text).into_iter();
+        findings.extend(without.map(|line| Finding {
+            path: path.to_owned(),
+            line,
+            problem: "the text of the error lacks its source: end it with `: {source}`".to_owned(),
+        }));
     }
     for page in PAGES {
         let text = fs::read_to_string(page).with_context(|| format!("failed to read {page}"))?;

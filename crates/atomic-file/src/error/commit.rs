@@ -12,7 +12,7 @@ use thiserror::Error;
 /// destination, unless it is the empty file of a preflight
 /// ([`OpenError::Leftover`](crate::OpenError::Leftover)).
 #[derive(Debug, Error)]
-#[error("the staged file {path:?} could not be removed")]
+#[error("the staged file {path:?} could not be removed: {source}")]
 pub struct Leftover {
     /// The staged file.
     pub path: PathBuf,
@@ -69,7 +69,7 @@ pub enum CommitError {
     ///
     /// With `no_clobber`, a source of the kind [`AlreadyExists`](io::ErrorKind::AlreadyExists)
     /// means that the destination was created after the writer was opened.
-    #[error("{dest:?} was not replaced: {step} failed{}", and_left(leftover.as_ref()))]
+    #[error("{dest:?} was not replaced: {step} failed{}: {source}", and_left(leftover.as_ref()))]
     NotReplaced {
         /// The destination.
         dest: PathBuf,
@@ -97,7 +97,8 @@ pub enum CommitError {
     /// synced. After a power loss, it is the complete old file or the complete new file.
     #[error(
         "{dest:?} was replaced, but its directory could not be synced: \
-         a power loss may restore the old file; commit again{}", and_left(leftover.as_ref())
+         a power loss may restore the old file; commit again{}: \
+         {source}", and_left(leftover.as_ref())
     )]
     ReplacedDurabilityUnknown {
         /// The destination.
@@ -111,7 +112,10 @@ pub enum CommitError {
     /// The destination is the new file, with the requested durability, but the name of the staged
     /// file could not be removed. It refers to the new file after `no_clobber` by `link`, and to
     /// the old file after recycling.
-    #[error("{dest:?} was replaced, but the name of its staged file remains; sweep the directory")]
+    #[error(
+        "{dest:?} was replaced, but the name of its staged file remains; sweep the directory: \
+         {source}"
+    )]
     ReplacedCleanupFailed {
         /// The destination.
         dest: PathBuf,
@@ -122,7 +126,7 @@ pub enum CommitError {
     /// unavailable. The destination is the complete old file or the complete new file.
     #[error(
         "{dest:?} may have been replaced: the rename failed ({rename}) and its outcome cannot be \
-         read; inspect the destination once its file system is available"
+         read; inspect the destination once its file system is available: {source}"
     )]
     Unknown {
         /// The destination.
@@ -146,7 +150,7 @@ fn and_left(leftover: Option<&Leftover>) -> String {
 pub enum GroupCommitError {
     /// Every destination is unchanged, and the staged files were removed.
     #[error(
-        "nothing was replaced: {step} failed on {path:?}{}",
+        "nothing was replaced: {step} failed on {path:?}{}: {source}",
         leftovers.iter().map(|left| and_left(Some(left))).collect::<String>()
     )]
     NothingReplaced {
@@ -167,7 +171,7 @@ pub enum GroupCommitError {
     /// destination is then old.
     #[error(
         "the group is only partly replaced: {path:?} failed; call `recover` on the directory to \
-         complete it"
+         complete it: {source}"
     )]
     RollForwardPending {
         /// The path that failed.
@@ -181,7 +185,7 @@ pub enum GroupCommitError {
     #[error(
         "the group is only partly replaced: {path:?} is now a file of user {owner}; remove it \
          (in a sticky directory, only that user, the directory's owner and root can) and call \
-         `recover` on the directory"
+         `recover` on the directory: {source}"
     )]
     DestinationTaken {
         /// The destination.
@@ -195,7 +199,7 @@ pub enum GroupCommitError {
     /// [`recover`](crate::recover) completes or undoes the group. Until then nothing is replaced.
     #[error(
         "the group may be replaced by a recovery: publishing {record:?} failed ({rename}) and its \
-         outcome cannot be read; call `recover` once the file system is available"
+         outcome cannot be read; call `recover` once the file system is available: {source}"
     )]
     Unknown {
         /// The record.
@@ -209,7 +213,7 @@ pub enum GroupCommitError {
     /// remains, so that after a power loss a recovery replaces them again.
     #[error(
         "all files were replaced, but {dir:?} could not be synced; call `recover` to make them \
-         durable"
+         durable: {source}"
     )]
     ReplacedDurabilityUnknown {
         /// The directory.
@@ -221,7 +225,7 @@ pub enum GroupCommitError {
     /// be removed durably. A recovery removes it.
     #[error(
         "all files were replaced, but the group record {record:?} could not be removed; call \
-         `recover`"
+         `recover`: {source}"
     )]
     ReplacedRecordLeft {
         /// The record.

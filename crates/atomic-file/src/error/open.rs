@@ -29,7 +29,10 @@ pub enum OpenError {
         path: PathBuf,
     },
     /// The destination's directory, or the staging directory, cannot be opened.
-    #[error("cannot open the directory {path:?}: it must exist and be readable and writable")]
+    #[error(
+        "cannot open the directory {path:?}: it must exist and be readable and writable: \
+         {source}"
+    )]
     OpenDirectory {
         /// The directory.
         path: PathBuf,
@@ -113,7 +116,7 @@ pub enum OpenError {
     /// [`preserve`](crate::AtomicWriterOptions::preserve) requests.
     #[error(
         "{path:?} would lose its {}: open it without preserving that, or with \
-         `Preserve::if_permitted`",
+         `Preserve::if_permitted`: {source}",
         source.attribute
     )]
     NotPreserved {
@@ -125,7 +128,7 @@ pub enum OpenError {
     /// No file can be created in the destination's directory or in the staging directory.
     #[error(
         "cannot stage a file for {path:?}: no file can be created in {dir:?}; grant write \
-         permission for it, mount its file system writable, or choose another directory"
+         permission for it, mount its file system writable, or choose another directory: {source}"
     )]
     NotWritable {
         /// The destination.
@@ -148,7 +151,8 @@ pub enum OpenError {
     },
     /// The file system supports neither a rename without replacing nor hard links.
     #[error(
-        "the file system of {path:?} cannot rename without replacing: open without `no_clobber`"
+        "the file system of {path:?} cannot rename without replacing: open without `no_clobber`: \
+         {source}"
     )]
     NoClobberUnsupported {
         /// The destination.
@@ -158,7 +162,8 @@ pub enum OpenError {
     },
     /// The empty file of the preflight (for `no_clobber` or `staging_dir`) could not be removed.
     #[error(
-        "cannot remove the file that checked whether {path:?} can be replaced: sweep the directory"
+        "cannot remove the file that checked whether {path:?} can be replaced: sweep the directory: \
+         {source}"
     )]
     Leftover {
         /// The destination.
@@ -167,7 +172,7 @@ pub enum OpenError {
         source: Leftover,
     },
     /// A group commit of a killed process in the destination's directory could not be completed.
-    #[error("cannot complete the group commit pending in the directory of {path:?}")]
+    #[error("cannot complete the group commit pending in the directory of {path:?}: {source}")]
     Recover {
         /// The destination.
         path: PathBuf,
@@ -175,7 +180,7 @@ pub enum OpenError {
         source: RecoverError,
     },
     /// Any other failure of a system call.
-    #[error("cannot {operation} {path:?}")]
+    #[error("cannot {operation} {path:?}: {source}")]
     Io {
         /// The failed operation, as a verb such as `inspect`.
         operation: &'static str,

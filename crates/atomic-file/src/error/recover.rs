@@ -52,7 +52,7 @@ pub enum RecoverError {
     /// Some groups could not be completed. All other groups were completed, and the directory was
     /// swept.
     #[error(
-        "{} in {dir:?} could not be completed",
+        "{} in {dir:?} could not be completed: {first}",
         match others.len() {
             0 => "a group commit".into(),
             others => format!("{} group commits", others + 1),
@@ -100,10 +100,10 @@ pub enum RecoverError {
         record: PathBuf,
     },
     /// No group is pending any more, but orphaned staged files could not be swept.
-    #[error("all groups are complete, but orphaned staged files remain")]
+    #[error("all groups are complete, but orphaned staged files remain: {0}")]
     Sweep(#[from] SweepError),
     /// A system call failed. Calling again resumes the recovery.
-    #[error("cannot {operation} {path:?}")]
+    #[error("cannot {operation} {path:?}: {source}")]
     Io {
         /// The failed operation, as a verb.
         operation: &'static str,
@@ -116,7 +116,7 @@ pub enum RecoverError {
 
 /// An error of sweeping a directory.
 #[derive(Debug, Error)]
-#[error("cannot {operation} the directory {path:?}")]
+#[error("cannot {operation} the directory {path:?}: {source}")]
 #[non_exhaustive]
 pub struct SweepError {
     /// The failed operation, as a verb.

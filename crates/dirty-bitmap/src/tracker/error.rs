@@ -24,7 +24,7 @@ pub enum TrackerError {
     },
     /// The RAM does not begin and end at a page boundary.
     #[error(
-        "RAM of {ram_size:#x} bytes at {ram_start:#x} does not consist of whole pages of \
+        "RAM of {ram_size} bytes at {ram_start:#x} does not consist of whole pages of \
          {page_size} bytes: align it, because only whole pages can be protected"
     )]
     NotAligned {
@@ -40,7 +40,7 @@ pub enum TrackerError {
     #[error("the bitmap already has a tracker: drop that tracker first, or use a second bitmap")]
     AlreadyTracked,
     /// Memory for the state of the blocks can't be allocated.
-    #[error("failed to allocate the state of the tracker")]
+    #[error("failed to allocate the state of the tracker: {0}")]
     OutOfMemory(#[source] GeometryError),
 }
 
@@ -49,12 +49,12 @@ pub enum TrackerError {
 #[non_exhaustive]
 pub enum FaultError<E: Error + 'static> {
     /// The address is not tracked.
-    #[error("write fault at an untracked address: forward it to device emulation")]
+    #[error("write fault at an untracked address: forward it to device emulation: {0}")]
     OutOfRange(#[source] OutOfRange),
     /// The platform failed to unprotect the pages. Every page that may be unprotected is marked.
     #[error(
         "failed to unprotect {:#x}..{:#x}: do not resume the write; handle the fault again when the \
-         cause is removed, or stop the guest",
+         cause is removed, or stop the guest: {source}",
         range.start,
         range.end
     )]
@@ -71,10 +71,10 @@ pub enum FaultError<E: Error + 'static> {
 #[non_exhaustive]
 pub enum CheckpointError<E: Error + 'static> {
     /// An epoch could not begin. No mark was taken.
-    #[error("failed to begin a checkpoint")]
+    #[error("failed to begin a checkpoint: {0}")]
     Epoch(#[source] BeginEpochError),
     /// The epoch could not be extended. No mark was taken.
-    #[error("failed to extend the checkpoint")]
+    #[error("failed to extend the checkpoint: {0}")]
     Extend(#[source] ExtendError),
     /// The epoch belongs to another bitmap. No mark was taken.
     #[error("the epoch belongs to the bitmap of another tracker: extend it with that tracker")]
@@ -83,7 +83,7 @@ pub enum CheckpointError<E: Error + 'static> {
     /// pages are marked.
     #[error(
         "failed to write-protect {:#x}..{:#x}: its pages stay dirty, so save them with the next \
-         checkpoint",
+         checkpoint: {source}",
         range.start, range.end
     )]
     Protect {

@@ -64,7 +64,7 @@ impl HvError {
 #[non_exhaustive]
 pub enum CaptureError {
     /// The framework refused to read a register that every vCPU should have.
-    #[error("failed to read {register}, without which the guest could not resume")]
+    #[error("failed to read {register}, without which the guest could not resume: {source}")]
     Register {
         /// The name of the register.
         register: String,
@@ -79,7 +79,7 @@ pub enum CaptureError {
     )]
     Sme,
     /// The framework refused.
-    #[error("failed to capture the state of a vCPU")]
+    #[error("failed to capture the state of a vCPU: {0}")]
     Refused(#[from] HvError),
 }
 
@@ -94,7 +94,7 @@ pub enum RestoreError {
     )]
     UnknownRegister(Encoding),
     /// The framework refused a register, or its value.
-    #[error("failed to restore {register} to its captured value")]
+    #[error("failed to restore {register} to its captured value: {source}")]
     Register {
         /// The name of the register.
         register: String,
@@ -123,6 +123,6 @@ pub enum RestoreError {
         captured: bool,
     },
     /// The framework refused.
-    #[error("failed to restore the state of a vCPU")]
+    #[error("failed to restore the state of a vCPU: {0}")]
     Refused(#[from] HvError),
 }

@@ -64,11 +64,11 @@ pub enum GicError {
     /// The framework refused the state.
     #[error(
         "failed to restore the interrupt controller: create all vCPUs first, run none before, and \
-         use the version of macOS that captured the state"
+         use the version of macOS that captured the state: {0}"
     )]
     NotTaken(#[source] HvError),
     /// Another call of the framework failed.
-    #[error("failed to read the state of the interrupt controller: stop every vCPU first")]
+    #[error("failed to read the state of the interrupt controller: stop every vCPU first: {0}")]
     Refused(#[source] HvError),
 }
 

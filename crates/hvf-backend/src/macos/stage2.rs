@@ -200,9 +200,9 @@ pub enum MapError {
     },
     /// The framework refused.
     #[error(
-        "failed to map {size:#x} bytes of RAM at guest-physical address {guest_start:#x}: choose \
+        "failed to map {size} bytes of RAM at guest-physical address {guest_start:#x}: choose \
          addresses without another mapping and within the machine's address bits \
-         (`Vm::options().address_bits(..)`; by default 36 bits, 64 GiB)"
+         (`Vm::options().address_bits(..)`; by default 36 bits, 64 GiB): {source}"
     )]
     Refused {
         /// The guest-physical start of the region.
@@ -236,8 +236,8 @@ pub enum ProtectError {
     OutsideRam(#[from] OutsideRam),
     /// The framework refused.
     #[error(
-        "failed to change the permissions of {size:#x} bytes at guest-physical address \
-         {guest_start:#x}"
+        "failed to change the permissions of {size} bytes at guest-physical address \
+         {guest_start:#x}: {source}"
     )]
     Refused {
         /// The guest-physical start of the part that failed.

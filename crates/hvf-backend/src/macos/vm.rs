@@ -175,30 +175,30 @@ pub enum CreateVmError {
     )]
     NoHypervisor,
     /// The support for a hypervisor could not be read.
-    #[error("failed to read sysctl kern.hv_support")]
+    #[error("failed to read sysctl kern.hv_support: {0}")]
     Sysctl(#[source] io::Error),
     /// The process may not use the hypervisor.
     #[error(
         "this program may not use the hypervisor: sign it with the entitlement \
          com.apple.security.hypervisor (codesign --sign - --force --entitlements FILE PROGRAM); a \
-         cargo `runner` can do this for every program that cargo runs"
+         cargo `runner` can do this for every program that cargo runs: {0}"
     )]
     NotEntitled(#[source] HvError),
     /// The process already has a virtual machine.
     #[error(
         "this process already has a virtual machine, and the framework supports only one: drop \
          that machine, its vCPUs and its stage 2 first, or run the other guest in a process of its \
-         own"
+         own: {0}"
     )]
     Exists(#[source] HvError),
     /// This Mac or this version of macOS does not support an option.
     #[error(
         "this Mac does not support such a virtual machine: use fewer address bits, or omit options \
-         that need a newer macOS"
+         that need a newer macOS: {0}"
     )]
     Unsupported(#[source] HvError),
     /// The framework refused for another reason.
-    #[error("failed to create a virtual machine")]
+    #[error("failed to create a virtual machine: {0}")]
     Refused(#[source] HvError),
 }
 

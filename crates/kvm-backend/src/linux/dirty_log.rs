@@ -333,7 +333,7 @@ pub enum StartError {
     )]
     NoManualProtect,
     /// KVM offers the capability, but refuses to enable it.
-    #[error("KVM offers KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, but refuses to set it")]
+    #[error("KVM offers KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, but refuses to set it: {0}")]
     EnableManualProtect(#[source] io::Error),
     /// The log of a slot can't be switched on.
     #[error(transparent)]
@@ -353,7 +353,7 @@ pub enum HarvestError {
     /// `KVM_GET_DIRTY_LOG` failed.
     #[error(
         "KVM_GET_DIRTY_LOG of memory slot {slot} failed: the slot was removed or its log switched \
-         off, not by this crate; restore the slot with its log on, then harvest again"
+         off, not by this crate; restore the slot with its log on, then harvest again: {source}"
     )]
     Get {
         /// The slot number.
@@ -365,7 +365,7 @@ pub enum HarvestError {
     /// `KVM_CLEAR_DIRTY_LOG` failed.
     #[error(
         "KVM_CLEAR_DIRTY_LOG of memory slot {slot} failed: its pages are marked, and the next \
-         harvest marks them again"
+         harvest marks them again: {source}"
     )]
     Clear {
         /// The slot number.
@@ -375,7 +375,7 @@ pub enum HarvestError {
         source: io::Error,
     },
     /// The bitmap refused a part of the log. The rest of that slot's log is marked.
-    #[error("the log of memory slot {slot} does not fit the bitmap")]
+    #[error("the log of memory slot {slot} does not fit the bitmap: {source}")]
     Mark {
         /// The slot number.
         slot: u32,

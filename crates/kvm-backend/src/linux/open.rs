@@ -72,7 +72,7 @@ pub enum OpenKvmError {
     /// The device does not exist.
     #[error(
         "{} does not exist: load the kvm_intel or kvm_amd module, switch virtualization on in the \
-         firmware, or, in a virtual machine, enable nested virtualization on its host",
+         firmware, or, in a virtual machine, enable nested virtualization on its host: {source}",
         .device.display()
     )]
     Missing {
@@ -85,7 +85,7 @@ pub enum OpenKvmError {
     /// The device exists, but this user may not open it for reading and writing.
     #[error(
         "no permission to open {} for reading and writing: add the user to the device's group, \
-         usually `kvm`, or pass the device into the container",
+         usually `kvm`, or pass the device into the container: {source}",
         .device.display()
     )]
     NotPermitted {
@@ -108,7 +108,7 @@ pub enum OpenKvmError {
         version: i32,
     },
     /// The device can't be opened for another reason.
-    #[error("failed to open {}", .device.display())]
+    #[error("failed to open {}: {source}", .device.display())]
     Io {
         /// The path of the device.
         device: PathBuf,

@@ -297,8 +297,8 @@ pub enum SlotError {
     AlreadyRegistered,
     /// Another slot contains some of these guest-physical addresses.
     #[error(
-        "memory slot {slot} for {size:#x} bytes at guest-physical {guest_start:#x} overlaps \
-         another slot: leave a gap in the layout for that slot, or remove it first"
+        "memory slot {slot} for {size} bytes at guest-physical {guest_start:#x} overlaps \
+         another slot: leave a gap in the layout for that slot, or remove it first: {source}"
     )]
     Overlap {
         /// The slot number.
@@ -313,9 +313,9 @@ pub enum SlotError {
     },
     /// KVM refused for another reason.
     #[error(
-        "KVM refused memory slot {slot} for {size:#x} bytes at guest-physical \
+        "KVM refused memory slot {slot} for {size} bytes at guest-physical \
          {guest_start:#x}: the slot number may be in use, or the address above the guest's \
-         physical address width"
+         physical address width: {source}"
     )]
     Refused {
         /// The slot number.

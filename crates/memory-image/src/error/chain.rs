@@ -90,7 +90,7 @@ pub enum ChainError {
         base_regions: Vec<Range<u64>>,
     },
     /// The diff does not follow the newest image.
-    #[error("the diff {path:?} does not follow {newest:?}")]
+    #[error("the diff {path:?} does not follow {newest:?}: {why}")]
     Link {
         /// The diff.
         path: PathBuf,
@@ -103,7 +103,7 @@ pub enum ChainError {
     /// The file does not show which pages the diff holds.
     #[error(
         "failed to determine which pages the diff {path:?} holds: \
-         pass them to Chain::push_pages or push_image_pages, or take the diff again, sealed"
+         pass them to Chain::push_pages or push_image_pages, or take the diff again, sealed: {why}"
     )]
     AmbiguousDiff {
         /// The diff.
@@ -119,7 +119,7 @@ pub enum ChainError {
         path: PathBuf,
     },
     /// The run of pages is not inside the image.
-    #[error("{start:#x}..{end:#x} is not a range inside an image of {size:#x} bytes")]
+    #[error("{start:#x}..{end:#x} is not a range inside an image of {size} bytes")]
     BadRun {
         /// The start of the run in bytes.
         start: u64,

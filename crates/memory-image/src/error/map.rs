@@ -25,7 +25,7 @@ pub enum MapError {
         path: PathBuf,
     },
     /// There is no address space for the guest's RAM.
-    #[error("failed to reserve {size} bytes of address space for the guest's RAM")]
+    #[error("failed to reserve {size} bytes of address space for the guest's RAM: {source}")]
     Reserve {
         /// The size of the RAM in bytes.
         size: u64,
@@ -36,7 +36,7 @@ pub enum MapError {
     /// exceeds its limit.
     #[error(
         "failed to map the memory image {path:?}, because the process has no mapping left: \
-         lower max_mappings, merge the chain, or raise vm.max_map_count"
+         lower max_mappings, merge the chain, or raise vm.max_map_count: {source}"
     )]
     TooManyMappings {
         /// The path of the image.
@@ -45,7 +45,7 @@ pub enum MapError {
         source: io::Error,
     },
     /// The image cannot be mapped.
-    #[error("failed to map the memory image {path:?}")]
+    #[error("failed to map the memory image {path:?}: {source}")]
     Map {
         /// The path of the image.
         path: PathBuf,

@@ -28,6 +28,6 @@ pub enum MergeError {
     #[error(transparent)]
     Read(#[from] ReadImageError),
     /// The image could not be written. The error reports the state of the destination.
-    #[error("failed to write the merged image")]
+    #[error("failed to write the merged image: {0}")]
     Write(#[from] SnapshotError),
 }

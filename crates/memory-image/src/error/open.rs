@@ -11,7 +11,7 @@ use thiserror::Error;
 #[non_exhaustive]
 pub enum OpenImageError {
     /// The image cannot be opened, or its metadata cannot be read.
-    #[error("failed to open the memory image {path:?}")]
+    #[error("failed to open the memory image {path:?}: {source}")]
     Open {
         /// The path of the image.
         path: PathBuf,
@@ -64,7 +64,7 @@ pub enum OpenImageError {
     },
     /// The image is not a valid sealed or packed image. Open a raw image with
     /// [`Image::open_raw`](crate::Image::open_raw).
-    #[error("the memory image {path:?} is not a valid sealed or packed image")]
+    #[error("the memory image {path:?} is not a valid sealed or packed image: {source}")]
     Footer {
         /// The path of the image.
         path: PathBuf,

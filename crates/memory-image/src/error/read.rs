@@ -12,7 +12,7 @@ pub enum ReadImageError {
     /// An image could not be read.
     #[error(
         "failed to read the memory image {path:?} at offset {offset:#x}: \
-         check that the file was not changed since it was opened"
+         check that the file was not changed since it was opened: {source}"
     )]
     Read {
         /// The path of the image.
@@ -25,7 +25,7 @@ pub enum ReadImageError {
     /// The file was closed to bound the number of descriptors (see
     /// [`Chain`](crate::Chain#many-images)), and cannot be opened again; or its metadata cannot be
     /// read.
-    #[error("failed to open the memory image {path:?} again")]
+    #[error("failed to open the memory image {path:?} again: {source}")]
     Reopen {
         /// The path of the image.
         path: PathBuf,

@@ -32,7 +32,7 @@ pub enum RestoreError {
     },
     /// A run to restore ends before it starts, or past the RAM.
     #[error(
-        "the run {start:#x}..{end:#x} to restore is not in the RAM, which has {ram_size:#x} bytes: \
+        "the run {start:#x}..{end:#x} to restore is not in the RAM, which has {ram_size} bytes: \
          give runs that end in the RAM, not before they start"
     )]
     InvalidRun {
@@ -47,7 +47,7 @@ pub enum RestoreError {
     #[error(transparent)]
     Read(#[from] ReadImageError),
     /// The target failed to write the bytes.
-    #[error("failed to write the restored bytes at offset {offset:#x}")]
+    #[error("failed to write the restored bytes at offset {offset:#x}: {source}")]
     Target {
         /// The offset of the failed write in the memory file, in bytes.
         offset: u64,

@@ -11,7 +11,7 @@ pub enum RamError {
     NoRam,
     /// `ram_size` exceeds the address space of every machine.
     #[error(
-        "the RAM size {ram_size:#x} exceeds the maximum of 2^52 bytes: pass the guest's RAM size as \
+        "the RAM size {ram_size} exceeds the maximum of 2^52 bytes: pass the guest's RAM size as \
          ram_size"
     )]
     TooLarge {
@@ -35,7 +35,8 @@ pub enum RamError {
     },
     /// `page_size` is larger than the RAM.
     #[error(
-        "the page size {page_size} is larger than the RAM of {ram_size} bytes: pass a smaller one"
+        "the page size {page_size} is larger than the RAM of {ram_size} bytes: {}",
+        advice(*ram_size)
     )]
     PageLargerThanRam {
         /// The requested page size in bytes.
@@ -45,8 +46,8 @@ pub enum RamError {
     },
     /// `ram_size` is not a multiple of `page_size`.
     #[error(
-        "the RAM size {ram_size:#x} is not a multiple of the page size {page_size:#x}: pass a smaller \
-         page size"
+        "the RAM size {ram_size} is not a multiple of the page size {page_size}: {}",
+        advice(*ram_size)
     )]
     NotWholePages {
         /// The requested size in bytes.
@@ -54,4 +55,47 @@ pub enum RamError {
         /// The requested page size in bytes.
         page_size: u64,
     },
+}
+
+/// The smallest page of a memory file in bytes.
+const MIN_PAGE_SIZE: u64 = 512;
+
+/// Returns what to do about RAM of `ram_size` bytes that is not a multiple of the page size. The
+/// largest page that it is a multiple of may be below the minimum: no page size would do.
+fn advice(ram_size: u64) -> String {
+    match ram_size & ram_size.wrapping_neg() {
+        largest if largest >= MIN_PAGE_SIZE => format!("pass a page size of at most {largest}"),
+        _ => format!("pass the guest's RAM size, which is a multiple of {MIN_PAGE_SIZE}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::smaller_page(3 << 12, 1 << 14, "at most 4096")]
+    #[case::smallest_page(512, 4096, "at most 512")]
+    #[case::no_page((1 << 20) + 1, 4096, "the guest's RAM size")]
+    #[case::no_page_either((1 << 20) + 256, 4096, "the guest's RAM size")]
+    fn a_smaller_page_is_advised_only_if_one_would_do(
+        #[case] ram_size: u64,
+        #[case] page_size: u64,
+        #[case] advice: &str,
+    ) {
+        let not_whole = RamError::NotWholePages {
+            ram_size,
+            page_size,
+        };
+        let too_large = RamError::PageLargerThanRam {
+            page_size,
+            ram_size,
+        };
+        for error in [not_whole, too_large] {
+            let text = error.to_string();
+            assert!(text.contains(advice), "{text}");
+        }
+    }
 }

@@ -16,7 +16,7 @@ pub enum LayoutError {
     /// The start or end of a region is not a multiple of
     /// [`RamLayout::ALIGNMENT`](crate::RamLayout::ALIGNMENT).
     #[error(
-        "the RAM region at {guest_start:#x} of {size:#x} bytes does not start and end at a \
+        "the RAM region at {guest_start:#x} of {size} bytes does not start and end at a \
          multiple of 4096 bytes: give whole pages"
     )]
     Misaligned {
@@ -27,7 +27,7 @@ pub enum LayoutError {
     },
     /// The end of a region is not a 64-bit address.
     #[error(
-        "the RAM region at {guest_start:#x} of {size:#x} bytes ends past the 64-bit guest-physical \
+        "the RAM region at {guest_start:#x} of {size} bytes ends past the 64-bit guest-physical \
          address space"
     )]
     PastAddressSpace {
@@ -61,7 +61,7 @@ pub enum LayoutError {
 pub enum OutsideRam {
     /// A guest-physical range includes an address outside of all regions.
     #[error(
-        "{size:#x} bytes at guest-physical address {guest_start:#x} are not all RAM: there is no \
+        "{size} bytes at guest-physical address {guest_start:#x} are not all RAM: there is no \
          RAM at {outside:#x}"
     )]
     Guest {
@@ -74,7 +74,7 @@ pub enum OutsideRam {
     },
     /// A range of the memory file ends past the RAM.
     #[error(
-        "{size:#x} bytes at offset {offset:#x} end past the {ram_size:#x} bytes of RAM in the \
+        "{size} bytes at offset {offset:#x} end past the {ram_size} bytes of RAM in the \
          memory file"
     )]
     File {

@@ -64,7 +64,7 @@ pub enum ProcessStopError {
         pid: u32,
     },
     /// A system call failed for another reason.
-    #[error("failed to stop process {pid}: {operation} failed")]
+    #[error("failed to stop process {pid}: {operation} failed: {source}")]
     System {
         /// The process id.
         pid: u32,

@@ -10,13 +10,13 @@ use super::options::Engine;
 #[non_exhaustive]
 pub enum WriteError {
     /// A run ends before it starts, or past the largest file offset.
-    #[error("the run {}..{} is not a valid file range: pass start <= end <= 2^63 - 1", run.start, run.end)]
+    #[error("the run {:#x}..{:#x} is not a valid file range: pass start <= end <= 2^63 - 1", run.start, run.end)]
     InvalidRun {
         /// The invalid run.
         run: Range<u64>,
     },
     /// The source failed to provide its bytes, or the kernel could not read the memory (`EFAULT`).
-    #[error("failed to read the source at offset {offset}")]
+    #[error("failed to read the source at offset {offset:#x}: {source}")]
     Source {
         /// The offset of the page with the first missing byte: in pages from the start of the read
         /// on.
@@ -25,7 +25,10 @@ pub enum WriteError {
         source: io::Error,
     },
     /// The file could not be written.
-    #[error("failed to write {len} bytes at offset {offset}{}", advice(source))]
+    #[error(
+        "failed to write {len} bytes at offset {offset:#x}{}: {source}",
+        advice(source)
+    )]
     Destination {
         /// The offset of the first byte that was not written.
         offset: u64,
@@ -37,7 +40,7 @@ pub enum WriteError {
     },
     /// The file accepted no byte and returned no error: a device at its end.
     #[error(
-        "the file accepts no byte at offset {offset}, with {len} bytes left: use a larger file or device"
+        "the file accepts no byte at offset {offset:#x}, with {len} bytes left: use a larger file or device"
     )]
     ZeroWrite {
         /// The offset of the first byte that was not written.
@@ -54,7 +57,7 @@ pub enum WriteError {
     /// The requested engine is not available. Nothing was written.
     #[error(
         "the engine {engine:?} is not available: choose Engine::Auto, which picks the fastest \
-         available one"
+         available one: {source}"
     )]
     Engine {
         /// The requested engine.

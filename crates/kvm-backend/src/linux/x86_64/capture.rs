@@ -121,7 +121,7 @@ pub enum CaptureError {
     #[error("the vCPU is not one of the paused ones: pause the Vcpus that created or adopted it")]
     NotPaused,
     /// A call of KVM failed.
-    #[error("{call} failed: the state of this vCPU can't be captured completely")]
+    #[error("{call} failed: the state of this vCPU can't be captured completely: {source}")]
     Refused {
         /// The KVM call.
         call: &'static str,

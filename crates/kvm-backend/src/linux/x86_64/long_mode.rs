@@ -304,7 +304,7 @@ pub enum BootError {
         address: u64,
     },
     /// The page tables do not fit at their address.
-    #[error("the page tables do not fit into the RAM: give them `page_table_bytes` of RAM")]
+    #[error("the page tables do not fit into the RAM: give them `page_table_bytes` of RAM: {0}")]
     PageTables(#[from] OutsideRam),
     /// An address of [`Start`] is not RAM.
     #[error("{what} is at {address:#x}, where there is no RAM: give an address in the layout")]
@@ -323,7 +323,10 @@ pub enum BootError {
         address: u64,
     },
     /// A call of KVM failed.
-    #[error("{call} failed: the vCPU must be new, never run, and the host's processor 64-bit")]
+    #[error(
+        "{call} failed: the vCPU must be new, never run, and the host's processor 64-bit: \
+         {source}"
+    )]
     Kvm {
         /// The KVM call.
         call: &'static str,

@@ -197,7 +197,7 @@ pub enum RestoreError {
     /// A call of KVM failed.
     #[error(
         "{call} failed: the vCPU must never have run, and this host's processor and KVM must have \
-         every feature that the captured CPUID offers"
+         every feature that the captured CPUID offers: {source}"
     )]
     Kvm {
         /// The KVM call.
@@ -209,7 +209,7 @@ pub enum RestoreError {
     /// The captured time-stamp counter runs at a rate that this host can't provide.
     #[error(
         "the captured time-stamp counter runs at {captured} kHz, this host's at {here} kHz, and \
-         its processor can't scale it: restore on a host with the same rate"
+         its processor can't scale it: restore on a host with the same rate: {source}"
     )]
     TscRate {
         /// The captured rate in kHz.

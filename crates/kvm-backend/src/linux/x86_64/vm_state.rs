@@ -137,7 +137,7 @@ pub enum VmStateError {
     /// A call of KVM failed.
     #[error(
         "{call} failed: the state of the virtual machine was not captured, or was restored in \
-         part; restore into a new virtual machine"
+         part; restore into a new virtual machine: {source}"
     )]
     Kvm {
         /// The KVM call.
