@@ -1,6 +1,9 @@
 //! What is published: the manifests and archives of the crates, and the oldest versions of their
 //! dependencies.
 
+mod features;
+mod rust_version;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
@@ -8,6 +11,9 @@ use std::path::Path;
 use anyhow::{Context as _, ensure};
 use serde::Deserialize;
 use xshell::{Shell, cmd};
+
+pub(crate) use features::check_feature_sets;
+pub(crate) use rust_version::check_rust_versions;
 
 /// What each archive holds beside the code.
 const FILES: [&str; 3] = ["LICENSE-APACHE", "LICENSE-MIT", "README.md"];

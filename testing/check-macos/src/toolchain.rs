@@ -47,7 +47,7 @@ impl Toolchain {
         let found = cmd!(sh, "{rustc} --version").quiet().read()?;
         ensure!(
             version(&found)? >= version(OLDEST_RUST)?,
-            "the toolchain is too old to check for macOS: {rustc} is {found:?}, and Cargo.toml needs {OLDEST_RUST} (rust-version); {remedy}"
+            "the toolchain is too old to check for macOS: {rustc} is {found:?}, and the checks need {OLDEST_RUST} (rust-version); {remedy}"
         );
         Ok(())
     }

@@ -3,7 +3,7 @@
 use crate::packages::Package;
 use xshell::{PushEnv, Shell};
 
-/// The oldest compiler of this workspace: `rust-version` in Cargo.toml.
+/// The oldest compiler of the tests and tools: `rust-version` in their Cargo.toml.
 pub const OLDEST_RUST: &str = env!("CARGO_PKG_RUST_VERSION");
 
 /// A compiler, its lints, and the standard library: all of one version, which is at least the

@@ -26,7 +26,7 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "oldest-rust",
-            proves: "everything builds with the compiler that `rust-version` names",
+            proves: "everything, tests included, builds with the oldest compiler that the tests support",
             paths: &[],
             run: oldest_compiler,
         },
@@ -38,7 +38,7 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "packages",
-            proves: "each crate's archive has its README and both licenses, and its manifest is complete",
+            proves: "each crate's archive has its README and both licenses, its manifest is complete, and no dependency needs a newer compiler than `rust-version`",
             paths: &[],
             run: check_packages,
         },
@@ -179,7 +179,8 @@ fn crates_alone(context: &Context<'_>) -> anyhow::Result<()> {
 }
 
 fn check_packages(context: &Context<'_>) -> anyhow::Result<()> {
-    packages::check_archives(context.sh)
+    packages::check_archives(context.sh)?;
+    packages::check_rust_versions(context.sh)
 }
 
 fn macos(context: &Context<'_>) -> anyhow::Result<()> {

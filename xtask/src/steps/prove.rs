@@ -17,8 +17,8 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "packages",
-            proves: "each crate builds from its archive, and with the oldest dependencies that its manifest accepts",
-            paths: &["crates", "xtask/src/packages.rs"],
+            proves: "each crate builds from its archive, with each set of its features, and with the oldest dependencies that its manifest accepts",
+            paths: &["crates", "xtask/src/packages.rs", "xtask/src/packages"],
             run: check_packages,
         },
         Step {
@@ -246,6 +246,7 @@ fn tests(context: &Context<'_>) -> anyhow::Result<()> {
 
 fn check_packages(context: &Context<'_>) -> anyhow::Result<()> {
     packages::build_archives(context.sh)?;
+    packages::check_feature_sets(context.sh)?;
     packages::check_oldest_dependencies(context.sh)
 }
 

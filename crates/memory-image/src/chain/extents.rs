@@ -81,9 +81,13 @@ impl ExtentMap {
             last = Some((*start, *before));
             before.end = range.start;
         }
-        let inside = self.extents.extract_if(range.clone(), |_, _| true);
+        // `BTreeMap::extract_if` would need Rust 1.91.
+        while let Some((&start, &inside)) = self.extents.range(range.clone()).next() {
+            self.extents.remove(&start);
+            last = Some((start, inside));
+        }
         // Only the last one can extend past the range.
-        if let Some((start, extent)) = inside.last().or(last)
+        if let Some((start, extent)) = last
             && extent.end > range.end
         {
             let source = extent.source(range.end - start);
