@@ -127,3 +127,26 @@ impl Image {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_of_a_resized_file_are_an_error() {
+        const PAGE: u64 = 4096;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let resize = |pages| file.as_file().set_len(pages * PAGE).unwrap();
+        resize(4);
+        let image = Image::open_raw(file.path()).unwrap();
+        assert!(image.stored_pages(PAGE).is_ok());
+        for pages in [3, 5] {
+            resize(pages);
+            let error = image.stored_pages(PAGE).unwrap_err();
+            assert!(
+                matches!(error, ReadImageError::Read { offset, .. } if offset == 4.min(pages) * PAGE),
+                "{error:?}"
+            );
+        }
+    }
+}

@@ -131,23 +131,22 @@ impl Image {
         };
         let gaps = self.gaps(footer)?;
         let gap_bytes: u64 = gaps.iter().map(|gap| gap.end - gap.start).sum();
-        // A chain may have thousands of images with one or two pages each: start no thread without
-        // work.
-        let most = footer.checksums.len() + (gap_bytes / READ_SIZE) as usize + gaps.len();
         let total = footer.present_bytes() + gap_bytes;
         let pieces = gaps.into_iter().flat_map(|gap| {
             let end = gap.end;
             let starts = gap.step_by(READ_SIZE as usize);
             starts.map(move |start| Work::Gap(start..end.min(start + READ_SIZE)))
         });
-        let work = footer.chunks().map(Work::Chunk).chain(pieces);
+        let work = || footer.chunks().map(Work::Chunk).chain(pieces.clone());
         if progress(Progress::new(0, total)).is_break() {
             return Err(VerifyError::Cancelled);
         }
         let (mut found, mut done) = (VerifyReport::default(), 0);
         parallel::for_each(
-            most,
-            work,
+            // A chain may have thousands of images with one or two pages each: start no thread
+            // without work.
+            work().count(),
+            work(),
             |work, buffer| self.check(&work, buffer),
             |checked| {
                 let checked = checked?;

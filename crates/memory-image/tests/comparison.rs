@@ -85,3 +85,35 @@ fn comparison_reads_only_populated_ranges() {
     let changed = compare(&OneMebibyte, &OneMebibyte, SIZE, PAGE, proceed).unwrap();
     assert!(changed.is_clean());
 }
+
+/// A source of one byte everywhere, in whole MiB. It has only these.
+struct Mebibytes(u8, &'static [u64]);
+
+impl PageReader for Mebibytes {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let is_populated = self.1.contains(&(offset >> 20));
+        buf.fill(if is_populated { self.0 } else { 0 });
+        Ok(())
+    }
+
+    fn populated(&self, _: Range<u64>) -> PopulatedRanges<'_> {
+        Box::new(self.1.iter().map(|at| at << 20..(at + 1) << 20))
+    }
+}
+
+#[test]
+fn ranges_of_either_source_are_compared_once() {
+    const MIB: u64 = 1 << 20;
+    let (one, other) = (Mebibytes(1, &[1, 4]), Mebibytes(2, &[0, 1, 3]));
+    for (older, newer) in [(&one, &other), (&other, &one)] {
+        let mut last = 0;
+        let progress = &mut |progress: memory_image::Progress| {
+            last = progress.done;
+            ControlFlow::Continue(())
+        };
+        let changed = compare(older, newer, 6 * MIB, PAGE, progress).unwrap();
+        let runs: Vec<_> = changed.runs().collect();
+        assert_eq!(runs, [0..2 * MIB, 3 * MIB..5 * MIB]);
+        assert_eq!(last, 6 * MIB);
+    }
+}

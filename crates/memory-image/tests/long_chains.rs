@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::ops::ControlFlow;
 use std::os::unix::fs::PermissionsExt;
 
-use memory_image::{Chain, MappedChain, MappedImage, compare};
+use memory_image::{Chain, Image, MappedChain, MappedImage, compare};
 use memory_writer::{Layout, MemoryWriter};
 use nix::sys::resource::{Resource, setrlimit};
 use support::many_images::{Form, Guest, OPEN, PAGE, have_few_descriptors, open_descriptors};
@@ -32,7 +32,10 @@ fn more_layers_than_descriptors_are_read_in_every_way() {
     let chain = guest.chain();
     let ram = &guest.ram;
     assert_eq!(chain.len(), 300);
-    assert!(open_descriptors() < inherited + OPEN + 10);
+    let open = open_descriptors();
+    assert!((inherited + OPEN..inherited + OPEN + 10).contains(&open));
+    assert!(Image::open(guest.dir.path().join("missing")).is_err());
+    assert_eq!(open_descriptors(), open);
     assert!(whole(&chain, ram.len()) == *ram);
 
     // Another chain in the same process.

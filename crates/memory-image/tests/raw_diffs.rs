@@ -25,7 +25,7 @@ fn copied_diff_without_holes_requires_its_pages() {
         ReadAmbiguity::NoHoles
     ));
     chain
-        .push_pages(guest.path("dense"), [7 * PAGE..8 * PAGE])
+        .push_pages(guest.path("dense"), [PAGE..PAGE, 7 * PAGE..8 * PAGE])
         .unwrap();
     assert!(whole(&chain) == guest.ram);
 }

@@ -62,6 +62,11 @@ fn guest_of_two_regions_is_restored_in_place() {
         ])
     };
     assert_eq!(target.ram_size(), SIZE);
+    let split = split as u64;
+    for (offset, len) in [(0, 8), (split - 3, 3), (split, 8), (SIZE - 1, 1)] {
+        assert_eq!(target.memory_mut(offset, 8).unwrap().len(), len);
+    }
+    assert!(target.memory_mut(SIZE, 8).is_none());
     guest.chain().restore(&mut target).unwrap();
     // Only in the second region.
     target.write_at(9 * PAGE, &[7; 3]).unwrap();

@@ -162,3 +162,51 @@ fn in_memory(len: u64) -> io::Result<NonZeroUsize> {
     let len = usize::try_from(len).ok().and_then(NonZeroUsize::new);
     len.ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::errno::Errno;
+    use test_machine::is_alone;
+
+    use super::*;
+
+    /// Returns whether each page from `start` on is mapped.
+    fn mapped(start: NonNull<c_void>, pages: usize) -> Vec<bool> {
+        let page = host_page() as usize;
+        let is_mapped = |number: usize| {
+            let at = start.map_addr(|at| at.saturating_add(number * page));
+            // SAFETY: the advice changes nothing.
+            match unsafe { madvise(at, page, MmapAdvise::MADV_NORMAL) } {
+                Ok(()) => true,
+                Err(Errno::ENOMEM) => false,
+                Err(other) => panic!("{other}"),
+            }
+        };
+        (0..pages).map(is_mapped).collect()
+    }
+
+    /// Other tests could map their memory where this one has unmapped its own.
+    #[test]
+    fn memory_is_unmapped_except_where_a_mapping_failed() {
+        if !is_alone("map::region::tests::memory_is_unmapped_except_where_a_mapping_failed") {
+            return;
+        }
+        let page = host_page();
+        let region = Region::zeros(4 * page).unwrap();
+        let start = region.start;
+        assert_eq!(mapped(start, 4), [true; 4]);
+        drop(region);
+        assert_eq!(mapped(start, 4), [false; 4]);
+
+        for failed in 0..4 {
+            let region = Region::zeros(4 * page).unwrap();
+            let start = region.start;
+            region.unmap_except(&(failed * page..(failed + 1) * page));
+            let expected = [0, 1, 2, 3].map(|page| page == failed);
+            assert_eq!(mapped(start, 4), expected);
+            let left = start.map_addr(|at| at.saturating_add((failed * page) as usize));
+            // SAFETY: the page is still mapped, and nothing refers to it.
+            unsafe { munmap(left, page as usize) }.unwrap();
+        }
+    }
+}
