@@ -93,8 +93,7 @@ impl Vmm {
         let _harvest = self.log.harvest(paused)?; // ramsnap
         self.ram.dirty_bitmap().mark_guest_memory(&self.memory)?; // ramsnap
         let epoch = self.ram.dirty_bitmap().begin_epoch()?; // ramsnap
-        let seal = Seal::new().regions([0..MIB as u64, HIGH..HIGH + MIB as u64]); // ramsnap
-        let seal = parent.into_iter().fold(seal, Seal::parent); // ramsnap
+        let seal = parent.into_iter().fold(Seal::new(), Seal::parent); // ramsnap
         let options = MemoryWriter::options().layout(Layout::Sealed).seal(seal); // ramsnap
         let mut writer = options.open(to, self.ram.layout().ram_size(), 4096)?; // ramsnap
         let pages = match parent {
