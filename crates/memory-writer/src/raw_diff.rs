@@ -144,6 +144,41 @@ mod tests {
     }
 
     #[test]
+    fn page_that_is_partly_a_hole_is_refused() {
+        const LARGE_PAGE: u64 = 64 << 10;
+        let dir = tempfile::tempdir().unwrap();
+        let file = tempfile::tempfile_in(dir.path()).unwrap();
+        file.set_len(4 * LARGE_PAGE).unwrap();
+        let geometry = Geometry::new(4 * LARGE_PAGE, LARGE_PAGE).unwrap();
+        let mut diff = RawDiff::begin(&file, geometry).unwrap();
+        let mut pages = geometry.no_pages();
+        pages.add(&(2 * LARGE_PAGE..3 * LARGE_PAGE));
+        diff.add(&pages);
+        file.write_all_at(&[7; PAGE as usize], 2 * LARGE_PAGE)
+            .unwrap();
+        let error = diff.check_written(&file).unwrap_err();
+        assert!(
+            matches!(error, WriteAmbiguity::NotAsWritten { offset } if offset == 2 * LARGE_PAGE),
+            "{error:?}"
+        );
+    }
+
+    #[rstest]
+    #[case::shrunk(4, 4)]
+    #[case::grown(9, 8)]
+    fn resized_file_is_refused(#[case] pages: u64, #[case] at: u64) {
+        let (_dir, file, diff) = diff(&[0]);
+        file.write_all_at(&[7; PAGE as usize], 0).unwrap();
+        diff.check_written(&file).unwrap();
+        file.set_len(pages * PAGE).unwrap();
+        let error = diff.check_written(&file).unwrap_err();
+        assert!(
+            matches!(error, WriteAmbiguity::NotAsWritten { offset } if offset == at * PAGE),
+            "{error:?}"
+        );
+    }
+
+    #[test]
     fn file_with_reserved_blocks_is_refused() {
         let (_dir, file, diff) = diff(&[0]);
         sparse_file::reserve(&file, 8 * PAGE).unwrap();

@@ -47,6 +47,34 @@ fn full_lists_every_page(layout: Layout) {
 }
 
 #[test]
+fn footer_has_the_start_of_the_bitmap_or_the_given_regions() {
+    const START: u64 = 0x4000_0000;
+    const SIZE: u64 = 1 << 20;
+    let given = [0..SIZE / 2, 1 << 32..(1 << 32) + SIZE / 2];
+    for layout in with_footer() {
+        for regions in [None, Some(given.clone())] {
+            let place = Place::new();
+            let bitmap = DirtyBitmap::new(START, SIZE, PAGE).unwrap();
+            bitmap.mark(START).unwrap();
+            let mut seal = Seal::new().on_raw_image();
+            if let Some(regions) = regions.clone() {
+                seal = seal.regions(regions);
+            }
+            let mut writer = options(layout, seal).open(&place.dest, SIZE, PAGE).unwrap();
+            writer
+                .write_diff(&pattern(SIZE as usize, 1), &bitmap)
+                .unwrap();
+            writer.commit().unwrap();
+            let (footer, _) = applied(&place.dest, vec![0; SIZE as usize]);
+            match regions {
+                None => assert_eq!(footer.regions, [START..START + SIZE]),
+                Some(regions) => assert_eq!(footer.regions, regions),
+            }
+        }
+    }
+}
+
+#[test]
 fn footer_of_a_diff_separates_zeros_from_clean_pages() {
     with_footer().for_each(diff_separates_zeros);
 }
