@@ -106,8 +106,9 @@ fn descriptors_of_other_kinds_are_refused() {
 #[case::write_protection(Modes::WRITE_PROTECT)]
 fn a_userfaultfd_with_registered_memory_is_refused(#[case] modes: Modes) {
     needs!(Userfaultfd);
-    let fault = options().open().unwrap();
     let memory = Memory::private(1);
+    // Dropped first: unmapping registered memory waits until the event is read.
+    let fault = options().open().unwrap();
     register(&fault, memory.range(), modes);
     let duplicate = fault.as_fd().try_clone_to_owned().unwrap();
     let error = options().adopt(duplicate).unwrap_err();
