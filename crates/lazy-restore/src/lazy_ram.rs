@@ -333,7 +333,7 @@ impl PageReader for LazyRam {
     }
 
     fn ram_layout(&self) -> Option<&RamLayout> {
-        self.pages.chain().ram_layout()
+        self.pages.source().ram_layout()
     }
 
     fn check_source(&self) -> io::Result<()> {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use memory_image::{Chain, SegmentSource};
-use page_reader::{HostMemory, PageReader, PopulatedRanges};
+use page_reader::{HostMemory, PageReader, PopulatedRanges, RamLayout};
 
 /// A source that RAM is filled from while the guest runs: a [`Chain`], or any other reader.
 ///
@@ -238,6 +238,11 @@ impl<R: PageReader> PageReader for SizedReader<R> {
     fn check_source(&self) -> io::Result<()> {
         self.reader.check_source()
     }
+
+    fn ram_layout(&self) -> Option<&RamLayout> {
+        let layout = self.reader.ram_layout();
+        layout.filter(|layout| layout.ram_size() == self.ram_size)
+    }
 }
 
 impl<R: PageReader + Send + Sync> RamSource for SizedReader<R> {
@@ -295,5 +300,25 @@ mod tests {
         let source = SizedReader::new(vec![7; 200], 100);
         assert_eq!(source.host_memory(90, 50).unwrap().len(), 10);
         assert!(source.host_memory(101, 50).is_none());
+    }
+
+    #[test]
+    fn layout_of_another_size_is_not_stated() {
+        struct Reader(RamLayout);
+
+        impl PageReader for Reader {
+            fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+                Ok(())
+            }
+
+            fn ram_layout(&self) -> Option<&RamLayout> {
+                Some(&self.0)
+            }
+        }
+
+        let reader = || Reader(RamLayout::single(1 << 30, 100).unwrap());
+        let layout = reader().0;
+        assert_eq!(SizedReader::new(reader(), 100).ram_layout(), Some(&layout));
+        assert_eq!(SizedReader::new(reader(), 99).ram_layout(), None);
     }
 }

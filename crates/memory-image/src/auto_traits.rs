@@ -1,9 +1,9 @@
 //! Checks at compile time which public types threads may send and share.
 
 use crate::{
-    Chain, ChainError, HostRam, Image, ImageOptions, MapError, MappedChain, MappedChainOptions, MappedImage,
-    MergeError, OpenImageError, ReadImageError, RestoreError, TargetMemory, VerifyError,
-    VerifyReport,
+    Chain, ChainError, HostRam, Image, ImageOptions, MapError, MappedChain, MappedChainOptions,
+    MappedImage, MergeError, OpenImageError, ReadImageError, RestoreError, TargetMemory,
+    VerifyError, VerifyReport,
 };
 
 fn shared<T: Send + Sync>() {}

@@ -40,7 +40,11 @@ fn quoted_code_is_in_the_file_that_the_guide_names() {
             let block = rest.split("```").nth(1).unwrap();
             let (_, quote) = block.split_once('\n').unwrap();
             let source = fs::read_to_string(root.join(file)).unwrap();
-            assert!(is_in(quote, &source), "{}: {file}:\n{quote}", guide.display());
+            assert!(
+                is_in(quote, &source),
+                "{}: {file}:\n{quote}",
+                guide.display()
+            );
             quotes += 1;
         }
     }
