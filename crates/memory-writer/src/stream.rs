@@ -46,7 +46,7 @@ use crate::sealing::FooterBuilder;
 /// use memory_writer::{PackedStream, Seal};
 ///
 /// # let (ram, dirty) = (vec![0_u8; 1 << 20], DirtyBitmap::new(0, 1 << 20, 4096)?);
-/// # let (mut socket, mut second) = (Vec::new(), Vec::new());
+/// # let (mut socket, mut second) = (Vec::<u8>::new(), Vec::<u8>::new());
 /// let mut stream = PackedStream::new(&mut socket, 1 << 20, 4096)?;
 /// let parent = stream.image_id();
 /// stream.write_full(&ram)?;
