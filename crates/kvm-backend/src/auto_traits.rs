@@ -25,6 +25,15 @@ fn main_types_are_send_and_sync() {
     shared::<Vcpus>();
 }
 
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn states_are_send_and_sync() {
+    shared::<crate::MsrList>();
+    shared::<crate::StateError>();
+    shared::<crate::VcpuState>();
+    shared::<crate::VmState>();
+}
+
 /// Callers name these types without a dependency of their own.
 #[test]
 fn crates_of_public_signatures_are_reexported() {

@@ -25,6 +25,10 @@ const CLEAR_PAGES: usize = 1 << 18;
 /// `start`, so `start` marks all of the RAM. A chain of snapshots therefore begins with a full one,
 /// of an epoch begun after `start`.
 ///
+/// A guest that was restored continues its chain: start the log, restore the snapshot, and discard
+/// the marks by [`set_baseline`](guest_ram::GuestRam::set_baseline). The first diff then has the
+/// pages that were written since the restore, and its parent is the restored snapshot.
+///
 /// The RAM of a guest has one log at a time: two logs would take pages from each other.
 ///
 /// [Stopping](Self::stop) the log or dropping the slots discards its contents, so both mark all of
