@@ -168,6 +168,7 @@ mod platform {
 mod tests {
     use rstest::rstest;
 
+    use super::is_same_user;
     use super::platform::covers_all;
 
     #[rstest]
@@ -182,5 +183,13 @@ mod tests {
         #[case] all: bool,
     ) {
         assert_eq!(covers_all(map), all);
+    }
+
+    #[test]
+    fn the_overflow_id_is_one_user_only_where_all_are_mapped() {
+        let read = |path| std::fs::read_to_string(path).unwrap();
+        let overflow = read("/proc/sys/kernel/overflowuid").trim().parse().unwrap();
+        let all_are_mapped = covers_all(&read("/proc/self/uid_map"));
+        assert_eq!(is_same_user(overflow, overflow), all_are_mapped);
     }
 }

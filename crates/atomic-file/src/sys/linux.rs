@@ -116,7 +116,7 @@ pub(crate) fn is_magic_link(dir: impl AsFd, name: &OsStr) -> io::Result<bool> {
 fn leads_to_a_path(dir: BorrowedFd<'_>, name: &OsStr) -> bool {
     use nix::fcntl::{OpenHow, ResolveFlag, openat2};
     let how = OpenHow::new()
-        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .flags(OFlag::O_PATH.union(OFlag::O_CLOEXEC))
         .resolve(ResolveFlag::RESOLVE_NO_MAGICLINKS);
     retry(|| openat2(dir, name, how)).is_ok()
 }
@@ -209,13 +209,17 @@ fn generation_of_handle(file: &File) -> io::Result<u64> {
     }
     let length = (handle.length as usize).min(MAX_HANDLE_LEN);
     let bytes = handle.kind.to_le_bytes().into_iter();
-    // FNV-1a.
-    let digest = bytes
-        .chain(handle.bytes[..length].iter().copied())
-        .fold(0xcbf2_9ce4_8422_2325, |digest: u64, byte| {
-            (digest ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
-    Ok(digest | FROM_HANDLE)
+    Ok(digest_of(
+        bytes.chain(handle.bytes[..length].iter().copied()),
+    ))
+}
+
+/// Returns a digest that is marked as one of a handle: FNV-1a.
+fn digest_of(bytes: impl Iterator<Item = u8>) -> u64 {
+    let digest = bytes.fold(0xcbf2_9ce4_8422_2325, |digest: u64, byte| {
+        (digest ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    digest | FROM_HANDLE
 }
 
 /// Returns whether the file with this device and inode number is known to be in use as swap space.
@@ -285,4 +289,19 @@ pub(crate) fn has_attributes(file: &File) -> io::Result<bool> {
     Ok(names[..length]
         .split(|byte| *byte == 0)
         .any(|name| !name.is_empty() && !name.starts_with(b"security.")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn digests_differ_and_are_marked_as_those_of_handles() {
+        let inputs = (0..=u8::MAX).map(|byte| [byte, 7]);
+        let digests: BTreeSet<_> = inputs.map(|bytes| digest_of(bytes.into_iter())).collect();
+        assert_eq!(digests.len(), 256);
+        assert!(digests.iter().all(|digest| digest & FROM_HANDLE != 0));
+    }
 }
