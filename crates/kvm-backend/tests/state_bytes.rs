@@ -90,7 +90,10 @@ fn other_versions_lengths_and_sizes_are_typed_errors() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
+    #![proptest_config(ProptestConfig {
+        failure_persistence: None,
+        ..ProptestConfig::with_cases(300)
+    })]
 
     /// Every truncation is an error, and every other damage is an error or another state.
     #[test]

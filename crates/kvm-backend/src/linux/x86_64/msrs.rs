@@ -1,4 +1,5 @@
-//! The model-specific registers that KVM knows. Reads and writes them in batches, and skips those that KVM refuses.
+//! The model-specific registers that KVM knows. Reads and writes them in batches, and skips those
+//! that KVM refuses.
 
 use std::io;
 

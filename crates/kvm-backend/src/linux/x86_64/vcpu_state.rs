@@ -11,10 +11,10 @@ use super::abi::{self, FormatVersion};
 /// The state of one vCPU, from which a new vCPU continues the guest.
 ///
 /// It is [captured](Self::capture) from a vCPU that is [paused](crate::Vcpus::pause), and
-/// [restored](Self::restore) into one that has never run. In between it is
-/// [bytes](Self::to_bytes), or data for any serde format. Kernel structures are stored byte for byte (as hexadecimal digits in human-readable
-/// formats). The version of the format is the first field, so that state of another format is an
-/// error and is not misread.
+/// [restored](Self::restore) into one that has never run. In between it is [bytes](Self::to_bytes),
+/// or data for any serde format. Kernel structures are stored byte for byte (as hexadecimal digits
+/// in human-readable formats). The version of the format is the first field, so that state of
+/// another format is an error and is not misread.
 ///
 /// # Examples
 /// ```no_run
