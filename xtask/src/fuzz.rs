@@ -18,7 +18,7 @@ const FLAGS: &str = "--cfg fuzzing -Zsanitizer=address -Ccodegen-units=1 -Cpasse
 /// Naming the target keeps the flags from build scripts, which the sanitizer would stop.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Feed image footers, chains, dirty logs, bitmaps, RAM layouts and vCPU states with libFuzzer's inputs
+/// Feed footers, chains, dirty logs, bitmaps, RAM layouts and vCPU states with libFuzzer's inputs
 ///
 /// Starts with the inputs in fuzz/corpus, and writes new ones to target/fuzz/corpus. An input that
 /// breaks a target is kept in target/fuzz, and its path is printed. Linux on x86-64.

@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use kvm_backend::kvm_ioctls::{Kvm, VcpuExit};
+use kvm_backend::kvm_ioctls::VcpuExit;
 use kvm_backend::page_reader::RamLayout;
 use kvm_backend::{
-    DirtyLog, GuestRam, Paused, RamSlots, Vcpu, VcpuState, Vcpus, create_vm, long_mode, open_kvm,
+    DirtyLog, GuestRam, MsrList, Paused, RamSlots, Vcpu, VcpuState, Vcpus, create_vm, long_mode,
+    open_kvm,
 };
 
 /// The size of the RAM in bytes.
@@ -35,7 +36,7 @@ pub(crate) type AnyError = Box<dyn Error + Send + Sync>;
 pub(crate) struct Guest {
     pub(crate) ram: Arc<GuestRam>,
     pub(crate) log: DirtyLog,
-    kvm: Kvm,
+    msrs: MsrList,
     vcpus: Vcpus,
     vcpu: Arc<Mutex<Vcpu>>,
     gate: Arc<Gate>,
@@ -54,11 +55,11 @@ impl Guest {
     /// Creates the guest, starts its dirty log, and runs it.
     pub(crate) fn start() -> Result<Self, AnyError> {
         let kvm = open_kvm()?;
-        let vm = Arc::new(create_vm(&kvm)?);
+        let vm = create_vm(&kvm)?;
         let ram = Arc::new(GuestRam::new(RamLayout::single(0, RAM)?)?);
         let slots = Arc::new(RamSlots::register(&vm, &ram, 0)?);
-        let vcpus = Vcpus::new(&vm);
-        let vcpu = vcpus.create(0)?;
+        let vcpus = Vcpus::new(&vm)?;
+        let vcpu = vcpus.create(&vm, 0)?;
         ram.write(0x10000, &PROGRAM)?;
         let start = long_mode::Start {
             entry: 0x10000,
@@ -80,7 +81,7 @@ impl Guest {
         Ok(Self {
             ram,
             log,
-            kvm,
+            msrs: MsrList::query(&kvm)?,
             vcpus,
             vcpu,
             gate,
@@ -99,7 +100,7 @@ impl Guest {
     /// Captures the state of the paused vCPU.
     pub(crate) fn capture(&self, paused: &Paused) -> Result<VcpuState, AnyError> {
         let vcpu = self.vcpu.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(VcpuState::capture(&self.kvm, paused, &vcpu)?)
+        Ok(VcpuState::capture(&self.msrs, paused, &vcpu)?)
     }
 
     /// Lets the thread of the vCPU continue, if it is paused.

@@ -38,15 +38,16 @@ use super::vcpus::Paused;
 /// # use kvm_backend::{DirtyLog, GuestRam, RamSlots, Vcpus, create_vm, open_kvm};
 /// # use page_reader::RamLayout;
 /// # if !test_machine::Need::Kvm.met("the example of Precopy") { return Ok(()); }
-/// use kvm_backend::{Precopy, VcpuState};
+/// use kvm_backend::{MsrList, Precopy, VcpuState};
 ///
 /// # let kvm = open_kvm()?;
-/// # let vm = Arc::new(create_vm(&kvm)?);
+/// # let vm = create_vm(&kvm)?;
 /// # let ram = Arc::new(GuestRam::new(RamLayout::single(0, 2 << 20)?)?);
 /// # let slots = Arc::new(RamSlots::register(&vm, &ram, 0)?);
-/// # let vcpus = Vcpus::new(&vm);
-/// # let vcpu = vcpus.create(0)?;
+/// # let vcpus = Vcpus::new(&vm)?;
+/// # let vcpu = vcpus.create(&vm, 0)?;
 /// # let log = DirtyLog::start(&slots)?;
+/// let msrs = MsrList::query(&kvm)?; // once for each host
 /// # type Error = Box<dyn std::error::Error>;
 /// # let write = |pages: &kvm_backend::dirty_bitmap::TakenBitmap| Ok::<_, Error>(());
 /// // `write` writes the pages of a bitmap: `writer.write_diff(&ram, pages)`.
@@ -61,7 +62,7 @@ use super::vcpus::Paused;
 /// }
 /// let copy = precopy.finish::<_, Error>(
 ///     || Ok(vcpus.pause()?), // after each vCPU thread has called `complete_io`
-///     |paused| Ok(VcpuState::capture(&kvm, paused, &vcpu)?),
+///     |paused| Ok(VcpuState::capture(&msrs, paused, &vcpu)?),
 ///     write,
 /// )?;
 /// // The guest runs again. `writer.commit_and_release(copy.epoch)` commits the file.
