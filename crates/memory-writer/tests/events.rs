@@ -18,7 +18,7 @@ fn a_dump_reports_its_engine_and_no_guest_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let dest = dir.path().join("full.mem");
     for layout in Layout::ALL {
-        let options = MemoryWriter::options().layout(*layout);
+        let options = MemoryWriter::options().layout(layout);
         let events = captured(|| {
             let mut writer = options.open(&dest, SIZE, 4096).unwrap();
             writer.write_full(&ram()).unwrap();

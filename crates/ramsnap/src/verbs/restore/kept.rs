@@ -163,7 +163,7 @@ mod tests {
             ],
             false => vec![0..1 << 20],
         };
-        let session = Session::begin(true).unwrap();
+        let session = Session::begin(true, false).unwrap();
         assert_eq!(has_no_hole(&file, &chain, &runs).unwrap(), is_kept);
         assert_eq!(
             has_all_bytes(&session, &file, &chain, &runs).unwrap(),
@@ -177,7 +177,7 @@ mod tests {
         let (_dir, chain, file) = restored();
         file.set_len((1 << 20) - 10).unwrap();
         file.set_len(1 << 20).unwrap();
-        let session = Session::begin(true).unwrap();
+        let session = Session::begin(true, false).unwrap();
         let all = [0..1 << 20];
         assert!(has_no_hole(&file, &chain, &all).unwrap());
         assert!(!has_all_bytes(&session, &file, &chain, &all).unwrap());
