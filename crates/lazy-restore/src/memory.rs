@@ -284,3 +284,54 @@ fn is_private_anonymous(region: &ProcessRegion) -> bool {
 fn pointer(address: u64) -> nix::Result<NonNull<c_void>> {
     NonNull::new(std::ptr::with_exposed_provenance_mut(address as usize)).ok_or(Errno::EFAULT)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::region::{self, host_page};
+
+    #[test]
+    fn only_the_given_parts_are_inherited_again() {
+        let page = host_page();
+        let mapping = region::Region::zeros(4 * page).unwrap();
+        let at = mapping.as_ptr();
+        // SAFETY: nothing accesses the mapping, which outlives the value.
+        let memory = unsafe { Memory::new([(at, 4 * page as usize)]) };
+        let is_inherited = || {
+            let mappings = FlaggedRegion::of_this_process().unwrap();
+            [0, 1, 2, 3].map(|number| {
+                let address = at.addr() as u64 + number * page;
+                let found = |mapping: &&FlaggedRegion| mapping.region.addresses.contains(&address);
+                let mapping = mappings.iter().find(found).unwrap();
+                !mapping.flags.unwrap().not_inherited
+            })
+        };
+        assert_eq!(is_inherited(), [true; 4]);
+        memory.exclude_from_children().unwrap();
+        assert_eq!(is_inherited(), [false; 4]);
+        memory.restore_to_children(&[page..2 * page]).unwrap();
+        assert_eq!(is_inherited(), [false, true, false, false]);
+    }
+
+    #[test]
+    fn memory_is_private_and_anonymous_only_if_nothing_else_has_it() {
+        type Change = fn(&mut ProcessRegion);
+        let mappings = FlaggedRegion::of_this_process().unwrap();
+        let regions = mappings.iter().map(|mapping| &mapping.region);
+        let heap = regions.into_iter().find(|it| it.name == b"[heap]").unwrap();
+        assert!(is_private_anonymous(heap));
+        let changes: [(Change, bool); 6] = [
+            (|it| it.name.clear(), true),
+            (|it| it.name = b"[anon:guest]".to_vec(), true),
+            (|it| it.name = b"[vvar]".to_vec(), false),
+            (|it| it.permissions.shared = true, false),
+            (|it| it.inode = 5, false),
+            (|it| it.device = (0, 1), false),
+        ];
+        for (number, (change, expected)) in changes.into_iter().enumerate() {
+            let mut region = heap.clone();
+            change(&mut region);
+            assert_eq!(is_private_anonymous(&region), expected, "change {number}");
+        }
+    }
+}

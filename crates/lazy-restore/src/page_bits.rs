@@ -113,4 +113,12 @@ mod tests {
             prop_assert_eq!(present.first_missing(start * PAGE..end * PAGE), expected);
         }
     }
+
+    #[test]
+    fn words_are_as_many_as_the_pages_need() {
+        for (pages, words) in [(1, 1), (64, 1), (65, 2), (1 << 20, 1 << 14)] {
+            let set = PageBits::none(pages * PAGE, PAGE).unwrap();
+            assert_eq!(set.words.len(), words, "{pages} pages");
+        }
+    }
 }

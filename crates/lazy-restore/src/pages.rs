@@ -332,3 +332,6 @@ impl Pages {
         self.fault.zero(address, self.page_size)
     }
 }
+
+#[cfg(test)]
+mod tests;

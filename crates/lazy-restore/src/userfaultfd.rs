@@ -128,7 +128,7 @@ impl Userfaultfd {
     /// Fills missing pages with zeros, which takes no memory, and wakes waiting accesses.
     pub(crate) fn zero(&self, start: u64, len: u64) -> Filled {
         fill(self.page, len, |done, len| {
-            let pages = range(start + done, len);
+            let pages = rest(start, done, len);
             self.fault.zeropage(pages, FillFlags::empty())
         })
     }
@@ -137,7 +137,7 @@ impl Userfaultfd {
     /// if the kernel makes it.
     pub(crate) fn poison(&self, start: u64, len: u64) -> Filled {
         fill(self.page, len, |done, len| {
-            let pages = range(start + done, len);
+            let pages = rest(start, done, len);
             self.fault.poison(pages, FillFlags::empty())
         })
     }
@@ -156,6 +156,11 @@ impl Userfaultfd {
 
 fn range(start: u64, len: u64) -> Range<u64> {
     start..start.saturating_add(len)
+}
+
+/// Returns the `len` bytes after the first `done` ones from `start` on.
+fn rest(start: u64, done: u64, len: u64) -> Range<u64> {
+    range(start + done, len)
 }
 
 fn errno(result: io::Result<()>) -> nix::Result<()> {

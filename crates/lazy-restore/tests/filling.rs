@@ -69,13 +69,14 @@ fn threads_touching_random_pages_read_the_images_bytes(#[case] options: LazyRamO
     assert_eq!(progress.done, progress.total);
 }
 
-#[test]
-fn a_fault_fills_the_aligned_block_around_its_page() {
+#[rstest]
+#[case::by_default(on_demand())]
+#[case::as_requested(on_demand().fault_around(16 * PAGE))]
+fn a_fault_fills_the_aligned_block_around_its_page(#[case] options: LazyRamOptions) {
     needs!(Userfaultfd);
     const BLOCK: u64 = 16 * PAGE;
     let images = Images::new(MIB, PAGE).with([0..256]);
-    let ram = on_demand().fault_around(BLOCK);
-    let ram = ram.start(open_chain(&images)).unwrap();
+    let ram = options.start(open_chain(&images)).unwrap();
     let faults_of = |offset| {
         let before = ram.faults();
         page(&ram, offset).unwrap();
