@@ -7,14 +7,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::bitmap::DirtyBitmap;
 use crate::epoch::Epoch;
 
-/// The last number given to a take of marks or to a full write in this process.
+/// The number that the next take of marks or full write in this process gets. The first one is 1,
+/// because 0 stands for no number.
 ///
 /// The numbers also order memory: an operation with a larger number sees the effects of one with a
 /// smaller number.
-static LAST_NUMBER: AtomicU64 = AtomicU64::new(0);
+static NEXT_NUMBER: AtomicU64 = AtomicU64::new(1);
 
 fn next_number() -> u64 {
-    LAST_NUMBER.fetch_add(1, Ordering::SeqCst) + 1
+    NEXT_NUMBER.fetch_add(1, Ordering::SeqCst)
 }
 
 /// The takes of an epoch that the marks of a bitmap are from.

@@ -221,9 +221,7 @@ fn zeros(count: u64) -> Result<Box<[AtomicU64]>, GeometryError> {
 }
 
 #[cfg(ramsnap_loom)]
-fn zeros(count: u64) -> Result<Box<[AtomicU64]>, GeometryError> {
-    defaults(count)
-}
+use self::defaults as zeros;
 
 fn out_of_memory<T>(count: u64) -> GeometryError {
     GeometryError::OutOfMemory {

@@ -250,7 +250,7 @@ fn page_size_of(bitmap: &AtomicBitmap) -> u64 {
     probe.reset();
     probe.set_bit(1);
     while min < max {
-        let middle = min + (max - min) / 2;
+        let middle = min.midpoint(max);
         match probe.is_addr_set(middle) {
             true => max = middle,
             false => min = middle + 1,
@@ -305,5 +305,19 @@ mod tests {
                 assert_eq!(page_size_of(&bitmap), expected as u64, "{size}");
             }
         }
+    }
+
+    /// A bitmap may have more pages than its region.
+    #[test]
+    fn marks_past_the_end_of_a_region_are_dropped() {
+        const PAGE: usize = 4096;
+        let dirty = DirtyBitmap::new(0, 4 * PAGE as u64, 2 * PAGE as u64).unwrap();
+        let bitmap = AtomicBitmap::new(5 * PAGE, NonZeroUsize::new(PAGE).unwrap());
+        for page in [0, 3, 4] {
+            bitmap.set_bit(page);
+        }
+        assert_eq!(dirty.mark_region(0, 3 * PAGE as u64, &bitmap), 3);
+        assert_eq!(dirty.runs().collect::<Vec<_>>(), [0..2 * PAGE as u64]);
+        assert!(!bitmap.is_bit_set(4));
     }
 }
