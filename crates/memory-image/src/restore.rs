@@ -231,17 +231,41 @@ impl Chain {
             };
             let image = self.image(layer);
             let file = image.file()?;
-            memory.read_from(part, &file, at).map_err(|(at, source)| {
-                match source.raw_os_error() {
-                    // The memory is not writable. The file is not at fault.
-                    Some(errno) if errno == Errno::EFAULT as i32 => RestoreError::Target {
-                        offset: range.start,
-                        source,
-                    },
-                    _ => image.read_error(at, source).into(),
-                }
-            })?;
+            let read = memory.read_from(part, &file, at);
+            read.map_err(|(at, source)| read_failed(image, range.start, at, source))?;
         }
         Ok(())
+    }
+}
+
+/// Returns the error of a read from `image` at `at` to the memory at `offset` of the RAM.
+fn read_failed(image: &Image, offset: u64, at: u64, source: io::Error) -> RestoreError {
+    match source.raw_os_error() {
+        // The memory is not writable. The file is not at fault.
+        Some(errno) if errno == Errno::EFAULT as i32 => RestoreError::Target { offset, source },
+        _ => image.read_error(at, source).into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use image_format::RAW_UNIT;
+
+    use super::*;
+    use crate::error::ReadImageError;
+
+    #[test]
+    fn errors_of_the_file_and_of_the_memory_are_distinguished() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(RAW_UNIT).unwrap();
+        let image = Image::open_raw(file.path()).unwrap();
+        let failed = |errno: Errno| read_failed(&image, 1, 2, errno.into());
+        let error = failed(Errno::EFAULT);
+        assert!(matches!(error, RestoreError::Target { offset: 1, .. }));
+        let error = failed(Errno::EIO);
+        assert!(matches!(
+            error,
+            RestoreError::Read(ReadImageError::Read { offset: 2, .. })
+        ));
     }
 }

@@ -332,3 +332,23 @@ fn flattening_with_reflinks_allocates_only_the_diffs() {
     assert!(took < 4 << 20, "took {took} bytes");
     assert!(std::fs::read(path("flat")).unwrap() == ram);
 }
+
+/// Its pages are not at their offsets in the RAM.
+#[cfg(target_os = "linux")]
+#[test]
+fn packed_base_is_flattened_without_reflinks() {
+    use test_machine::{FileSystem, LoopMount, needs};
+
+    needs!(Mount(FileSystem::XFS));
+    let mount = LoopMount::new(FileSystem::XFS).unwrap();
+    let path = |name: &str| mount.path().join(name);
+    let size = 1 << 20;
+    let ram: Vec<u8> = (0..size).map(|at| (at / 512 % 251) as u8).collect();
+    let options = MemoryWriter::options().layout(memory_writer::Layout::Packed);
+    let mut writer = options.open(path("base"), size, PAGE).unwrap();
+    writer.write_full(&ram).unwrap();
+    writer.commit().unwrap();
+    let chain = Chain::open_sealed(&[path("base")]).unwrap();
+    chain.flatten(path("flat")).unwrap();
+    assert!(std::fs::read(path("flat")).unwrap() == ram);
+}

@@ -17,7 +17,9 @@ use support::raw_guest::{Guest, PAGE, SIZE};
 fn restore_overwrites_previous_bytes_with_zeros() {
     let guest = Guest::with_history();
     let mut ram = vec![0xee; SIZE as usize];
-    guest.chain().restore(ram.as_mut_slice()).unwrap();
+    let target = ram.as_mut_slice();
+    assert!(target.memory_mut(SIZE, 8).is_none());
+    guest.chain().restore(target).unwrap();
     assert!(ram == guest.ram);
 }
 
