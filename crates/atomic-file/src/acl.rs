@@ -157,6 +157,21 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn without_a_mask_the_group_bits_are_those_of_the_members() {
+        let entries = list(7, 7, 7).0.into_iter();
+        let unmasked = PosixAcl(entries.filter(|entry| entry.tag != MASK).collect());
+        let of = |list: &PosixAcl, tag| list.common(tag);
+        let changed = unmasked.with_mode(0o751);
+        assert_eq!(
+            [OWNER, MEMBERS, OTHERS].map(|tag| of(&changed, tag)),
+            [7, 5, 1]
+        );
+        assert_eq!([USER, GROUP].map(|tag| of(&changed, tag)), [7, 7]);
+        let changed = list(6, 6, 6).with_mode(0o751);
+        assert_eq!([MASK, MEMBERS].map(|tag| of(&changed, tag)), [5, 6]);
+    }
+
+    #[test]
     fn a_list_reads_back_as_it_was_written() {
         let list = list(4, 0, 6);
         let bytes = list.encode();

@@ -51,10 +51,7 @@ pub(crate) fn acquire_ticket(
             shown = true;
             continue;
         }
-        let withdraws = rivals
-            .iter()
-            .any(|rival| !is_record_name(rival) && *rival < ticket);
-        if shown && withdraws {
+        if shown && must_withdraw(&ticket, &rivals) {
             let id = new_id().map_err(of_record)?;
             let name = protocol_name(OsStr::new(""), id, NameKind::Locked);
             let withdraw = record.rename_to(name);
@@ -63,6 +60,13 @@ pub(crate) fn acquire_ticket(
         }
         thread::sleep(PAUSE);
     }
+}
+
+/// Returns whether a rival's ticket comes before this one. A rival with a record is committing, and
+/// is only waited for.
+fn must_withdraw(ticket: &OsStr, rivals: &[OsString]) -> bool {
+    let mut rivals = rivals.iter();
+    rivals.any(|rival| !is_record_name(rival) && **rival < *ticket)
 }
 
 /// Returns the names of the records and tickets of other active groups with a destination in
@@ -125,5 +129,29 @@ fn shares(record: &std::fs::File, dests: &[&OsStr]) -> bool {
             .iter()
             .any(|member| dests.contains(&member.dest.as_os_str())),
         Ok(Err(_)) | Err(_) => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+    use crate::names::record_name;
+
+    #[rstest]
+    #[case::none(&[], false)]
+    #[case::of_a_larger_id(&[ticket(6)], false)]
+    #[case::of_a_smaller_id(&[ticket(6), ticket(4)], true)]
+    #[case::a_record(&[record_name(4)], false)]
+    fn the_ticket_with_the_larger_id_is_withdrawn(
+        #[case] rivals: &[OsString],
+        #[case] expected: bool,
+    ) {
+        assert_eq!(must_withdraw(&ticket(5), rivals), expected);
+    }
+
+    fn ticket(id: u64) -> OsString {
+        protocol_name(OsStr::new(""), id, NameKind::Ticket)
     }
 }
