@@ -140,6 +140,13 @@ fn ram_that_cannot_be_protected_is_an_error(
 }
 
 #[test]
+fn pages_as_large_as_a_block_are_tracked() {
+    let bitmap = TrackedBitmap::tracked(0, 4 * BLOCK_SIZE, BLOCK_SIZE).unwrap();
+    let tracker = WriteTracker::new(Arc::new(bitmap), Policy::Pages).unwrap();
+    assert_eq!(tracker.bitmap().page_size(), BLOCK_SIZE);
+}
+
+#[test]
 fn a_bitmap_has_one_tracker_at_a_time() {
     let (_machine, tracker) = protected(1, Policy::Pages);
     let bitmap = Arc::clone(tracker.bitmap());

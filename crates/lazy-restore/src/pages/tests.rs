@@ -173,3 +173,48 @@ fn turn_of_the_prefetcher_ends_after_a_step() {
     });
     assert_eq!(steps.into_inner(), 1);
 }
+
+#[test]
+fn memory_of_several_mappings_is_filled_with_zeros() {
+    needs!(Userfaultfd);
+    let page = host_page();
+    let unfilled = unfilled(4 * page);
+    let (pages, start) = (&unfilled.pages, unfilled.region.as_ptr());
+    let second = start.wrapping_add(page as usize).cast();
+    // SAFETY: the page is mapped. The advice changes no byte, and splits the mapping.
+    let advised = unsafe { libc::madvise(second, page as usize, libc::MADV_RANDOM) };
+    assert_eq!(advised, 0);
+    pages.zero(0..4 * page, Role::Handler).unwrap();
+    for number in 0..4 {
+        let stop = pages.occupy(number * page).stop;
+        assert_eq!(stop, Some(Errno::EEXIST), "page {number} is filled");
+    }
+}
+
+#[test]
+fn unmapped_part_is_an_error_that_names_it() {
+    needs!(Userfaultfd);
+    let page = host_page();
+    let unfilled = unfilled(4 * page);
+    let (pages, start) = (&unfilled.pages, unfilled.region.as_ptr().addr());
+    thread::scope(|scope| {
+        let unmap = scope.spawn(move || {
+            let part = std::ptr::with_exposed_provenance_mut(start + page as usize);
+            // SAFETY: nothing accesses the two pages, and nothing is mapped in their place.
+            assert_eq!(unsafe { libc::munmap(part, 2 * page as usize) }, 0);
+        });
+        while !unmap.is_finished() {
+            pages.record_messages(&mut pages.ledger.lock()).unwrap();
+            thread::yield_now();
+        }
+    });
+    let error = pages.status.failure().unwrap();
+    assert!(
+        matches!(
+            **error,
+            LazyError::Userfaultfd(UserfaultfdError::Unmapped { offset, len })
+                if (offset, len) == (page, 2 * page)
+        ),
+        "{error:?}"
+    );
+}
