@@ -18,6 +18,7 @@ fn restore_overwrites_previous_bytes_with_zeros() {
     let guest = Guest::with_history();
     let mut ram = vec![0xee; SIZE as usize];
     let target = ram.as_mut_slice();
+    assert_eq!(target.memory_mut(SIZE - 4, 8).unwrap().len(), 4);
     assert!(target.memory_mut(SIZE, 8).is_none());
     guest.chain().restore(target).unwrap();
     assert!(ram == guest.ram);
@@ -73,6 +74,9 @@ fn guest_of_two_regions_is_restored_in_place() {
     // Only in the second region.
     target.write_at(9 * PAGE, &[7; 3]).unwrap();
     guest.write(9 * PAGE, 3, 7);
+    // In both.
+    target.write_at(split - 2, &[8; 4]).unwrap();
+    guest.write(split - 2, 4, 8);
     assert!(target.write_at(SIZE - 1, &[0, 0]).is_err());
     assert!(ram[..SIZE as usize - 1] == guest.ram[..SIZE as usize - 1]);
 }

@@ -135,8 +135,8 @@ impl TargetMemory<'_> {
     }
 }
 
-/// Reads `len` bytes from the file offset `offset` on. Each `read` is passed a part of `0..len` that
-/// is not empty, and its file offset. It returns the number of bytes that it read.
+/// Reads `len` bytes from the file offset `offset` on. Each `read` is passed a part of `0..len`
+/// that is not empty, and its file offset. It returns the number of bytes that it read.
 fn read_all(
     len: usize,
     offset: u64,
