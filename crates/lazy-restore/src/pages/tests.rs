@@ -218,3 +218,31 @@ fn unmapped_part_is_an_error_that_names_it() {
         "{error:?}"
     );
 }
+
+#[test]
+fn both_addresses_of_moved_memory_are_recorded() {
+    needs!(Userfaultfd);
+    let page = host_page();
+    let len = 2 * page as usize;
+    // Dropped after the pages: nothing reads the message that it is unmapped.
+    let elsewhere = Region::zeros(2 * page).unwrap();
+    let unfilled = unfilled(4 * page);
+    let pages = &unfilled.pages;
+    let from = unfilled.region.as_ptr().addr() + page as usize;
+    let to = elsewhere.as_ptr().expose_provenance();
+    thread::scope(|scope| {
+        let moving = scope.spawn(move || {
+            let pointer = std::ptr::with_exposed_provenance_mut::<libc::c_void>;
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            // SAFETY: nothing accesses the pages at either address.
+            let moved = unsafe { libc::mremap(pointer(from), len, len, flags, pointer(to)) };
+            assert_eq!(moved.addr(), to);
+        });
+        while !moving.is_finished() {
+            pages.record_messages(&mut pages.ledger.lock()).unwrap();
+            thread::yield_now();
+        }
+    });
+    let range = |start: usize| start as u64..(start + len) as u64;
+    assert_eq!(pages.ledger.lock().moved, [range(to), range(from)]);
+}
