@@ -56,7 +56,7 @@ fn an_image_whose_blocks_are_not_shared_is_reported() {
 fn a_raw_diff_that_is_refused_is_reported_with_why() {
     let dir = tempfile::tempdir().unwrap();
     let dirty = DirtyBitmap::new(0, SIZE, 512).unwrap();
-    dirty.mark(0);
+    dirty.mark(0).unwrap();
     let events = captured(|| {
         let mut writer = MemoryWriter::open(dir.path().join("d"), SIZE, 512).unwrap();
         let error = writer.write_diff(&ram(), &dirty).unwrap_err();
