@@ -101,7 +101,7 @@ pub enum GuestRamError {
     },
     /// The regions of the guest memory of `vm-memory` are not a layout.
     #[cfg(feature = "vm-memory")]
-    #[error("the regions of the guest memory are not a RAM layout")]
+    #[error("the regions of the guest memory are not a RAM layout: {0}")]
     Layout(#[source] LayoutError),
     /// A mapping is not as large as its region.
     #[error(

@@ -63,7 +63,7 @@ pub enum LazyError {
     /// A page could not be read from another source than a chain.
     #[error(
         "failed to read the guest's RAM at offset {offset:#x} from its source: the page is \
-         inaccessible, so restore the guest again once the source can be read"
+         inaccessible, so restore the guest again once the source can be read: {source}"
     )]
     ReadSource {
         /// The offset in the RAM, in bytes, at which the read began.
@@ -74,7 +74,7 @@ pub enum LazyError {
     /// Another source than a chain is not complete, or was changed while RAM was filled from it.
     #[error(
         "the source of the guest's RAM is not complete, or was changed: keep it unchanged until \
-         filling has completed"
+         filling has completed: {0}"
     )]
     Source(#[source] io::Error),
     /// The kernel does not fill memory on demand here, or no longer does.

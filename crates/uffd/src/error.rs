@@ -104,7 +104,7 @@ pub enum AdoptError {
     /// It is not known whether the userfaultfd can be used.
     #[error(
         "failed to examine the userfaultfd: mount /proc, or pass /dev/userfaultfd, which needs no \
-         examination"
+         examination: {0}"
     )]
     Unchecked(#[source] io::Error),
 }

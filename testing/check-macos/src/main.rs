@@ -28,8 +28,8 @@ const TARGET_DIR: &str = "target/macos";
 ///
 /// Lints (clippy, warnings are errors) every crate, test, example and task for Apple silicon.
 /// Breaks lines for macOS in a copy of a crate, and shows that each is detected. Links
-/// hvf-backend's examples and xtask into Mach-O executables, and checks what macOS requires of them:
-/// load commands, oldest macOS, functions of the framework, signature.
+/// hvf-backend's examples and xtask into Mach-O executables, and checks what macOS requires of
+/// them: load commands, oldest macOS, functions of the framework, signature.
 ///
 /// It requires the target in this toolchain (`rustup target add aarch64-apple-darwin`), or as root
 /// Debian's packages of a Rust toolchain with the standard library's source, which is built once

@@ -289,7 +289,7 @@ pub enum SlotError {
     /// The descriptor of the virtual machine can't be duplicated.
     #[error(
         "failed to duplicate the descriptor of the virtual machine: check the limit of open files \
-         (ulimit -n)"
+         (ulimit -n): {0}"
     )]
     Descriptor(#[source] io::Error),
     /// The RAM is registered by another `RamSlots`.

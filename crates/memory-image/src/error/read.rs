@@ -54,7 +54,7 @@ pub enum ReadImageError {
     },
     /// The source of an image that is a reader [reports](page_reader::PageReader::check_source)
     /// that it may have changed.
-    #[error("the memory image {path:?} may have changed while it was in use")]
+    #[error("the memory image {path:?} may have changed while it was in use: {source}")]
     Source {
         /// The name of the image.
         path: PathBuf,

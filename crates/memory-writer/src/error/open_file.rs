@@ -28,6 +28,6 @@ pub enum OpenFileError {
         len: u64,
     },
     /// The file cannot be examined.
-    #[error("it cannot be examined")]
+    #[error("it cannot be examined: {0}")]
     Io(#[from] io::Error),
 }
