@@ -138,7 +138,7 @@ fn a_file_that_the_process_has_as_ram_is_not_the_output() {
             "{verb} --pid {pid} --region guest-ram --force -o {}",
             path.display()
         );
-        work.fails(&command, 2, &["one of the inputs"]);
+        work.fails(&command, 2, &["a link to an open file"]);
         // Nor is it a stream that text is written to.
         let verb = work.command(&format!("{verb} --pid {pid} --region guest-ram"));
         assert_refused_as_stream(verb, &path);

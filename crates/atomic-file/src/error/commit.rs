@@ -256,7 +256,7 @@ mod tests {
         };
         assert_eq!(
             failed(CommitStep::Sync, None),
-            "\"memory\" was not replaced: syncing the staged file failed"
+            "\"memory\" was not replaced: syncing the staged file failed: no storage space"
         );
         let text = failed(CommitStep::Rename, Some(left));
         for part in ["renaming", "the stage", "read-only", "sweep the directory"] {
