@@ -316,9 +316,9 @@ mod tests {
             }
         }
 
-        let reader = || Reader(RamLayout::single(1 << 30, 100).unwrap());
+        let reader = || Reader(RamLayout::single(1 << 30, 8192).unwrap());
         let layout = reader().0;
-        assert_eq!(SizedReader::new(reader(), 100).ram_layout(), Some(&layout));
-        assert_eq!(SizedReader::new(reader(), 99).ram_layout(), None);
+        assert_eq!(SizedReader::new(reader(), 8192).ram_layout(), Some(&layout));
+        assert_eq!(SizedReader::new(reader(), 4096).ram_layout(), None);
     }
 }

@@ -65,7 +65,7 @@ mod tests {
         assert!(
             error
                 .to_string()
-                .starts_with("2 bytes at offset 99 end past the 100 bytes")
+                .starts_with("2 bytes at offset 0x63 end past the 100 bytes")
         );
     }
 }
