@@ -48,7 +48,7 @@ const CRATES: [(&str, Tiers); 5] = [
             &["obstacles", "orphans", "staged_files"],
             &["preflight", "preserve", "preserve_access", "replace_only"],
             &["user_namespaces"],
-            &["faults", "kills", "write"],
+            &["events", "faults", "kills", "write"],
             &["group_faults"],
         ],
     ),
@@ -73,6 +73,7 @@ const CRATES: [(&str, Tiers); 5] = [
         &[
             &["bad_input", "destinations", "layout_errors", "layouts"],
             &["oracle", "process", "progress", "snapshots"],
+            &["engine_choice", "events"],
             &[
                 "ambiguous",
                 "device_writes",
@@ -104,7 +105,7 @@ const CRATES: [(&str, Tiers); 5] = [
             &["bad_input", "comparison", "oracle", "secrets"],
             &["chain_memory", "claimed_ram", "diff_chains", "long_chains"],
             &["changed_images", "merged_seals", "pathless", "ram_start"],
-            &["replaced_images"],
+            &["events", "guest_targets", "replaced_images"],
         ],
     ),
     (
@@ -113,6 +114,7 @@ const CRATES: [(&str, Tiers); 5] = [
             &["filling", "memory", "sharing", "split", "start", "waiting"],
             &["changed_images", "claimed_ram", "kvm", "long_chains"],
             &["oracle", "secrets", "signals", "sources", "unprivileged"],
+            &["events"],
         ],
     ),
 ];

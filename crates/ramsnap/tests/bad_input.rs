@@ -272,6 +272,9 @@ fn ram_that_is_no_whole_number_of_pages_takes_smaller_ones() {
     work.fails(
         "dump ram -o out --page-size 8KiB",
         2,
-        &["not a multiple of the page size", "page size of at most 4096"],
+        &[
+            "not a multiple of the page size",
+            "page size of at most 4096",
+        ],
     );
 }
