@@ -53,7 +53,7 @@ mod snapshots {
     pub fn track(memory: &Memory) -> Result<Stage2Tracker<Stage2>, Box<dyn Error>> {
         let start = memory.guest_addr().ok_or("map the memory first")?;
         let size = memory.size() as u64;
-        let bitmap = Arc::new(TrackedBitmap::new(0, size, hvf_backend::PAGE_SIZE)?);
+        let bitmap = Arc::new(TrackedBitmap::tracked(0, size, hvf_backend::PAGE_SIZE)?);
         let layout = RamLayout::single(start, size)?;
         Ok(Stage2Tracker::new(
             layout,

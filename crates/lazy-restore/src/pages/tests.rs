@@ -2,6 +2,7 @@
 
 use std::thread;
 
+use memory_image::Chain;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rstest::rstest;
@@ -21,12 +22,12 @@ fn unfilled(len: u64) -> Unfilled {
     let page = host_page();
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), vec![7; len as usize]).unwrap();
-    let chain = Arc::new(Chain::open_raw(file.path(), page).unwrap());
+    let chain = Box::new(Chain::open_raw(file.path(), page).unwrap());
     let region = Region::zeros(len).unwrap();
     // SAFETY: the region is mapped until after the pages are dropped. No reference covers it, and
     // only the pages fill it.
     let memory = unsafe { Memory::new([(region.as_ptr(), len as usize)]) };
-    let fault = Userfaultfd::open(page).unwrap();
+    let fault = Userfaultfd::open(page, None).unwrap();
     let can_poison = memory.register(&fault).unwrap();
     let settled = PageBits::none(len, page).unwrap();
     let status = Status::new(false).unwrap();
