@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+#[cfg(target_os = "linux")]
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{
     Chain, ChainError, Image, Layout, MapError, MappedChain, MappedImage, OpenImageError,

@@ -1,8 +1,12 @@
 //! The engine that `Engine::Auto` chooses, and the reason.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
+#[cfg(target_os = "linux")]
+use std::fs::OpenOptions;
 
-use sparse_file::{Capabilities, Engine, EngineReason, WriteOptions};
+#[cfg(target_os = "linux")]
+use sparse_file::Capabilities;
+use sparse_file::{Engine, EngineReason, WriteOptions};
 
 const LARGE: u64 = 8 << 20;
 
