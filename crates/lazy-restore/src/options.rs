@@ -64,7 +64,11 @@ impl LazyRamOptions {
     /// The device may be used for any number of guests, a userfaultfd for one guest at a time. A
     /// descriptor that cannot be used is [`UserfaultfdError::Passed`](crate::UserfaultfdError) at
     /// the start, among them a userfaultfd that another process has opened: it would receive the
-    /// faults of that process. See [`UserfaultfdOptions::adopt`](uffd::UserfaultfdOptions::adopt).
+    /// faults of that process. A userfaultfd that this process has opened must have the features
+    /// [`EVENT_REMAP`](uffd::Features::EVENT_REMAP),
+    /// [`EVENT_REMOVE`](uffd::Features::EVENT_REMOVE) and
+    /// [`EVENT_UNMAP`](uffd::Features::EVENT_UNMAP). See
+    /// [`UserfaultfdOptions::adopt`](uffd::UserfaultfdOptions::adopt).
     ///
     /// # Examples
     /// ```
