@@ -98,7 +98,8 @@ impl<K: BitmapKind> GuestRamOptions<K> {
     }
 
     /// Uses memory that the caller has mapped. `host_addresses` has one address for each region, in
-    /// the order of the layout.
+    /// the order of [`RamLayout::regions`]: ascending by guest-physical start, in whichever order
+    /// the regions were passed to [`RamLayout::new`].
     ///
     /// # Errors
     /// Returns [`GuestRamError`], for example unless there is one page-aligned address for each

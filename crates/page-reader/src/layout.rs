@@ -79,7 +79,7 @@ impl RamLayout {
     pub const ALIGNMENT: u64 = 4096;
 
     /// Creates a layout of the given RAM regions (guest-physical start, size in bytes), in any
-    /// order.
+    /// order. The layout numbers them in ascending order of their starts.
     ///
     /// # Errors
     /// Returns an error if there is no region, or if a region is empty, not

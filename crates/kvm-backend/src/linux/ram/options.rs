@@ -120,8 +120,9 @@ impl GuestRamOptions {
         Ok(GuestRam::from(self.ram.own(layout, owner)?))
     }
 
-    /// Uses memory that the caller has mapped: one host address for each region, in the layout's
-    /// order. Of these options, only the bitmap applies.
+    /// Uses memory that the caller has mapped: one host address for each region, in the order of
+    /// [`RamLayout::regions`], which is that of the guest-physical starts. Of these
+    /// options, only the bitmap applies.
     ///
     /// # Errors
     /// Returns [`GuestRamError`], for example unless there is one page-aligned address for each
