@@ -28,12 +28,14 @@ use crate::image::{Image, READ_SIZE};
 /// | location of the RAM | target |
 /// |---|---|
 /// | a `GuestRam` of the crate `guest-ram` | `&GuestRam`, which marks no page |
+/// | a `GuestRam` of the crate `kvm-backend` | the `&GuestRam` that it dereferences to |
 /// | the types of the `vm-memory` crate | `GuestMemoryTarget` (feature `vm-memory`) |
 /// | mapped in this process, the guest does not run | [`HostRam`] |
 /// | ordinary memory | `[u8]`, `Vec<u8>` |
 /// | anywhere else | your `impl RamTarget`: two required methods, one provided one |
 ///
-/// It is implemented for `&mut T` and `Box<T>` too.
+/// It is implemented for `&mut T` and `Box<T>` too. For an `Arc<GuestRam>` named `ram`, pass
+/// `&mut &*ram` to [`Chain::restore`], or `&mut &**ram` if it is the `GuestRam` of `kvm-backend`.
 #[diagnostic::on_unimplemented(
     message = "a guest's RAM cannot be restored to `{Self}`",
     label = "this type does not implement `RamTarget`",
