@@ -5,6 +5,8 @@ use std::io;
 use dirty_bitmap::GeometryError;
 #[cfg(feature = "vm-memory")]
 use page_reader::LayoutError;
+#[cfg(feature = "vm-memory")]
+use page_reader::RamLayout;
 use thiserror::Error;
 
 /// An error for a bitmap that does not cover the guest's RAM.
@@ -98,6 +100,17 @@ pub enum GuestRamError {
     LargerOwner {
         /// The size of the RAM in the layout in bytes.
         ram_size: u64,
+    },
+    /// The owner states other guest-physical addresses of its RAM than those of the layout.
+    #[error(
+        "the owner has RAM at the guest-physical addresses {owner}, and the layout at {layout}: \
+         pass the layout of the owner"
+    )]
+    OtherAddresses {
+        /// The layout of the owner.
+        owner: RamLayout,
+        /// The layout passed.
+        layout: RamLayout,
     },
     /// The regions of the guest memory of `vm-memory` are not a layout.
     #[cfg(feature = "vm-memory")]

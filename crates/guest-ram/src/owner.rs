@@ -91,8 +91,10 @@ impl<K: BitmapKind> GuestRamOptions<K> {
     ///
     /// # Errors
     /// Returns [`GuestRamError`]: [`MappingSize`](GuestRamError::MappingSize) if the memory of a
-    /// region is not contiguous or not complete, and
-    /// [`LargerOwner`](GuestRamError::LargerOwner) if `owner` has more memory than the layout.
+    /// region is not contiguous or not complete,
+    /// [`LargerOwner`](GuestRamError::LargerOwner) if `owner` has more memory than the layout, and
+    /// [`OtherAddresses`](GuestRamError::OtherAddresses) if it
+    /// [states](PageReader::ram_layout) other addresses.
     pub fn own(
         &self,
         layout: RamLayout,
@@ -100,6 +102,15 @@ impl<K: BitmapKind> GuestRamOptions<K> {
     ) -> Result<GuestRam<K>, GuestRamError> {
         let owner = Arc::new(owner);
         let ram_size = layout.ram_size();
+        if let Some(stated) = owner.ram_layout()
+            && stated.ram_size() == ram_size
+            && stated.addresses().ne(layout.addresses())
+        {
+            return Err(GuestRamError::OtherAddresses {
+                owner: stated.clone(),
+                layout,
+            });
+        }
         if owner.host_memory(ram_size, 1).is_some() {
             return Err(GuestRamError::LargerOwner { ram_size });
         }

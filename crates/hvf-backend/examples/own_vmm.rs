@@ -24,7 +24,7 @@ mod snapshots {
     use page_reader::{HostMemory, MappedMemory, RamLayout};
 
     /// The write protection of the VMM's memory, which begins at this guest-physical address.
-    pub struct Stage2(u64);
+    pub(crate) struct Stage2(u64);
 
     impl Stage2 {
         fn permit(&self, range: &Range<u64>, flags: u64) -> io::Result<()> {
@@ -50,7 +50,7 @@ mod snapshots {
     }
 
     /// Tracks the writes to the memory, which the VMM has mapped into its guest.
-    pub fn track(memory: &Memory) -> Result<Stage2Tracker<Stage2>, Box<dyn Error>> {
+    pub(crate) fn track(memory: &Memory) -> Result<Stage2Tracker<Stage2>, Box<dyn Error>> {
         let start = memory.guest_addr().ok_or("map the memory first")?;
         let size = memory.size() as u64;
         let bitmap = Arc::new(TrackedBitmap::tracked(0, size, hvf_backend::PAGE_SIZE)?);
@@ -64,7 +64,7 @@ mod snapshots {
     }
 
     /// Runs the vCPU until an exit that the VMM handles.
-    pub fn run(vcpu: &Vcpu, tracker: &Stage2Tracker<Stage2>) -> Result<(), Box<dyn Error>> {
+    pub(crate) fn run(vcpu: &Vcpu, tracker: &Stage2Tracker<Stage2>) -> Result<(), Box<dyn Error>> {
         loop {
             let run_guard = tracker.enter();
             vcpu.run()?;
@@ -85,7 +85,7 @@ mod snapshots {
     }
 
     /// Saves the memory of the stopped guest: all of it, or what changed since the image `parent`.
-    pub fn save(
+    pub(crate) fn save(
         memory: &Memory,
         tracker: &Stage2Tracker<Stage2>,
         dest: &Path,

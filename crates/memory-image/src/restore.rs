@@ -10,7 +10,7 @@ use std::io;
 use std::ops::{ControlFlow, Range};
 
 use nix::errno::Errno;
-use page_reader::SecretBuffer;
+use page_reader::{RamLayout, SecretBuffer};
 use sparse_file::{Progress, ProgressFn};
 
 #[cfg(feature = "vm-memory")]
@@ -39,8 +39,8 @@ use crate::image::{Image, READ_SIZE};
 #[diagnostic::on_unimplemented(
     message = "a guest's RAM cannot be restored to `{Self}`",
     label = "this type does not implement `RamTarget`",
-    note = "for mapped memory, pass `&mut HostRam`; for a `GuestRam`, `&mut &ram`; \
-            for ordinary memory, `&mut [u8]` or `&mut Vec<u8>`",
+    note = "for mapped memory, pass `&mut HostRam`; for an `Arc<GuestRam>`, `&mut &*ram`, or \
+            `&mut &**ram` if it is that of `kvm-backend`; for ordinary memory, `&mut [u8]` or `&mut Vec<u8>`",
     note = "for guest memory of the crate `vm-memory`, pass `GuestMemoryTarget::new(&memory)?` \
             (feature `vm-memory` of `memory-image`)",
     note = "for any other target, implement `RamTarget`: `ram_size` and `write_at` are required"
@@ -60,6 +60,12 @@ pub trait RamTarget {
     /// The default is `None`: the bytes are passed to [`write_at`](Self::write_at).
     fn memory_mut(&mut self, offset: u64, len: usize) -> Option<TargetMemory<'_>> {
         let _ = (offset, len);
+        None
+    }
+
+    /// Returns the guest-physical addresses of the memory, if they are known. A chain with other
+    /// addresses is then not restored to it. The default is `None`.
+    fn ram_layout(&self) -> Option<&RamLayout> {
         None
     }
 }
@@ -158,6 +164,14 @@ impl Chain {
             return Err(RestoreError::TargetSize {
                 image: self.ram_size(),
                 target: target.ram_size(),
+            });
+        }
+        if let (Some(image), Some(target)) = (self.ram_layout(), target.ram_layout())
+            && image.addresses().ne(target.addresses())
+        {
+            return Err(RestoreError::TargetAddresses {
+                image: image.clone(),
+                target: target.clone(),
             });
         }
         let mut total = 0;

@@ -4,8 +4,10 @@ mod support;
 
 use std::sync::Arc;
 
+use dirty_bitmap::Untracked;
 use guest_ram::{GuestRam, GuestRamError, RamOwner};
-use memory_image::{Chain, MappedChain, MappedImage, RamTarget};
+use memory_image::{Chain, Layout, MappedChain, MappedImage, RamTarget, RestoreError};
+use memory_writer::MemoryWriter;
 use page_reader::{PageReader, RamLayout};
 use rstest::rstest;
 use support::raw_guest::{Guest, SIZE};
@@ -45,6 +47,40 @@ fn guest_ram_is_restored_without_marks_and_copies() {
     // A first diff has what is written from here on.
     ram.write(HIGH, &[1]).unwrap();
     assert_eq!(ram.dirty_bitmap().runs().next().unwrap().start, LOW_SIZE);
+}
+
+#[test]
+fn ram_at_other_addresses_is_not_a_target() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("full");
+    let saved: GuestRam = GuestRam::new(layout()).unwrap();
+    saved.write(HIGH, b"high").unwrap();
+    let options = MemoryWriter::options().layout(Layout::Sealed);
+    let mut writer = options.open(&path, SIZE, 4096).unwrap();
+    writer.write_full(&saved).unwrap();
+    writer.commit().unwrap();
+    let chain = Chain::open(&path, 4096).unwrap();
+
+    let single = || RamLayout::single(0, SIZE).unwrap();
+    let mut other: GuestRam = GuestRam::new(single()).unwrap();
+    other.write(0, b"old").unwrap();
+    let before = bytes(&other);
+    let error = chain.restore(&mut other).unwrap_err();
+    assert!(matches!(error, RestoreError::TargetAddresses { .. }));
+    assert!(error.to_string().contains("0x100000000.."), "{error}");
+    assert!(chain.restore(&mut Box::new(&other)).is_err());
+    assert!(bytes(&other) == before);
+    let mapped = MappedChain::open(&chain).unwrap();
+    let error = GuestRam::<Untracked>::from_owner(single(), mapped).unwrap_err();
+    assert!(matches!(error, GuestRamError::OtherAddresses { .. }));
+
+    // Regions that are split differently have the same addresses. A vector has none.
+    let half = LOW_SIZE / 2;
+    let split = [(0, half), (half, half), (HIGH, SIZE - LOW_SIZE)];
+    let mut split: GuestRam = GuestRam::new(RamLayout::new(split).unwrap()).unwrap();
+    chain.restore(&mut split).unwrap();
+    assert!(bytes(&split) == bytes(&saved));
+    chain.restore(&mut vec![0; SIZE as usize]).unwrap();
 }
 
 #[test]

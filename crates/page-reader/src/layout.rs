@@ -2,6 +2,9 @@
 
 mod error;
 
+use std::ops::Range;
+use std::{fmt, iter};
+
 pub use error::{LayoutError, OutsideRam};
 
 const GIB: u64 = 1 << 30;
@@ -149,7 +152,7 @@ impl RamLayout {
     pub fn x86_with_gap(ram_size: u64) -> Result<Self, LayoutError> {
         let below = ram_size.min(3 * GIB);
         let above = (4 * GIB, ram_size - below);
-        Self::new(std::iter::once((0, below)).chain((above.1 > 0).then_some(above)))
+        Self::new(iter::once((0, below)).chain((above.1 > 0).then_some(above)))
     }
 
     /// Returns the size of the guest's RAM, which is that of the memory file, in bytes.
@@ -163,6 +166,30 @@ impl RamLayout {
     #[must_use]
     pub fn regions(&self) -> &[RamRange] {
         &self.regions
+    }
+
+    /// Returns the ranges of guest-physical addresses that are RAM, ascending. Adjacent regions are
+    /// one range, so layouts with the same ranges have each byte at the same address.
+    ///
+    /// # Examples
+    /// ```
+    /// use page_reader::RamLayout;
+    ///
+    /// let split = RamLayout::new([(0, 4096), (4096, 4096)])?;
+    /// assert!(split.addresses().eq(RamLayout::single(0, 8192)?.addresses()));
+    /// assert!(split.addresses().ne(RamLayout::single(4096, 8192)?.addresses()));
+    /// # Ok::<(), page_reader::LayoutError>(())
+    /// ```
+    pub fn addresses(&self) -> impl Iterator<Item = Range<u64>> + use<'_> {
+        let mut regions = self.regions.iter().peekable();
+        iter::from_fn(move || {
+            let first = regions.next()?;
+            let mut end = first.guest_end();
+            while let Some(next) = regions.next_if(|next| next.guest_start == end) {
+                end = next.guest_end();
+            }
+            Some(first.guest_start..end)
+        })
     }
 
     /// Returns the offset in the memory file of a guest-physical address, or `None` if it is not
@@ -255,6 +282,17 @@ impl RamLayout {
     fn region_at_offset(&self, offset: u64) -> Option<&RamRange> {
         self.regions
             .get(self.regions.partition_point(|r| r.offset_end() <= offset))
+    }
+}
+
+/// Lists the [ranges of addresses](RamLayout::addresses) in hexadecimal.
+impl fmt::Display for RamLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, Range { start, end }) in self.addresses().enumerate() {
+            let separator = if number > 0 { ", " } else { "" };
+            write!(f, "{separator}{start:#x}..{end:#x}")?;
+        }
+        Ok(())
     }
 }
 

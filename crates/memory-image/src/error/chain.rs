@@ -198,10 +198,11 @@ pub enum ReadAmbiguity {
     /// The file has no holes: all pages were dirty, or a copy filled the holes with zeros.
     #[error("it has no holes: either every page was dirty, or a copy filled the holes with zeros")]
     NoHoles,
-    /// A hole begins or ends inside a page, so the file was rewritten after the diff was taken.
+    /// A hole begins or ends inside a page: the diff was written in smaller pages, or the file was
+    /// rewritten after the diff was taken.
     #[error(
-        "a hole begins or ends inside the page at {offset:#x}, so the file was rewritten: \
-         take the diff again"
+        "a hole begins or ends inside the page at {offset:#x}: read the diff with the page size \
+         that it was written with; if this was done, the file was rewritten, so take the diff again"
     )]
     TornPage {
         /// The offset at which the hole begins or ends, in bytes.

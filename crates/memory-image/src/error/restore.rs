@@ -2,6 +2,7 @@
 
 use std::io;
 
+use page_reader::RamLayout;
 use thiserror::Error;
 
 use super::{NotFullError, ReadImageError};
@@ -23,6 +24,17 @@ pub enum RestoreError {
         image: u64,
         /// The size of the target in bytes.
         target: u64,
+    },
+    /// The memory is at other guest-physical addresses than the RAM of the images.
+    #[error(
+        "the images have RAM at the guest-physical addresses {image}, and the memory to restore \
+         them to is at {target}: give memory with the regions of the images"
+    )]
+    TargetAddresses {
+        /// The layout of the chain's images.
+        image: RamLayout,
+        /// The layout of the target.
+        target: RamLayout,
     },
     /// The progress function returned [`ControlFlow::Break`](std::ops::ControlFlow::Break).
     #[error("cancelled after {restored} bytes")]

@@ -97,6 +97,10 @@ where
         self.layout.ram_size()
     }
 
+    fn ram_layout(&self) -> Option<&RamLayout> {
+        Some(&self.layout)
+    }
+
     fn write_at(&mut self, mut offset: u64, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let written = self.with_memory(offset, bytes.len(), |mut memory| {

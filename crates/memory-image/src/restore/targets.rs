@@ -5,6 +5,7 @@
 use std::io;
 
 use guest_ram::{BitmapKind, GuestRam};
+use page_reader::RamLayout;
 
 use super::{RamTarget, TargetMemory};
 
@@ -22,6 +23,10 @@ macro_rules! target_by_pointer {
 
             fn memory_mut(&mut self, offset: u64, len: usize) -> Option<TargetMemory<'_>> {
                 (**self).memory_mut(offset, len)
+            }
+
+            fn ram_layout(&self) -> Option<&RamLayout> {
+                (**self).ram_layout()
             }
         }
     )*};
@@ -73,6 +78,10 @@ impl<K: BitmapKind> RamTarget for &GuestRam<K> {
         self.layout().ram_size()
     }
 
+    fn ram_layout(&self) -> Option<&RamLayout> {
+        Some(self.layout())
+    }
+
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let written = self.write_unmarked_at(offset, bytes);
         written.map_err(|error| io::Error::new(io::ErrorKind::WriteZero, error))
@@ -99,6 +108,10 @@ impl<K: BitmapKind> RamTarget for &GuestRam<K> {
 impl<K: BitmapKind> RamTarget for GuestRam<K> {
     fn ram_size(&self) -> u64 {
         self.layout().ram_size()
+    }
+
+    fn ram_layout(&self) -> Option<&RamLayout> {
+        Some(self.layout())
     }
 
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
