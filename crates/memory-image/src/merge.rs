@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use image_format::RAW_UNIT;
-use memory_writer::{MemoryWriter, MemoryWriterOptions, Seal};
+use memory_writer::{MemoryWriter, MemoryWriterOptions, Seal, SnapshotError};
 
 use crate::chain::Chain;
 use crate::error::{MergeError, ReadImageError};
@@ -96,19 +96,28 @@ impl Chain {
             }
             if writer.image_id().is_some() {
                 writer.write_zeros(|| self.zero_runs())?;
-                writer.write_runs(self, || self.stored_runs())?;
+                self.check_write(writer.write_runs(self, || self.stored_runs()))?;
             } else {
                 // In a raw diff, a page that is not written is clean.
-                writer.write_runs(self, || self.covered_runs())?;
+                self.check_write(writer.write_runs(self, || self.covered_runs()))?;
             }
         } else if self.shares_base(writer)? {
             writer.write_zeros(|| self.zero_runs())?;
-            writer.write_runs(self, || self.newer_runs())?;
+            self.check_write(writer.write_runs(self, || self.newer_runs()))?;
         } else {
-            writer.write_full(self)?;
+            self.check_write(writer.write_full(self))?;
         }
         self.check_unchanged()?;
         Ok(self.stored_runs().map(|run| run.end - run.start).sum())
+    }
+
+    /// Returns the error of the image that changed, if a write failed for that reason.
+    fn check_write<T>(&self, written: Result<T, SnapshotError>) -> Result<(), MergeError> {
+        if matches!(written, Err(SnapshotError::Source { .. })) {
+            self.check_unchanged()?;
+        }
+        written?;
+        Ok(())
     }
 
     /// Returns the page size to write the chain in: its [own](Self::page_size), but no less than

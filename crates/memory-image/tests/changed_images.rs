@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use memory_image::{Chain, Image, MappedChain, ReadImageError, VerifyError};
-use memory_writer::{Layout, MemoryWriter};
+use memory_writer::{Layout, MemoryWriter, PackedStream, SnapshotError};
 use page_reader::{Layered, Touched};
 use rstest::rstest;
 use support::raw_guest::{Guest, PAGE, SIZE};
@@ -144,4 +144,24 @@ fn an_image_changed_while_it_is_verified_is_an_error(
         ),
         "{found:?}"
     );
+}
+
+#[test]
+fn chain_that_changed_is_not_committed_by_a_writer() {
+    let guest = Guest::with_history();
+    let chain = guest.chain();
+    write_to(chain.paths().next().unwrap());
+    let dest = tempfile::tempdir().unwrap();
+    let dest = dest.path().join("copy");
+    let mut writer = MemoryWriter::open(&dest, SIZE, PAGE).unwrap();
+    let error = writer.write_full(&chain).unwrap_err();
+    assert!(matches!(error, SnapshotError::Source { .. }));
+    assert!(error.to_string().contains("changed"), "{error}");
+    assert!(writer.commit().is_err());
+    assert!(!dest.exists());
+
+    let mut stream = PackedStream::new(Vec::new(), SIZE, PAGE).unwrap();
+    let error = stream.write_full(&chain).unwrap_err();
+    assert!(matches!(error, SnapshotError::Source { .. }));
+    assert!(stream.finish().is_err());
 }

@@ -67,6 +67,17 @@ pub enum SnapshotError {
         /// The error of the reader or of the system.
         source: io::Error,
     },
+    /// The reader [reports](page_reader::PageReader::check_source) that its source changed.
+    #[error(
+        "the source of the snapshot {dest:?} may have changed while it was read: keep it unchanged, \
+         and take the snapshot again: {source}"
+    )]
+    Source {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// The error of the reader.
+        source: io::Error,
+    },
     /// The bitmap and the memory file differ in size.
     #[error(
         "the bitmap covers {bitmap} bytes, but the memory file has {file}: pass the bitmap of \
@@ -80,7 +91,8 @@ pub enum SnapshotError {
     },
     /// The bitmap starts at another guest-physical address than
     /// [`MemoryWriterOptions::ram_start`](crate::MemoryWriterOptions::ram_start) or the previous
-    /// bitmap.
+    /// bitmap, or at neither the guest-physical start of the reader's RAM nor the start of the memory
+    /// file, 0.
     #[error(
         "the bitmap starts at {bitmap:#x}, but this guest's RAM starts at {ram:#x}: pass the bitmap of \
          this guest's RAM"

@@ -4,8 +4,17 @@ use std::ops::Range;
 
 use dirty_bitmap::{DirtyBitmap, PageSet};
 use image_format::{MAX_RAM_SIZE, RAW_UNIT};
+use page_reader::PageReader;
 
 use crate::error::{RamError, SnapshotError};
+
+/// Returns the first address of the RAM that `reader` states. A bitmap of RAM with gaps covers the
+/// offsets of the memory file, which begin at 0.
+pub(crate) fn reader_start<R: PageReader + ?Sized>(reader: &R) -> Option<u64> {
+    let mut addresses = reader.ram_layout()?.addresses();
+    let first = addresses.next()?;
+    Some(addresses.next().map_or(first.start, |_| 0))
+}
 
 /// The valid sizes of a memory file and of its pages, in bytes.
 #[derive(Clone, Copy, Debug)]
@@ -70,6 +79,23 @@ impl Geometry {
                 bitmap: bitmap.ram_start(),
                 ram,
             }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks that a bitmap covers the offsets of the memory file, or the addresses of a reader
+    /// whose RAM has this [start](reader_start), if that is known.
+    pub(crate) fn check_bitmap_of(
+        bitmap_start: u64,
+        reader_start: Option<u64>,
+    ) -> Result<(), SnapshotError> {
+        match reader_start {
+            Some(ram) if bitmap_start != 0 && bitmap_start != ram => {
+                Err(SnapshotError::BitmapStart {
+                    bitmap: bitmap_start,
+                    ram,
+                })
+            }
             _ => Ok(()),
         }
     }

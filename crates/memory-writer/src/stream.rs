@@ -16,7 +16,7 @@ use sparse_file::Pass;
 pub use options::PackedStreamOptions;
 
 use crate::error::{MemoryIoStep, SnapshotError};
-use crate::geometry::Geometry;
+use crate::geometry::{Geometry, reader_start};
 use crate::options::Skip;
 use crate::progress::{Reporter, WriteProgress};
 use crate::sealing::FooterBuilder;
@@ -66,6 +66,8 @@ pub struct PackedStream<W> {
     name: PathBuf,
     geometry: Geometry,
     ram_start: Option<u64>,
+    /// The first address of the RAM that the reader of a full dump states.
+    reader_start: Option<u64>,
     skip: Skip,
     read_untouched: bool,
     reporter: Reporter,
@@ -167,6 +169,7 @@ impl<W: Write> PackedStream<W> {
         placed.map_err(|source| cannot_seal(&self.name, source))?;
         self.check_cancelled(&progress)?;
         self.send(reader, &progress)?;
+        self.reader_start = reader_start(reader);
         self.written.add_full(began);
         Ok(())
     }
@@ -188,6 +191,7 @@ impl<W: Write> PackedStream<W> {
         dirty: &DirtyBitmap<impl Sized>,
     ) -> Result<u64, SnapshotError> {
         self.geometry.check_bitmap(dirty, self.ram_start)?;
+        Geometry::check_bitmap_of(dirty.ram_start(), reader_start(reader))?;
         let pages = self.write_pages(reader, || dirty.runs(), Some(dirty.ram_start()))?;
         self.written.add_diff(dirty);
         Ok(pages)
@@ -300,6 +304,7 @@ impl<W: Write> PackedStream<W> {
         epoch: &Epoch<B, K>,
     ) -> Result<(), SnapshotError> {
         self.geometry.check_bitmap(epoch.bitmap(), self.ram_start)?;
+        Geometry::check_bitmap_of(epoch.bitmap().ram_start(), self.reader_start)?;
         if !self.written.covers(epoch) {
             return Err(SnapshotError::EpochNotWritten {
                 dest: self.name.clone(),

@@ -36,9 +36,25 @@ impl Target {
         if flags.contains(OFlag::O_APPEND) {
             return Err(OpenFileError::Append);
         }
+        #[cfg(target_os = "linux")]
+        if flags.contains(OFlag::O_DIRECT) {
+            return Err(OpenFileError::Direct);
+        }
         match metadata.len() {
             0 => Ok(Self::Open(file, durability)),
             len => Err(OpenFileError::NotEmpty { len }),
+        }
+    }
+
+    /// Checks that an open file has at least the `written` bytes. A staged file is written by this
+    /// process alone.
+    pub(crate) fn check_len(&self, written: u64) -> Result<(), OpenFileError> {
+        match self {
+            Self::Staged(_) => Ok(()),
+            Self::Open(file, _) => match file.metadata()?.len() {
+                len if len < written => Err(OpenFileError::Truncated { len, written }),
+                _ => Ok(()),
+            },
         }
     }
 

@@ -40,6 +40,8 @@ pub struct MemoryWriter {
     geometry: Geometry,
     layout: Layout,
     ram_start: Option<u64>,
+    /// The first address of the RAM that a reader of a full dump states.
+    reader_start: Option<u64>,
     write: WriteOptions,
     skip: Skip,
     read_untouched: bool,

@@ -136,3 +136,53 @@ fn open_file_is_not_finished_for_a_group() {
         "{error:?}"
     );
 }
+
+#[rstest]
+fn open_file_has_one_writer_at_a_time(
+    #[values(Layout::Raw, Layout::Sealed, Layout::Packed)] layout: Layout,
+) {
+    let file = tempfile::tempfile().unwrap();
+    let open = || options(layout, Seal::new()).open_file(file.try_clone().unwrap(), SIZE, PAGE);
+    let first = open().unwrap();
+    let error = open().unwrap_err();
+    assert!(matches!(
+        error,
+        SnapshotError::OpenFile(OpenFileError::NotEmpty { .. })
+    ));
+    drop(first);
+}
+
+#[rstest]
+fn truncation_of_an_open_file_is_found_at_the_commit(
+    #[values(Layout::Raw, Layout::Sealed, Layout::Packed)] layout: Layout,
+) {
+    let (file, ram) = (tempfile::tempfile().unwrap(), pattern(SIZE as usize, 1));
+    let options = options(layout, Seal::new());
+    let mut writer = options
+        .open_file(file.try_clone().unwrap(), SIZE, PAGE)
+        .unwrap();
+    writer.write_full(&ram).unwrap();
+    file.set_len(SIZE - PAGE).unwrap();
+    let error = writer.commit().unwrap_err();
+    assert!(matches!(
+        error,
+        SnapshotError::OpenFile(OpenFileError::Truncated { .. })
+    ));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn open_file_with_direct_io_is_refused() {
+    use std::os::unix::fs::OpenOptionsExt;
+
+    let place = Place::new();
+    let direct = nix::fcntl::OFlag::O_DIRECT.bits();
+    let mut open = fs::OpenOptions::new();
+    open.read(true).write(true).create(true);
+    let file = open.custom_flags(direct).open(&place.dest).unwrap();
+    let error = options(Layout::Packed, Seal::new()).open_file(file, SIZE, PAGE);
+    assert!(matches!(
+        error.unwrap_err(),
+        SnapshotError::OpenFile(OpenFileError::Direct)
+    ));
+}

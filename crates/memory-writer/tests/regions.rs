@@ -5,6 +5,7 @@ mod support;
 use std::fs::File;
 use std::ops::Range;
 
+use dirty_bitmap::DirtyBitmap;
 use image_format::Footer;
 use memory_writer::{Layout, MemoryWriter, Seal, SnapshotError};
 use page_reader::{HostMemory, MappedMemory, PageReader, RamLayout};
@@ -15,6 +16,7 @@ use support::{Place, pattern};
 
 const LOW: Range<u64> = 0..2 * PAGE;
 const HIGH: Range<u64> = 1 << 32..(1 << 32) + PAGE;
+const OTHER: Range<u64> = 1 << 33..(1 << 33) + PAGE;
 const SIZE: u64 = 3 * PAGE;
 
 fn layout(regions: &[Range<u64>]) -> RamLayout {
@@ -152,4 +154,40 @@ proptest! {
         let written = writer.write_full(&reader(&ram, &of_reader));
         prop_assert_eq!(written.is_ok(), addresses(&seal) == addresses(&of_reader));
     }
+}
+
+/// A bitmap starts at the memory file's start or at that of the reader's RAM.
+#[rstest]
+#[case::of_the_memory_file(&[HIGH], 0, true)]
+#[case::of_the_reader(&[HIGH], HIGH.start, true)]
+#[case::of_other_ram(&[HIGH], 1 << 40, false)]
+#[case::of_one_of_two_regions(&[HIGH, OTHER], HIGH.start, false)]
+fn epoch_of_other_ram_is_not_released(
+    #[case] regions: &[Range<u64>],
+    #[case] start: u64,
+    #[case] is_released: bool,
+    #[values(false, true)] is_diff: bool,
+    #[values(Layout::Raw, Layout::Sealed)] layout: Layout,
+) {
+    let size = regions.iter().map(|it| it.end - it.start).sum();
+    let (place, ram) = (Place::new(), pattern(size as usize, 1));
+    let marks = DirtyBitmap::new(start, size, PAGE).unwrap();
+    marks.mark(start).unwrap();
+    let reader = reader(&ram, regions);
+    let epoch = marks.begin_epoch().unwrap();
+    let options = options(layout, Seal::new().on_raw_image()).allow_ambiguous_diff(true);
+    let mut writer = options.open(&place.dest, size, PAGE).unwrap();
+    let result = match is_diff {
+        true => writer.write_diff(&reader, epoch.bitmap()).map(drop),
+        false => MemoryWriter::options()
+            .open(&place.dest, size, PAGE)
+            .and_then(|full| {
+                writer = full;
+                writer.write_full(&reader)
+            }),
+    };
+    let result = result.and_then(|()| writer.commit_and_release(epoch));
+    let is_other = matches!(result, Err(SnapshotError::BitmapStart { .. }));
+    assert_eq!((result.is_ok(), is_other), (is_released, !is_released));
+    assert_eq!(marks.is_clean(), is_released);
 }

@@ -136,6 +136,7 @@ impl PackedStreamOptions {
             name: self.name.clone(),
             geometry,
             ram_start: self.ram_start,
+            reader_start: None,
             skip: self.skip,
             read_untouched: self.read_untouched,
             reporter: self.reporter.clone(),

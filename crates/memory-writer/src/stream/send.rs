@@ -67,6 +67,11 @@ impl<W: Write> PackedStream<W> {
         if filled > 0 {
             write(&piece[..filled])?;
         }
+        let checked = reader.check_source();
+        checked.map_err(|source| SnapshotError::Source {
+            dest: name.clone(),
+            source,
+        })?;
         self.state = State::Pages;
         Ok(())
     }

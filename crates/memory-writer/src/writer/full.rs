@@ -8,7 +8,7 @@ use sparse_file::{Pass, SpaceError, share_blocks};
 
 use super::{MemoryWriter, State};
 use crate::error::SnapshotError;
-use crate::geometry::Geometry;
+use crate::geometry::{Geometry, reader_start};
 use crate::page_record::PageRecord;
 use crate::stale_pages::StalePages;
 use crate::trace;
@@ -54,6 +54,8 @@ impl MemoryWriter {
                 self.write_plan(reader, plan, Pass::Full)?;
             }
         }
+        self.check_source(reader)?;
+        self.reader_start = reader_start(reader);
         self.written.add_full(began);
         self.state = State::Complete;
         Ok(())

@@ -160,7 +160,12 @@ impl MemoryWriterOptions {
                 resize(staged.file(), len)
                     .map_err(|error| SnapshotError::set_size_failed(dest(), len, error))?;
             }
-            // The file grows while pages are appended.
+            // The file grows while pages are appended. Another writer must not find an open file
+            // empty.
+            Placement::Appended if matches!(staged, Target::Open(..)) => {
+                resize(staged.file(), start)
+                    .map_err(|error| SnapshotError::set_size_failed(dest(), start, error))?;
+            }
             Placement::Appended => {}
         }
         if staged.recycled() && layout.has_header() {
@@ -177,6 +182,7 @@ impl MemoryWriterOptions {
             geometry,
             layout,
             ram_start: self.ram_start,
+            reader_start: None,
             write: self.write.clone(),
             skip: self.skip,
             read_untouched: self.read_untouched,
