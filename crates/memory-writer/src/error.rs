@@ -91,8 +91,8 @@ pub enum SnapshotError {
     },
     /// The bitmap starts at another guest-physical address than
     /// [`MemoryWriterOptions::ram_start`](crate::MemoryWriterOptions::ram_start) or the previous
-    /// bitmap, or at neither the guest-physical start of the reader's RAM nor the start of the memory
-    /// file, 0.
+    /// bitmap, or at neither the guest-physical start of the reader's RAM nor 0, the start of the
+    /// memory file.
     #[error(
         "the bitmap starts at {bitmap:#x}, but this guest's RAM starts at {ram:#x}: pass the bitmap of \
          this guest's RAM"
