@@ -137,7 +137,7 @@ impl MemoryWriter {
     /// if choice.is_fallback() {
     ///     println!("a faster engine is not available: {choice}");
     /// }
-    /// # Ok::<(), memory_writer::SnapshotError>(())
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     #[must_use]
     pub fn engine_choice(&self) -> EngineChoice {

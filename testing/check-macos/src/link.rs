@@ -23,7 +23,7 @@ struct Linked {
 /// the examples of the same features. The demo's guest has more than 64 GiB of addresses, which
 /// macOS 13 brought.
 const PROGRAMS: Linked = Linked {
-    arguments: "--bin xtask --bin fs-matrix --bin demo --example snapshot --example own_vmm \
+    arguments: "--bin xtask --bin fs-matrix --bin demo --example snapshot --example own_memory \
         --features ramsnap-page-reader/serde,ramsnap-page-reader/vm-memory",
     oldest: MacOs(13, 0),
 };
@@ -34,11 +34,11 @@ const WITHOUT_HYPERVISOR: [&str; 2] = ["xtask", "fs-matrix"];
 /// The least and the most that a user of `hvf-backend` can select.
 const SELECTIONS: [Linked; 2] = [
     Linked {
-        arguments: "--package ramsnap-hvf-backend --example snapshot --example own_vmm",
+        arguments: "--package ramsnap-hvf-backend --example snapshot --example own_memory",
         oldest: MacOs(11, 0),
     },
     Linked {
-        arguments: "--package ramsnap-hvf-backend --example snapshot --example own_vmm --all-features",
+        arguments: "--package ramsnap-hvf-backend --example snapshot --example own_memory --all-features",
         oldest: MacOs(26, 0),
     },
 ];
