@@ -5,7 +5,6 @@ use std::io;
 use dirty_bitmap::GeometryError;
 #[cfg(feature = "vm-memory")]
 use page_reader::LayoutError;
-#[cfg(feature = "vm-memory")]
 use page_reader::RamLayout;
 use thiserror::Error;
 
