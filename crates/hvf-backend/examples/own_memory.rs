@@ -1,9 +1,9 @@
 //! Adds snapshots to a VMM that has a virtual machine, memory and vCPU of its own, created by
 //! `applevisor`.
 //!
-//! Run `cargo run --package ramsnap-hvf-backend --example own_memory [DIRECTORY]` on a Mac with Apple
-//! silicon. The workspace's cargo runner signs the program with the entitlement that the hypervisor
-//! requires.
+//! Run `cargo run --package ramsnap-hvf-backend --example own_memory [DIRECTORY]` on a Mac with
+//! Apple silicon. The workspace's cargo runner signs the program with the entitlement that the
+//! hypervisor requires.
 
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 mod snapshots {

@@ -24,7 +24,8 @@ const XSAVE: std::ops::RangeInclusive<usize> = 4096..=1 << 20;
 
 impl VcpuState {
     /// Returns the state as bytes, for [`from_bytes`](Self::from_bytes) of this version or a later
-    /// one: 8 KiB and more.
+    /// one: 8 KiB and more. There is no checksum: store the bytes where damage is detected, such as
+    /// in the metadata of a sealed or packed image.
     ///
     /// # Examples
     /// ```no_run
@@ -62,7 +63,7 @@ impl VcpuState {
 
 impl VmState {
     /// Returns the state as bytes, for [`from_bytes`](Self::from_bytes) of this version or a later
-    /// one.
+    /// one. There is no checksum, as in the bytes of a [`VcpuState`].
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         encode(VM, self)
