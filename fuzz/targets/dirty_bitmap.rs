@@ -30,7 +30,8 @@ fn check(bytes: &[u8]) {
     assert_eq!(bitmap.granule(), expected.granule);
     assert!(bitmap.runs().eq(expected.runs.iter().cloned()));
     assert_eq!(bitmap.to_bytes(), bytes);
-    if expected.size / expected.page_size < FEW {
+    // A table of larger pages would widen the marks.
+    if expected.granule >= expected.page_size && expected.size / expected.page_size < FEW {
         bitmap.rebuild(expected.page_size).expect("the page size");
         assert!(bitmap.runs().eq(expected.runs));
     }
