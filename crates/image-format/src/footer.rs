@@ -91,7 +91,10 @@ impl Footer {
         self.data_end_for(self.present_bytes())
     }
 
-    pub(crate) fn data_end_for(&self, present: u64) -> u64 {
+    /// Returns the file offset after the last page of an image with `present` bytes in the file.
+    /// The [`runs`](Self::runs) of the footer are not used.
+    #[must_use]
+    pub fn data_end_for(&self, present: u64) -> u64 {
         self.data_start()
             .saturating_add(match self.layout.placement() {
                 Placement::ByOffset => self.ram_size,

@@ -67,36 +67,25 @@ impl Footer {
         file: &File,
         runs: impl Iterator<Item = Run> + Clone,
     ) -> Result<u64, FooterError> {
-        let totals = self.check_with(runs.clone())?;
-        let start = self.data_end_for(totals.present);
-        let len = self.body_len(start, totals.runs);
-        if len > MAX_FOOTER {
-            return Err(FooterError::TooLarge { len });
-        }
-        let failed = |offset| {
-            move |source| FooterError::Io {
-                operation: "write",
-                offset,
-                source,
-            }
-        };
-        let flags = fcntl(file, FcntlArg::F_GETFL).map_err(|errno| failed(start)(errno.into()))?;
+        let planned = self.plan(runs.clone())?;
+        let start = planned.start;
+        let flags =
+            fcntl(file, FcntlArg::F_GETFL).map_err(|errno| write_failed(start)(errno.into()))?;
         if OFlag::from_bits_retain(flags).contains(OFlag::O_APPEND) {
             return Err(FooterError::Append);
         }
-        let end = start + len;
+        let end = start + planned.len + TRAILER;
         if self.data_start() > 0 {
-            let header = Header::new(self, start, end + TRAILER).to_bytes();
-            file.write_all_at(&header, 0).map_err(failed(0))?;
+            let header = Header::new(self, start, end).to_bytes();
+            file.write_all_at(&header, 0).map_err(write_failed(0))?;
         }
         let out = AtOffset {
             file,
             offset: start,
         };
-        let written = self.write_parts(out, runs, &totals, start);
-        written.map_err(failed(start))?;
-        let end = end + TRAILER;
-        file.set_len(end).map_err(failed(end))?;
+        let written = self.write_parts(out, runs, &planned);
+        written.map_err(write_failed(start))?;
+        file.set_len(end).map_err(write_failed(end))?;
         Ok(end)
     }
 
@@ -146,19 +135,10 @@ impl Footer {
         out: impl Write,
         runs: impl Iterator<Item = Run> + Clone,
     ) -> Result<u64, FooterError> {
-        let totals = self.check_with(runs.clone())?;
-        let start = self.data_end_for(totals.present);
-        let len = self.body_len(start, totals.runs);
-        if len > MAX_FOOTER {
-            return Err(FooterError::TooLarge { len });
-        }
-        let written = self.write_parts(out, runs, &totals, start);
-        written.map_err(|source| FooterError::Io {
-            operation: "write",
-            offset: start,
-            source,
-        })?;
-        Ok(len + TRAILER)
+        let planned = self.plan(runs.clone())?;
+        let written = self.write_parts(out, runs, &planned);
+        written.map_err(write_failed(planned.start))?;
+        Ok(planned.len + TRAILER)
     }
 
     /// Returns the bytes before the first page of an image whose footer will have the given numbers
@@ -185,13 +165,23 @@ impl Footer {
         Ok(header)
     }
 
-    /// Writes the footer, which begins at the offset `start` of the file.
+    /// Checks the footer with `runs`, and finds its place in the file.
+    fn plan(&self, runs: impl Iterator<Item = Run> + Clone) -> Result<Planned, FooterError> {
+        let totals = self.check_with(runs)?;
+        let start = self.data_end_for(totals.present);
+        let len = self.body_len(start, totals.runs);
+        if len > MAX_FOOTER {
+            return Err(FooterError::TooLarge { len });
+        }
+        Ok(Planned { totals, start, len })
+    }
+
+    /// Writes the footer to `out` at the offset that was planned.
     fn write_parts(
         &self,
         out: impl Write,
         runs: impl Iterator<Item = Run>,
-        totals: &RunTotals,
-        start: u64,
+        planned: &Planned,
     ) -> io::Result<()> {
         let mut out = BufWriter::with_capacity(
             256 << 10,
@@ -200,13 +190,12 @@ impl Footer {
                 hasher: blake3::Hasher::new(),
             },
         );
-        self.body(&mut out, runs, totals)?;
-        let padding = self.padding(start + self.parts_len(totals.runs));
+        self.body(&mut out, runs, &planned.totals)?;
+        let padding = planned.len - self.parts_len(planned.totals.runs);
         out.write_all(&PADDING[..padding as usize])?;
         out.flush()?;
         let HashingWriter { out, hasher } = out.get_mut();
-        let len = self.body_len(start, totals.runs);
-        out.write_all(&self.trailer(hasher.finalize().as_bytes(), start, len))
+        out.write_all(&self.trailer(hasher.finalize().as_bytes(), planned))
     }
 
     fn parts(&self) -> PartCounts {
@@ -281,14 +270,32 @@ impl Footer {
         out.write_all(&self.metadata)
     }
 
-    fn trailer(&self, checksum: &[u8; 32], start: u64, len: u64) -> Vec<u8> {
+    fn trailer(&self, checksum: &[u8; 32], planned: &Planned) -> Vec<u8> {
         let mut bytes = checksum.to_vec();
-        bytes.extend(start.to_le_bytes());
-        bytes.extend(len.to_le_bytes());
+        bytes.extend(planned.start.to_le_bytes());
+        bytes.extend(planned.len.to_le_bytes());
         bytes.extend(self.version.to_wire().to_le_bytes());
         bytes.extend([0; 4]);
         bytes.extend(END_MAGIC);
         bytes
+    }
+}
+
+/// The place of a footer that is valid and within the limit.
+struct Planned {
+    totals: RunTotals,
+    /// The offset in the file.
+    start: u64,
+    /// The length of the part that the checksum covers.
+    len: u64,
+}
+
+/// Returns a function that makes the error of a failed write at the file offset `offset`.
+fn write_failed(offset: u64) -> impl FnOnce(io::Error) -> FooterError {
+    move |source| FooterError::Io {
+        operation: "write",
+        offset,
+        source,
     }
 }
 

@@ -1,6 +1,5 @@
 //! Checks that the pages of a write belong in an image with this footer.
 
-use std::ops::Range;
 use std::path::Path;
 
 use dirty_bitmap::coalesce;
@@ -50,7 +49,8 @@ impl FooterBuilder {
         let is_same = match self.regions {
             Regions::Default => true,
             Regions::Start => layout.regions()[0].guest_start == known[0].start,
-            Regions::Known => is_same_ram(known, &regions_of(layout)),
+            // Adjacent regions are the same RAM as one.
+            Regions::Known => coalesce(known.iter().cloned()).eq(layout.addresses()),
         };
         is_same && layout.ram_size() == self.footer.ram_size
     }
@@ -65,9 +65,4 @@ impl FooterBuilder {
             self.regions = Regions::Known;
         }
     }
-}
-
-/// Adjacent regions are the same RAM as one.
-fn is_same_ram(one: &[Range<u64>], other: &[Range<u64>]) -> bool {
-    coalesce(one.iter().cloned()).eq(coalesce(other.iter().cloned()))
 }

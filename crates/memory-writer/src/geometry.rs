@@ -16,6 +16,21 @@ pub(crate) fn reader_start<R: PageReader + ?Sized>(reader: &R) -> Option<u64> {
     Some(addresses.next().map_or(first.start, |_| 0))
 }
 
+/// Checks that a bitmap covers the offsets of the memory file, or the addresses of a reader whose
+/// RAM has this [start](reader_start), if that is known.
+pub(crate) fn check_bitmap_start(
+    bitmap_start: u64,
+    reader_start: Option<u64>,
+) -> Result<(), SnapshotError> {
+    match reader_start {
+        Some(ram) if bitmap_start != 0 && bitmap_start != ram => Err(SnapshotError::BitmapStart {
+            bitmap: bitmap_start,
+            ram,
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// The valid sizes of a memory file and of its pages, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Geometry {
@@ -62,11 +77,13 @@ impl Geometry {
         PageSet::new(0..self.ram_size, self.page_size)
     }
 
-    /// Checks that a bitmap covers RAM of this size, which starts at `ram_start` if that is known.
+    /// Checks that a bitmap covers RAM of this size, which starts at `ram_start` if that is known,
+    /// and the RAM of a reader with the [start](reader_start) `reader_start`.
     pub(crate) fn check_bitmap<K>(
         self,
         bitmap: &DirtyBitmap<K>,
         ram_start: Option<u64>,
+        reader_start: Option<u64>,
     ) -> Result<(), SnapshotError> {
         if bitmap.ram_size() != self.ram_size {
             return Err(SnapshotError::BitmapSize {
@@ -79,24 +96,7 @@ impl Geometry {
                 bitmap: bitmap.ram_start(),
                 ram,
             }),
-            _ => Ok(()),
-        }
-    }
-
-    /// Checks that a bitmap covers the offsets of the memory file, or the addresses of a reader
-    /// whose RAM has this [start](reader_start), if that is known.
-    pub(crate) fn check_bitmap_of(
-        bitmap_start: u64,
-        reader_start: Option<u64>,
-    ) -> Result<(), SnapshotError> {
-        match reader_start {
-            Some(ram) if bitmap_start != 0 && bitmap_start != ram => {
-                Err(SnapshotError::BitmapStart {
-                    bitmap: bitmap_start,
-                    ram,
-                })
-            }
-            _ => Ok(()),
+            _ => check_bitmap_start(bitmap.ram_start(), reader_start),
         }
     }
 

@@ -303,7 +303,7 @@ impl FooterBuilder {
 
     /// Returns the file offset after the last page.
     pub(crate) fn data_end(&self) -> u64 {
-        self.footer.data_start() + self.map.len()
+        self.footer.data_end_for(self.map.len())
     }
 
     /// Returns the extents of the file, and the checksums of their bytes.

@@ -190,8 +190,8 @@ impl<W: Write> PackedStream<W> {
         reader: &R,
         dirty: &DirtyBitmap<impl Sized>,
     ) -> Result<u64, SnapshotError> {
-        self.geometry.check_bitmap(dirty, self.ram_start)?;
-        Geometry::check_bitmap_of(dirty.ram_start(), reader_start(reader))?;
+        self.geometry
+            .check_bitmap(dirty, self.ram_start, reader_start(reader))?;
         let pages = self.write_pages(reader, || dirty.runs(), Some(dirty.ram_start()))?;
         self.written.add_diff(dirty);
         Ok(pages)
@@ -303,8 +303,8 @@ impl<W: Write> PackedStream<W> {
         &mut self,
         epoch: &Epoch<B, K>,
     ) -> Result<(), SnapshotError> {
-        self.geometry.check_bitmap(epoch.bitmap(), self.ram_start)?;
-        Geometry::check_bitmap_of(epoch.bitmap().ram_start(), self.reader_start)?;
+        self.geometry
+            .check_bitmap(epoch.bitmap(), self.ram_start, self.reader_start)?;
         if !self.written.covers(epoch) {
             return Err(SnapshotError::EpochNotWritten {
                 dest: self.name.clone(),

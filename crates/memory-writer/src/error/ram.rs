@@ -1,5 +1,6 @@
 //! Errors of the size of the RAM.
 
+use image_format::RAW_UNIT;
 use thiserror::Error;
 
 /// An invalid size of a memory file or of its pages.
@@ -57,15 +58,12 @@ pub enum RamError {
     },
 }
 
-/// The smallest page of a memory file in bytes.
-const MIN_PAGE_SIZE: u64 = 512;
-
 /// Returns what to do about RAM of `ram_size` bytes that is not a multiple of the page size. The
 /// largest page that it is a multiple of may be below the minimum: no page size would do.
 fn advice(ram_size: u64) -> String {
     match ram_size & ram_size.wrapping_neg() {
-        largest if largest >= MIN_PAGE_SIZE => format!("pass a page size of at most {largest}"),
-        _ => format!("pass the guest's RAM size, which is a multiple of {MIN_PAGE_SIZE}"),
+        largest if largest >= RAW_UNIT => format!("pass a page size of at most {largest}"),
+        _ => format!("pass the guest's RAM size, which is a multiple of {RAW_UNIT}"),
     }
 }
 

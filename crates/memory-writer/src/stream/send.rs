@@ -7,6 +7,7 @@ use page_reader::{PageReader, SecretBuffer};
 use super::{PackedStream, State, cannot_seal, write_failed};
 use crate::error::{MemoryIoStep, SnapshotError};
 use crate::progress::WriteProgress;
+use crate::reader_source::check_source;
 
 /// The largest number of bytes in one write.
 const PIECE: usize = 1 << 20;
@@ -67,11 +68,7 @@ impl<W: Write> PackedStream<W> {
         if filled > 0 {
             write(&piece[..filled])?;
         }
-        let checked = reader.check_source();
-        checked.map_err(|source| SnapshotError::Source {
-            dest: name.clone(),
-            source,
-        })?;
+        check_source(reader, name)?;
         self.state = State::Pages;
         Ok(())
     }

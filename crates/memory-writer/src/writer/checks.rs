@@ -6,7 +6,6 @@ use page_reader::PageReader;
 
 use super::{MemoryWriter, State};
 use crate::error::SnapshotError;
-use crate::geometry::Geometry;
 use crate::page_record::PageRecord;
 use crate::raw_diff::RawDiff;
 use crate::write_pass::Plan;
@@ -20,21 +19,8 @@ impl MemoryWriter {
 
     /// Checks that a bitmap covers this RAM, as far as the RAM's range is known.
     pub(super) fn check_bitmap<K>(&self, bitmap: &DirtyBitmap<K>) -> Result<(), SnapshotError> {
-        self.geometry.check_bitmap(bitmap, self.ram_start)?;
-        Geometry::check_bitmap_of(bitmap.ram_start(), self.reader_start)
-    }
-
-    /// Checks that the source of a reader did not change while it was read.
-    pub(super) fn check_source<R: PageReader + ?Sized>(
-        &self,
-        reader: &R,
-    ) -> Result<(), SnapshotError> {
-        reader
-            .check_source()
-            .map_err(|source| SnapshotError::Source {
-                dest: self.dest_path().to_owned(),
-                source,
-            })
+        self.geometry
+            .check_bitmap(bitmap, self.ram_start, self.reader_start)
     }
 
     /// Sets the start of the RAM to that of a bitmap that was [checked](Self::check_bitmap).

@@ -5,12 +5,10 @@ use std::ops::Deref;
 use atomic_file::{AtomicWriter, Durability};
 use dirty_bitmap::{DirtyBitmap, Epoch, ReleaseError};
 
-use image_format::Placement;
-
 use super::{MemoryWriter, State};
 use crate::error::{MemoryIoStep, SnapshotError};
-use crate::geometry::Geometry;
 use crate::page_record::PageRecord;
+use crate::sealing::FooterBuilder;
 use crate::target::Target;
 
 impl MemoryWriter {
@@ -150,14 +148,8 @@ impl MemoryWriter {
             State::Incomplete => return Err(self.incomplete()),
             State::Empty => return Err(SnapshotError::NothingWritten { dest: dest() }),
         }
-        let Geometry {
-            ram_size,
-            page_size,
-        } = self.geometry;
-        let written = match (self.layout.placement(), self.pages.footer()) {
-            (Placement::Appended, Some(footer)) => footer.data_end(),
-            _ => self.layout.data_start(page_size) + ram_size,
-        };
+        let footer = self.pages.footer();
+        let written = footer.map_or(self.geometry.ram_size, FooterBuilder::data_end);
         self.staged.check_len(written)?;
         let file = self.staged.file();
         if let Some(stale_pages) = &self.stale_pages {

@@ -10,6 +10,7 @@ use super::{MemoryWriter, State};
 use crate::error::SnapshotError;
 use crate::geometry::{Geometry, reader_start};
 use crate::page_record::PageRecord;
+use crate::reader_source::check_source;
 use crate::stale_pages::StalePages;
 use crate::trace;
 use crate::write_pass::WritePass;
@@ -54,7 +55,7 @@ impl MemoryWriter {
                 self.write_plan(reader, plan, Pass::Full)?;
             }
         }
-        self.check_source(reader)?;
+        check_source(reader, self.dest_path())?;
         self.reader_start = reader_start(reader);
         self.written.add_full(began);
         self.state = State::Complete;

@@ -8,8 +8,9 @@ use sparse_file::{Pass, SpaceError, check_len, punch_hole};
 
 use super::{MemoryWriter, State};
 use crate::error::SnapshotError;
-use crate::geometry::{Geometry, reader_start};
+use crate::geometry::{Geometry, check_bitmap_start, reader_start};
 use crate::page_record::PageRecord;
+use crate::reader_source::check_source;
 use crate::stale_pages::Zeros;
 use crate::write_pass::{Plan, WritePass};
 
@@ -59,7 +60,7 @@ impl MemoryWriter {
         dirty: &DirtyBitmap<impl Sized>,
     ) -> Result<u64, SnapshotError> {
         self.check_bitmap(dirty)?;
-        Geometry::check_bitmap_of(dirty.ram_start(), reader_start(reader))?;
+        check_bitmap_start(dirty.ram_start(), reader_start(reader))?;
         let ram = dirty.ram_start();
         let pages = self.write_pages(reader, dirty.runs(), Some(ram), Pass::Pages)?;
         self.written.add_diff(dirty);
@@ -208,7 +209,7 @@ impl MemoryWriter {
             Touched::unknown(reader, ram_size)
         };
         let written = self.write_plan(reader, plan, pass)?;
-        self.check_source(reader)?;
+        check_source(reader, self.dest_path())?;
         self.state = State::Complete;
         Ok(written / page_size)
     }
