@@ -4,7 +4,7 @@
 mod features;
 mod rust_version;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -38,6 +38,7 @@ struct Package {
     readme: Option<String>,
     keywords: Vec<String>,
     categories: Vec<String>,
+    features: BTreeMap<String, Vec<String>>,
     metadata: Option<serde_json::Value>,
     dependencies: Vec<Dependency>,
     targets: Vec<Target>,
@@ -64,17 +65,18 @@ impl Metadata {
         Ok(serde_json::from_str(&metadata.quiet().read()?)?)
     }
 
-    /// Returns the packages that are published: the workspace's under `crates/`.
+    /// Returns the packages that are [published](is_published).
     fn published(&self) -> impl Iterator<Item = &Package> {
-        let ours = self
-            .packages
-            .iter()
-            .filter(|package| package.source.is_none());
-        ours.filter(|package| {
-            let parent = Path::new(&package.manifest_path).ancestors().nth(2);
-            parent.is_some_and(|parent| parent.ends_with("crates"))
-        })
+        let packages = self.packages.iter();
+        packages.filter(|it| is_published(it.source.as_deref(), &it.manifest_path))
     }
+}
+
+/// Returns whether a package is published: it is one of the workspace, which has no source, and is
+/// under `crates/`.
+fn is_published(source: Option<&str>, manifest_path: &str) -> bool {
+    let parent = Path::new(manifest_path).ancestors().nth(2);
+    source.is_none() && parent.is_some_and(|parent| parent.ends_with("crates"))
 }
 
 /// Fails unless the manifest, the README and the archive of each published crate are complete.
@@ -283,6 +285,7 @@ mod tests {
             "readme": "README.md",
             "keywords": ["some"],
             "categories": ["filesystem"],
+            "features": {},
             "metadata": { "docs": { "rs": { "all-features": true } } },
             "dependencies": [],
             "targets": [{ "kind": ["lib"] }],
@@ -311,6 +314,14 @@ mod tests {
         assert_eq!(package.problems(&FILES, README).len(), 3);
         package.targets.clear();
         assert_eq!(package.problems(&FILES, "").len(), 2);
+    }
+
+    #[test]
+    fn only_crates_of_the_workspace_are_published() {
+        assert!(is_published(None, "/w/crates/some/Cargo.toml"));
+        assert!(!is_published(None, "/w/testing/some/Cargo.toml"));
+        assert!(!is_published(None, "/w/crates/some/fuzz/Cargo.toml"));
+        assert!(!is_published(Some("registry"), "/w/crates/some/Cargo.toml"));
     }
 
     #[test]

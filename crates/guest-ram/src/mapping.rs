@@ -6,15 +6,11 @@ use std::fmt;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
 
+use host_memory::{HostMemory, store_bytes};
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use nix::unistd::{SysconfVar, sysconf};
-use page_reader::HostMemory;
-
-/// The size of a machine word in bytes. Stores to guest memory are atomic in this unit.
-const WORD: usize = size_of::<usize>();
 
 /// Returns the page size of the host in bytes: 4 KiB on most x86-64 systems, 16 KiB on Apple
 /// silicon.
@@ -127,26 +123,10 @@ impl Mapping {
     /// Panics if they do not fit into the mapping. Nothing is copied.
     pub fn store(&self, offset: usize, bytes: &[u8]) {
         self.check(offset, bytes.len());
-        let mut to = self.start.as_ptr().wrapping_add(offset);
-        let (head, rest) = bytes.split_at(to.align_offset(WORD).min(bytes.len()));
-        let (words, tail) = rest.as_chunks::<WORD>();
-        store_bytes(&mut to, head);
-        for word in words {
-            // SAFETY: the address is inside the mapping (checked above), and aligned because `head`
-            // ends at a multiple of a word. The reference is to an atomic and exists only for this
-            // store, so other threads may read and write.
-            unsafe { (*to.cast::<AtomicUsize>()).store(usize::from_ne_bytes(*word), Relaxed) };
-            to = to.wrapping_add(WORD);
-        }
-        store_bytes(&mut to, tail);
-
-        fn store_bytes(to: &mut *mut u8, bytes: &[u8]) {
-            for byte in bytes {
-                // SAFETY: as for words. A byte needs no alignment.
-                unsafe { (*to.cast::<AtomicU8>()).store(*byte, Relaxed) };
-                *to = to.wrapping_add(1);
-            }
-        }
+        let to = self.start.as_ptr().wrapping_add(offset);
+        // SAFETY: the range is inside the mapping (checked), which is writable. No reference to it
+        // exists, and the contract of `new` requires atomic or volatile accesses of other code.
+        unsafe { store_bytes(to, bytes) };
     }
 
     fn check(&self, offset: usize, len: usize) {

@@ -124,9 +124,7 @@ impl<K: BitmapKind> GuestRam<K> {
     /// Returns [`OutsideRam`] if any byte is not RAM. Nothing is written.
     pub fn write(&self, guest_start: u64, bytes: &[u8]) -> Result<(), OutsideRam> {
         let pieces = self.layout.guest_pieces(guest_start, bytes.len() as u64)?;
-        self.store(pieces, bytes, |piece| {
-            self.mark_offsets(piece.offset, piece.size);
-        });
+        self.store(pieces, bytes, |piece| self.mark_piece(piece));
         Ok(())
     }
 
@@ -137,9 +135,7 @@ impl<K: BitmapKind> GuestRam<K> {
     /// Returns [`OutsideRam`] if any byte is past the end of the RAM. Nothing is written.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), OutsideRam> {
         let pieces = self.layout.offset_pieces(offset, bytes.len() as u64)?;
-        self.store(pieces, bytes, |piece| {
-            self.mark_offsets(piece.offset, piece.size);
-        });
+        self.store(pieces, bytes, |piece| self.mark_piece(piece));
         Ok(())
     }
 
@@ -164,7 +160,7 @@ impl<K: BitmapKind> GuestRam<K> {
     /// Returns [`OutsideRam`] if any byte is not RAM. No page is marked.
     pub fn mark(&self, guest_start: u64, len: u64) -> Result<(), OutsideRam> {
         for piece in self.layout.guest_pieces(guest_start, len)? {
-            self.mark_offsets(piece.offset, piece.size);
+            self.mark_piece(&piece);
         }
         Ok(())
     }
@@ -196,6 +192,10 @@ impl<K: BitmapKind> GuestRam<K> {
             written(&piece);
             bytes = rest;
         }
+    }
+
+    fn mark_piece(&self, piece: &RamRange) {
+        self.mark_offsets(piece.offset, piece.size);
     }
 
     fn mark_offsets(&self, offset: u64, size: u64) {

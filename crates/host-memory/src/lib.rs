@@ -4,7 +4,7 @@
 //! A Rust reference to such memory is undefined behavior, because `&[u8]` promises that the bytes
 //! do not change. [`HostMemory`] is an address and a length instead. The kernel reads it directly
 //! ([`HostMemory::write_at`], or any other system call), and [`HostMemory::copy_to`] copies it by
-//! atomic loads of machine words.
+//! atomic loads of machine words. [`store_bytes`] and [`store_zeros`] write it by atomic stores.
 //!
 //! ```
 //! use host_memory::{HostMemory, SecretBuffer};
@@ -39,7 +39,8 @@
 //!
 //! Two accesses race if neither happens before the other and one of them is a store. Such a race is
 //! undefined unless both are atomic. vCPUs and devices use machine stores, which are atomic for
-//! each aligned word. This crate loads each aligned word once, by a relaxed atomic load.
+//! each aligned word. This crate loads and stores each aligned word once, by a relaxed atomic
+//! access.
 //!
 //! # Limitations
 //!
@@ -56,12 +57,14 @@ mod memory;
 mod range;
 mod secret;
 mod signals;
+mod store;
 
 pub use aligned::AlignedBuffer;
 pub use memory::HostMemory;
 pub use range::{PastEnd, available_len, check_range};
 pub use secret::SecretBuffer;
 pub use signals::BlockedSignals;
+pub use store::{store_bytes, store_zeros};
 
 /// Compiles the README's example as a test.
 #[cfg(doctest)]

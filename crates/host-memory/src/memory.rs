@@ -9,8 +9,8 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
 
-/// The size of a machine word, the unit in which guest memory is loaded.
-const WORD: usize = size_of::<usize>();
+/// The size of a machine word, the unit in which guest memory is loaded and stored.
+pub(crate) const WORD: usize = size_of::<usize>();
 /// The number of words that `is_zero` loads between two comparisons.
 const BLOCK: usize = 32;
 

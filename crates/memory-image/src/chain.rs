@@ -93,7 +93,7 @@ pub(crate) struct Members {
 
 impl Members {
     pub(crate) fn has_file_of(&self, image: &Image) -> bool {
-        let identity = image.identity;
+        let identity = image.identity();
         identity.is_some_and(|identity| self.files.contains(&identity))
     }
 
@@ -103,7 +103,7 @@ impl Members {
 
     fn add(&mut self, layer: usize, image: &Image) {
         self.ids.extend(image.id());
-        self.files.extend(image.identity);
+        self.files.extend(image.identity());
         if image.footer().is_some() {
             self.sealed.get_or_insert(layer);
         }

@@ -51,8 +51,6 @@ pub struct Image {
     source: ImageSource,
     pub(crate) size: u64,
     pub(crate) footer: Option<Footer>,
-    /// Device and inode of the file.
-    pub(crate) identity: Option<(u64, u64)>,
     /// Metadata of the file at the time of opening, before anything was read.
     opened: Option<Metadata>,
 }
@@ -147,7 +145,6 @@ impl Image {
             source,
             size: footer.as_ref().map_or(len, |it| it.ram_size),
             footer,
-            identity: opened.as_ref().map(|it| (it.dev(), it.ino())),
             opened,
         }
     }
@@ -262,6 +259,11 @@ impl Image {
         }
     }
 
+    /// Returns the [identity](identity_of) of its file.
+    pub(crate) fn identity(&self) -> Option<(u64, u64)> {
+        self.opened.as_ref().map(identity_of)
+    }
+
     /// Returns whether it was opened by its path.
     pub(crate) fn has_path(&self) -> bool {
         self.has_path
@@ -323,6 +325,11 @@ impl Image {
             source,
         }
     }
+}
+
+/// Returns the device and inode of a file.
+fn identity_of(metadata: &Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
 }
 
 /// Reads the footer of the image that `path` names.

@@ -105,19 +105,16 @@
 //! # Features
 //! No feature is enabled by default.
 //!
+//! - `tracing`: emits events of the crate [`tracing`](https://docs.rs/tracing), or records of the
+//!   crate [`log`](https://docs.rs/log) if the program has no subscriber of `tracing`. The features
+//!   of the same name of `memory-writer`, `atomic-file` and `sparse-file` are turned on with it.
+//!   Opened images, holes that are not trusted, and mappings are reported. No event contains bytes
+//!   of memory.
 //! - `vm-memory`: `GuestMemoryTarget`, a restore target for the guest memory of the `vm-memory`
 //!   crate.
 //!
 //! # Limitations
 //! Reading a chain does not verify checksums: [`Image::verify`] does.
-//!
-//! # Cargo features
-//!
-//! - `tracing` (off by default): emits events of the crate [`tracing`](https://docs.rs/tracing), or
-//!   records of the crate [`log`](https://docs.rs/log) if the program has no subscriber of
-//!   `tracing`. The features of the same name of `memory-writer`, `atomic-file` and
-//!   `sparse-file` are turned on with it. Opened images, holes that are not trusted, and mappings
-//!   are reported. No event contains bytes of memory.
 
 #[cfg(test)]
 mod auto_traits;

@@ -32,7 +32,7 @@ use crate::image::{Image, READ_SIZE};
 /// | the types of the `vm-memory` crate | `GuestMemoryTarget` (feature `vm-memory`) |
 /// | mapped in this process, the guest does not run | [`HostRam`] |
 /// | ordinary memory | `[u8]`, `Vec<u8>` |
-/// | anywhere else | your `impl RamTarget`: two required methods, one provided one |
+/// | anywhere else | your `impl RamTarget`: two required methods, two provided ones |
 ///
 /// It is implemented for `&mut T` and `Box<T>` too. For an `Arc<GuestRam>` named `ram`, pass
 /// `&mut &*ram` to [`Chain::restore`], or `&mut &**ram` if it is the `GuestRam` of `kvm-backend`.

@@ -33,7 +33,7 @@
 //! | ordinary memory | `[u8]`, `[u8; N]`, `Vec<u8>` |
 //! | several of these, adjacent or overlaid | [`Layered`] |
 //! | any of these, without touching pages that were never written | [`Touched`] |
-//! | anywhere else | your `impl PageReader`: one required method, two provided ones |
+//! | anywhere else | your `impl PageReader`: one required method, four provided ones |
 //!
 //! A source is addressed by the offset in the *memory file*: all RAM regions, packed in ascending
 //! order. A source with mapped memory also returns [host addresses](PageReader::host_memory), so

@@ -6,6 +6,8 @@ use anyhow::{Context as _, ensure};
 use serde::Deserialize;
 use xshell::{Shell, cmd};
 
+use super::is_published;
+
 /// The systems on which the crates are built. Dependencies of others do not count.
 const TARGETS: [&str; 2] = ["x86_64-unknown-linux-gnu", "aarch64-apple-darwin"];
 
@@ -100,7 +102,8 @@ impl Graph {
         let packages: BTreeMap<_, _> = self.packages.iter().map(|it| (&*it.id, it)).collect();
         let nodes: BTreeMap<_, _> = self.resolve.nodes.iter().map(|it| (&*it.id, it)).collect();
         let mut problems = Vec::new();
-        for package in self.packages.iter().filter(|it| it.is_published()) {
+        let ours = self.packages.iter();
+        for package in ours.filter(|it| is_published(it.source.as_deref(), &it.manifest_path)) {
             let Some(oldest) = package.rust_version.as_deref() else {
                 problems.push(format!("{}: Cargo.toml has no rust-version", package.name));
                 continue;
@@ -129,13 +132,6 @@ impl Graph {
             }
         }
         Ok(problems)
-    }
-}
-
-impl Package {
-    fn is_published(&self) -> bool {
-        let dir = std::path::Path::new(&self.manifest_path).ancestors().nth(2);
-        self.source.is_none() && dir.is_some_and(|dir| dir.ends_with("crates"))
     }
 }
 

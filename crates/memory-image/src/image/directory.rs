@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::Image;
+use super::{Image, identity_of};
 use crate::error::OpenImageError;
 
 impl Image {
@@ -48,10 +48,9 @@ impl Image {
 
     /// Returns whether `path` leads to the file.
     pub(crate) fn is_at(&self, path: &Path) -> bool {
-        use std::os::unix::fs::MetadataExt;
         let metadata = fs::metadata(path);
-        let found = metadata.ok().map(|it| (it.dev(), it.ino()));
-        found.is_some() && found == self.identity
+        let found = metadata.ok().map(|it| identity_of(&it));
+        found.is_some() && found == self.identity()
     }
 }
 

@@ -8,13 +8,12 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
 
+#[cfg(feature = "vm-memory")]
+use host_memory::store_bytes;
+use host_memory::store_zeros;
 use nix::errno::Errno;
 use nix::libc;
-
-/// The size of a machine word in bytes.
-const WORD: usize = size_of::<usize>();
 
 /// Writable memory of a restore target, by address. No Rust reference covers it.
 #[derive(Debug)]
@@ -85,8 +84,8 @@ impl TargetMemory<'_> {
     pub(super) fn fill_zeros(&mut self, range: Range<usize>) {
         let (at, len) = self.part(&range);
         if self.shared {
-            // SAFETY: `part` returns memory inside the value, by the contract of `shared`.
-            unsafe { store(at, len, |_| 0, |_| 0) };
+            // SAFETY: `part` returns memory inside the value. The rest is the contract of `shared`.
+            unsafe { store_zeros(at, len) };
             return;
         }
         // SAFETY: `part` returns memory inside the value, which is mapped, writable and not
@@ -97,14 +96,10 @@ impl TargetMemory<'_> {
     /// Writes `bytes` to the start of it.
     #[cfg(feature = "vm-memory")]
     pub(super) fn write(&mut self, bytes: &[u8]) {
-        let (at, len) = self.part(&(0..bytes.len()));
-        let word = |at: usize| {
-            let word = bytes[at..at + WORD].try_into();
-            usize::from_ne_bytes(word.expect("the length of a word"))
-        };
+        let (at, _) = self.part(&(0..bytes.len()));
         // SAFETY: `part` returns memory inside the value, which is mapped and writable. Atomic
         // stores are right for the memory of both constructors.
-        unsafe { store(at, len, |at| bytes[at], word) };
+        unsafe { store_bytes(at, bytes) };
     }
 
     /// Reads the bytes of `file` from `offset` on into a range of it. The error is that of one
@@ -158,32 +153,6 @@ fn read_all(
     Ok(())
 }
 
-/// Stores `len` bytes, each aligned machine word by one atomic store. `byte` and `word` return the
-/// values at an offset.
-///
-/// # Safety
-/// The memory is mapped and writable, and other code accesses it by atomic or volatile operations
-/// only.
-unsafe fn store(
-    to: *mut u8,
-    len: usize,
-    byte: impl Fn(usize) -> u8,
-    word: impl Fn(usize) -> usize,
-) {
-    let head = to.align_offset(WORD).min(len);
-    let words_end = head + (len - head) / WORD * WORD;
-    for at in (0..head).chain(words_end..len) {
-        // SAFETY: `at` is less than `len`. The reference is to an atomic, and exists only for this
-        // store.
-        unsafe { (*to.add(at).cast::<AtomicU8>()).store(byte(at), Relaxed) };
-    }
-    for at in (head..words_end).step_by(WORD) {
-        // SAFETY: the whole word is before `words_end`, which is at most `len`. It is aligned,
-        // because `head` ends at a multiple of a word. The reference is as above.
-        unsafe { (*to.add(at).cast::<AtomicUsize>()).store(word(at), Relaxed) };
-    }
-}
-
 impl<'a> From<&'a mut [u8]> for TargetMemory<'a> {
     fn from(bytes: &'a mut [u8]) -> Self {
         // SAFETY: the slice is mapped and writable, and borrowed exclusively for the lifetime of
@@ -212,21 +181,16 @@ mod tests {
     }
 
     #[test]
-    fn shared_memory_is_written_at_any_alignment() {
-        let filler: Vec<u8> = (1..=64).collect();
-        for start in 0..=WORD {
-            for end in start..=start + 3 * WORD {
-                let mut bytes = filler.clone();
-                let first = bytes.as_mut_ptr();
-                // SAFETY: the bytes live longer, and are accessed only through the value until its
-                // last use.
-                let mut memory = unsafe { TargetMemory::shared(first, 64) };
-                memory.fill_zeros(start..end);
-                let mut expected = filler.clone();
-                expected[start..end].fill(0);
-                assert_eq!(bytes, expected, "{start}..{end}");
-            }
-        }
+    fn zeros_are_stored_to_a_range_of_shared_memory() {
+        let mut bytes = *b"0123456789abcdef0123456789abcdef";
+        // SAFETY: the bytes live longer, and are accessed only through the value until its last
+        // use.
+        let mut memory = unsafe { TargetMemory::shared(bytes.as_mut_ptr(), bytes.len()) };
+        memory.fill_zeros(3..21);
+        memory.fill_zeros(30..30);
+        let mut expected = *b"0123456789abcdef0123456789abcdef";
+        expected[3..21].fill(0);
+        assert_eq!(bytes, expected);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use std::io;
 
 use guest_ram::{BitmapKind, GuestRam};
-use page_reader::RamLayout;
+use page_reader::{PageReader, RamLayout};
 
 use super::{RamTarget, TargetMemory};
 
@@ -88,19 +88,7 @@ impl<K: BitmapKind> RamTarget for &GuestRam<K> {
     }
 
     fn memory_mut(&mut self, offset: u64, len: usize) -> Option<TargetMemory<'_>> {
-        let len = self
-            .layout()
-            .ram_size()
-            .checked_sub(offset)?
-            .min(len as u64);
-        let piece = self.layout().offset_pieces(offset, len).ok()?.next()?;
-        let region = self.layout().regions()[piece.region];
-        let start = self.host_address(piece.region).as_ptr();
-        // SAFETY: the piece is inside the region, whose mapping is as large.
-        let start = unsafe { start.add((piece.offset - region.offset) as usize) };
-        // SAFETY: the mapping is writable while the RAM exists, which is borrowed. All Rust code
-        // accesses it by atomic or volatile operations only, by the contract of its owner.
-        Some(unsafe { TargetMemory::shared(start, piece.size as usize) })
+        memory_of(self, offset, len)
     }
 }
 
@@ -119,9 +107,19 @@ impl<K: BitmapKind> RamTarget for GuestRam<K> {
     }
 
     fn memory_mut(&mut self, offset: u64, len: usize) -> Option<TargetMemory<'_>> {
-        let mut ram = &*self;
-        let memory = RamTarget::memory_mut(&mut ram, offset, len)?;
-        // SAFETY: the same memory, for the borrow of `self` instead of that of the local variable.
-        Some(unsafe { TargetMemory::shared(memory.as_ptr(), memory.len()) })
+        memory_of(self, offset, len)
     }
+}
+
+/// Returns the memory of `ram` from `offset` on, at most `len` bytes.
+fn memory_of<K: BitmapKind>(
+    ram: &GuestRam<K>,
+    offset: u64,
+    len: usize,
+) -> Option<TargetMemory<'_>> {
+    let memory = ram.host_memory(offset, len)?;
+    // SAFETY: the memory is that of a mapping, which is writable while the RAM exists, and the RAM
+    // is borrowed. All Rust code accesses it by atomic or volatile operations only, by the contract
+    // of its owner.
+    Some(unsafe { TargetMemory::shared(memory.as_ptr().cast_mut(), memory.len()) })
 }

@@ -19,10 +19,9 @@ pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
 ) -> Result<u64, WriteError> {
     let mut bytes = 0;
     let mut seen = Vec::new();
-    while bytes <= SMALL {
-        let Some(chunk) = job.chunks.next() else {
-            break;
-        };
+    while bytes <= SMALL
+        && let Some(chunk) = job.chunks.next()
+    {
         bytes += chunk.as_ref().map_or(0, |chunk| chunk.end - chunk.start);
         seen.push(chunk);
     }
