@@ -105,7 +105,8 @@ const CRATES: [(&str, Tiers); 5] = [
             &["bad_input", "comparison", "oracle", "secrets"],
             &["chain_memory", "claimed_ram", "diff_chains", "long_chains"],
             &["changed_images", "merged_seals", "pathless", "ram_start"],
-            &["events", "guest_targets", "replaced_images"],
+            &["checksum_secrets", "events", "guest_targets"],
+            &["replaced_images"],
         ],
     ),
     (

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use bitvec::BitArr;
 use bitvec::array::BitArray;
+use zeroize::{Zeroize, Zeroizing};
 
 /// The number of bytes of RAM that one checksum covers: 1 MiB, aligned. A checksum covers the
 /// present bytes of the chunk in ascending order.
@@ -16,9 +17,12 @@ pub const CHUNK_SIZE: u64 = 1 << 20;
 pub type Checksum = [u8; 32];
 
 /// An incremental checksum of one chunk, over its present bytes in ascending order.
+///
+/// The last 64 bytes are kept until the checksum is dropped, which zeroes them.
+// A value that moves leaves a copy behind, which is never zeroed. The hasher stays in one place.
 #[derive(Clone, Debug, Default)]
 #[must_use = "a checksum is lost unless it is finished"]
-pub struct ChunkSum(blake3::Hasher);
+pub struct ChunkSum(Box<Zeroizing<blake3::Hasher>>);
 
 impl ChunkSum {
     /// Creates a checksum of no bytes.
@@ -34,8 +38,20 @@ impl ChunkSum {
     /// Returns the checksum of all bytes.
     #[must_use]
     pub fn finish(&self) -> Checksum {
-        self.0.finalize().into()
+        let sum = self.0.finalize();
+        wipe_stack();
+        sum.into()
     }
+}
+
+/// The size of the wiped stack in words: more than the frames of BLAKE3 for a chunk.
+const WIPED: usize = 2048;
+
+/// Zeroes the stack below the caller, where the functions of BLAKE3 have left bytes of their input.
+/// The unused bytes of a later value would otherwise take them to the heap.
+#[inline(never)]
+fn wipe_stack() {
+    [0_u64; WIPED].zeroize();
 }
 
 /// The checksums of an image that is being written.

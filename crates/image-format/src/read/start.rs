@@ -2,6 +2,8 @@
 
 use std::io;
 
+use zeroize::Zeroizing;
+
 use crate::checksums::ChunkSum;
 use crate::error::FooterError;
 use crate::footer::Footer;
@@ -28,7 +30,7 @@ pub(super) fn first_page_is_ram(
         return Ok(false);
     };
     let mut sum = ChunkSum::new();
-    let mut buffer = vec![0; BUFFER];
+    let mut buffer = Zeroizing::new(vec![0; BUFFER]);
     for (range, mut at) in chunk.pieces() {
         let mut left = range.end - range.start;
         while left > 0 {
@@ -81,7 +83,8 @@ pub(super) fn read_header(
     len: u64,
     read_at: &mut impl FnMut(&mut [u8], u64) -> io::Result<()>,
 ) -> Result<FileStart, FooterError> {
-    let mut page = [0; HEADER_PAGE];
+    // The first page of a sealed image is RAM.
+    let mut page = Zeroizing::new([0; HEADER_PAGE]);
     let header_len = len.min(HEADER_PAGE as u64) as usize;
     read_at(&mut page[..header_len], 0).map_err(|source| FooterError::unreadable(0, source))?;
     if page[..8] != *HEADER_MAGIC {
