@@ -38,6 +38,9 @@ pub enum LazyError {
         /// The size of the memory in bytes.
         target: u64,
     },
+    /// The source has no RAM.
+    #[error("the source has 0 bytes of RAM: give the size of the guest's RAM")]
+    NoRam,
     /// The working set belongs to another guest.
     #[error(
         "the working set belongs to a guest with {working_set} bytes of RAM, and the image to one \

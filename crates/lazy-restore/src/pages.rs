@@ -145,7 +145,8 @@ impl Pages {
         end.min(self.source.ram_size())
     }
 
-    /// Returns the runs of pages of which the source stores any byte.
+    /// Returns the runs of pages of which the source stores any byte. They ascend if the source
+    /// keeps its contract.
     pub(crate) fn stored(&self, within: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let bytes = within.start..self.clip(within.end);
         let mut stored = self
@@ -159,8 +160,12 @@ impl Pages {
             .peekable();
         std::iter::from_fn(move || {
             let mut run = stored.next()?;
-            while let Some(next) = stored.next_if(|next| next.start <= run.end) {
-                run.end = next.end;
+            // A range before the run stays one of its own, for the caller to report.
+            let joins = |next: &Range<u64>, run: &Range<u64>| {
+                run.start <= next.start && next.start <= run.end
+            };
+            while let Some(next) = stored.next_if(|next| joins(next, &run)) {
+                run.end = run.end.max(next.end);
             }
             Some(run)
         })

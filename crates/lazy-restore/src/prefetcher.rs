@@ -1,5 +1,6 @@
 //! The prefetcher: fills the pages of a working set, and then all other pages.
 
+use std::io;
 use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, OnceLock};
 
@@ -121,6 +122,7 @@ impl Prefetcher {
             let mut at = start;
             let no_more = end..end;
             for stored in self.pages.stored(start..end).chain([no_more]) {
+                check_ascending(at, &stored)?;
                 let gap = at..stored.start.min(at.saturating_add(zeros_left));
                 zeros_left -= gap.end - gap.start;
                 self.in_pieces(gap, report, |piece| {
@@ -138,8 +140,11 @@ impl Prefetcher {
     fn fill_stored(&self, report: Report<'_>) -> Result<(), Ended> {
         let mut buffer = SecretBuffer::new();
         let mut advised = 0;
+        let mut at = 0;
         let stored = self.pages.stored(0..self.pages.memory_size());
         for run in stored.take_while(|_| !self.is_stopped()) {
+            check_ascending(at, &run)?;
+            at = run.end;
             self.in_pieces(run, report, |piece| {
                 advised = piece.start.max(advised);
                 while advised < self.pages.clip(piece.end + READ_AHEAD) {
@@ -169,4 +174,17 @@ impl Prefetcher {
         }
         Ok(())
     }
+}
+
+/// Fails if the source has returned a run before one that it returned earlier: the pages between
+/// were taken for zeros.
+fn check_ascending(end: u64, next: &Range<u64>) -> Result<(), LazyError> {
+    if end <= next.start {
+        return Ok(());
+    }
+    let start = next.start;
+    Err(LazyError::Source(io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("its `populated` returned {start:#x} after {end:#x}, and ranges must ascend"),
+    )))
 }

@@ -29,7 +29,7 @@ impl LazyRamOptions {
     /// # Errors
     /// Returns a [`LazyError`].
     pub fn start(&self, source: impl RamSource + 'static) -> Result<LazyRam, LazyError> {
-        let size = source.ram_size();
+        let size = ram_size(&source)?;
         let failed = |source| LazyError::Reserve { size, source };
         let len = size.checked_next_multiple_of(host_page());
         let region = Region::zeros(len.unwrap_or(u64::MAX)).map_err(failed)?;
@@ -74,7 +74,7 @@ impl LazyRamOptions {
     ) -> Result<LazyRam, LazyError> {
         // SAFETY: the caller of this function promises what `Memory::new` requires.
         let mut memory = unsafe { Memory::new(regions) };
-        let ram_size = source.ram_size();
+        let ram_size = ram_size(&source)?;
         if memory.len() != ram_size {
             return Err(LazyError::TargetSize {
                 image: ram_size,
@@ -124,6 +124,14 @@ impl LazyRamOptions {
         let handler = PageFaultHandler::new(Arc::clone(&pages), self.fault_around, self.record);
         let prefetcher = Prefetcher::new(Arc::clone(&pages), self.working_set.clone());
         LazyRam::run(pages, handler, prefetcher, prefetching, region)
+    }
+}
+
+/// Returns the size of the RAM in bytes, which is not 0.
+fn ram_size(source: &impl RamSource) -> Result<u64, LazyError> {
+    match source.ram_size() {
+        0 => Err(LazyError::NoRam),
+        size => Ok(size),
     }
 }
 

@@ -307,3 +307,58 @@ fn prefetcher_announces_ranges_before_it_reads_them() {
     }
     assert!(announced >= MIB);
 }
+
+#[test]
+fn source_without_ram_is_an_error() {
+    let error = LazyRam::options()
+        .start(SizedReader::new(Vec::new(), 0))
+        .unwrap_err();
+    assert!(matches!(error, LazyError::NoRam), "{error:?}");
+    // SAFETY: there is no memory.
+    #[allow(unsafe_code)]
+    let adopted = unsafe { LazyRam::options().adopt(SizedReader::new(Vec::new(), 0), []) };
+    assert!(matches!(adopted, Err(LazyError::NoRam)), "{adopted:?}");
+}
+
+/// A source that reports its third page before its first one.
+struct Descending;
+
+impl PageReader for Descending {
+    fn read_at(&self, _: u64, buf: &mut [u8]) -> io::Result<()> {
+        buf.fill(7);
+        Ok(())
+    }
+
+    fn populated(&self, _: Range<u64>) -> PopulatedRanges<'_> {
+        Box::new([2 * PAGE..3 * PAGE, 0..PAGE].into_iter())
+    }
+}
+
+impl RamSource for Descending {
+    fn ram_size(&self) -> u64 {
+        MIB
+    }
+}
+
+#[rstest]
+#[case::in_order(false)]
+#[case::working_set(true)]
+fn source_with_descending_ranges_is_an_error(#[case] with_working_set: bool) {
+    needs!(Userfaultfd);
+    let mut options = LazyRam::options();
+    if with_working_set {
+        let recording = LazyRam::options().record(true);
+        let recorded = recording.start(Server::default()).unwrap();
+        for touched in 0..3 {
+            page(&recorded, touched).unwrap();
+        }
+        assert_eq!(recorded.recorded().runs().count(), 1);
+        options = options.working_set(recorded.recorded());
+    }
+    let ram = options.start(Descending).unwrap();
+    let error = ram.wait().unwrap_err();
+    assert!(
+        error.to_string().contains("ranges must ascend"),
+        "{error:?}"
+    );
+}
