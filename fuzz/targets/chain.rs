@@ -94,8 +94,8 @@ fuzz_target!(|bytes: &[u8]| {
         if let Ok(opened) = opened
             && opened.ram_size() <= SMALL
         {
-            // Its sums are any bytes too: it must say so, or be right, and not fail.
-            opened
+            // Its checksums are arbitrary bytes, so it may report damage. It must not fail.
+            let _report = opened
                 .verify(&mut |_| ControlFlow::Continue(()))
                 .expect("a file in memory can be read");
         }
