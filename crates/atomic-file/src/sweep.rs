@@ -127,9 +127,24 @@ pub(crate) fn sweep_names(
         }
     }
     if remove {
-        trace::swept(dir.path(), &report);
+        report_events(dir, &report);
     }
     Ok(report)
+}
+
+/// Reports what a sweep removed and what it kept, as events.
+fn report_events(dir: &Directory, report: &SweepReport) {
+    for path in report.removed.iter().chain(&report.recycled) {
+        trace::orphan_removed(path);
+    }
+    for path in &report.in_use {
+        trace::kept_in_use(path);
+    }
+    for skipped in &report.skipped {
+        trace::kept(&skipped.path, &skipped.reason);
+    }
+    let removed = report.removed.len() + report.recycled.len();
+    trace::swept(dir.path(), removed, report.in_use.len());
 }
 
 fn is_one_of(dir: &Directory, name: &OsStr, files: &[FileId]) -> bool {

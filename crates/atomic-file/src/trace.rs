@@ -3,10 +3,8 @@
 //! Events contain paths, counts and reasons, and never bytes of memory.
 #![cfg_attr(not(feature = "tracing"), allow(unused_variables))]
 
-use std::io;
+use std::error::Error;
 use std::path::Path;
-
-use crate::report::SweepReport;
 
 #[cfg(feature = "tracing")]
 macro_rules! event {
@@ -23,33 +21,31 @@ pub(crate) fn staged(dest: &Path, staged: &Path, recycled: bool) {
 }
 
 /// Reports why a recycled file is not reused. A new file is staged.
-pub(crate) fn recycled_file_declined(path: &Path, why: &io::Error) {
+pub(crate) fn recycled_file_declined(path: &Path, why: &dyn Error) {
     event!(info, ?path, because = %why, "the recycled file is not reused");
 }
 
 /// Reports why a replaced file does not become the recycled file.
-pub(crate) fn old_file_not_kept(path: &Path, why: &io::Error) {
+pub(crate) fn old_file_not_kept(path: &Path, why: &dyn Error) {
     event!(info, ?path, because = %why, "the replaced file is not recycled");
 }
 
-/// Reports what a sweep removed and what it kept.
-pub(crate) fn swept(dir: &Path, report: &SweepReport) {
-    let removed = report.removed.len() + report.recycled.len();
-    for path in report.removed.iter().chain(&report.recycled) {
-        event!(info, ?path, "orphaned file removed");
-    }
-    for path in &report.in_use {
-        event!(debug, ?path, "staged file kept: a writer uses it");
-    }
-    for skipped in &report.skipped {
-        let reason = &skipped.reason;
-        event!(info, path = ?skipped.path, because = %reason, "staged file kept");
-    }
-    event!(
-        debug,
-        ?dir,
-        removed,
-        in_use = report.in_use.len(),
-        "directory swept"
-    );
+/// Reports an orphaned file that a sweep removed.
+pub(crate) fn orphan_removed(path: &Path) {
+    event!(info, ?path, "orphaned file removed");
+}
+
+/// Reports a staged file that a sweep kept because a writer uses it.
+pub(crate) fn kept_in_use(path: &Path) {
+    event!(debug, ?path, "staged file kept: a writer uses it");
+}
+
+/// Reports a staged file that a sweep kept for another reason.
+pub(crate) fn kept(path: &Path, why: &dyn Error) {
+    event!(info, ?path, because = %why, "staged file kept");
+}
+
+/// Reports the totals of a sweep.
+pub(crate) fn swept(dir: &Path, removed: usize, in_use: usize) {
+    event!(debug, ?dir, removed, in_use, "directory swept");
 }
