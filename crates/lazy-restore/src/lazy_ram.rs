@@ -152,7 +152,7 @@ impl LazyRam {
             threads: Vec::new(),
             region,
         };
-        trace::started(&ram.pages, prefetching);
+        trace::started(ram.pages.memory_size(), prefetching);
         let handler = Arc::clone(&ram.handler);
         ram.spawn("lazy-ram-faults", move || handler.run())?;
         if prefetching {
@@ -160,7 +160,7 @@ impl LazyRam {
             let prefetcher = Arc::clone(&ram.prefetcher);
             ram.spawn(PREFETCHER, move || {
                 let _ = prefetcher.run(&mut || ControlFlow::Continue(()));
-                trace::filled(&pages, &handler);
+                report_filled(&pages, &handler);
             })?;
         }
         Ok(ram)
@@ -256,7 +256,7 @@ impl LazyRam {
         let mut fill = || {
             let _guard = AbortOnPanic(&self.pages);
             let flow = self.prefetcher.run(report);
-            trace::filled(&self.pages, &self.handler);
+            report_filled(&self.pages, &self.handler);
             flow
         };
         let mut blocked = Some(BlockedSignals::new());
@@ -346,6 +346,16 @@ impl PageReader for LazyRam {
             false => self.pages.source().check_source(),
         }
     }
+}
+
+/// Reports the totals as an event once all pages are in memory.
+fn report_filled(pages: &Pages, handler: &PageFaultHandler) {
+    if !pages.status().is_finished() {
+        return;
+    }
+    let by_faults = pages.loaded_by_faults();
+    let by_prefetch = pages.loaded().saturating_sub(by_faults);
+    trace::filled(handler.faults(), by_faults, by_prefetch, pages.elapsed());
 }
 
 /// Aborts filling on drop if the thread panics, to unblock waiting accesses.

@@ -3,9 +3,8 @@
 //! Events contain sizes, counts and reasons, and never bytes of memory.
 #![cfg_attr(not(feature = "tracing"), allow(unused_variables))]
 
-use crate::error::LazyError;
-use crate::fault_handler::PageFaultHandler;
-use crate::pages::Pages;
+use std::error::Error;
+use std::time::Duration;
 
 #[cfg(feature = "tracing")]
 macro_rules! event {
@@ -17,19 +16,12 @@ macro_rules! event {
 }
 
 /// Reports that filling begins.
-pub(crate) fn started(pages: &Pages, prefetch: bool) {
-    let memory_size = pages.memory_size();
+pub(crate) fn started(memory_size: u64, prefetch: bool) {
     event!(debug, memory_size, prefetch, "filling begins");
 }
 
 /// Reports the totals once all pages are in memory.
-pub(crate) fn filled(pages: &Pages, handler: &PageFaultHandler) {
-    if !pages.status().is_finished() {
-        return;
-    }
-    let (faults, bytes_by_faults) = (handler.faults(), pages.loaded_by_faults());
-    let bytes_by_prefetch = pages.loaded().saturating_sub(bytes_by_faults);
-    let elapsed = pages.elapsed();
+pub(crate) fn filled(faults: u64, bytes_by_faults: u64, bytes_by_prefetch: u64, elapsed: Duration) {
     event!(
         info,
         faults,
@@ -41,6 +33,6 @@ pub(crate) fn filled(pages: &Pages, handler: &PageFaultHandler) {
 }
 
 /// Reports the first error of filling.
-pub(crate) fn failed(error: &LazyError) {
+pub(crate) fn failed(error: &dyn Error) {
     event!(warn, because = %error, "filling has failed");
 }
