@@ -3,8 +3,8 @@
 //! Events contain paths, sizes and reasons, and never bytes of memory.
 #![cfg_attr(not(feature = "tracing"), allow(unused_variables))]
 
-use crate::error::ReadAmbiguity;
-use crate::image::Image;
+use std::error::Error;
+use std::path::Path;
 
 #[cfg(feature = "tracing")]
 macro_rules! event {
@@ -16,9 +16,7 @@ macro_rules! event {
 }
 
 /// Reports an image that was added to a chain.
-pub(crate) fn image_added(layer: usize, image: &Image) {
-    let (path, ram_size) = (image.path(), image.ram_size());
-    let sealed = image.footer().is_some();
+pub(crate) fn image_added(layer: usize, path: &Path, ram_size: u64, sealed: bool) {
     event!(
         debug,
         ?path,
@@ -30,8 +28,7 @@ pub(crate) fn image_added(layer: usize, image: &Image) {
 }
 
 /// Reports that the caller trusts the holes of a diff although this crate does not.
-pub(crate) fn holes_not_trusted(image: &Image, why: &ReadAmbiguity) {
-    let path = image.path();
+pub(crate) fn holes_not_trusted(path: &Path, why: &dyn Error) {
     event!(info, ?path, because = %why, "holes are not trusted, and are taken for clean pages");
 }
 

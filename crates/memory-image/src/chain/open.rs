@@ -190,7 +190,7 @@ impl Chain {
         match self.pages_of_diff(image) {
             Ok(pages) => Ok((pages, None)),
             Err(ChainError::AmbiguousDiff { why, .. }) => {
-                trace::holes_not_trusted(image, &why);
+                trace::holes_not_trusted(image.path(), &why);
                 let pages = image.pages_by_reported_holes(self.page_size)?;
                 Ok((Pages::Listed(pages), Some(why)))
             }
@@ -292,7 +292,8 @@ impl Chain {
                 }
             }
         }
-        trace::image_added(layer, &newest);
+        let sealed = newest.footer().is_some();
+        trace::image_added(layer, newest.path(), newest.ram_size(), sealed);
         if self.ram_layout.is_none() {
             self.ram_layout = newest.ram_layout();
         }
