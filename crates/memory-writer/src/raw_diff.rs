@@ -21,7 +21,7 @@ impl RawDiff {
     /// Creates a diff without pages in `file`.
     pub(crate) fn begin(file: &File, geometry: Geometry) -> Result<Self, WriteAmbiguity> {
         let checked = PageHoles::check_new(file, geometry.page_size).map_err(WriteAmbiguity::from);
-        checked.inspect_err(trace::holes_not_trusted)?;
+        checked.inspect_err(|why| trace::holes_not_trusted(why))?;
         Ok(Self {
             pages: geometry.no_pages(),
         })
@@ -56,7 +56,7 @@ impl RawDiff {
         trace::synced_for_holes(&why);
         fsync(file).map_err(|errno| PagesUnknown::Sync(errno.into()))?;
         self.check_extents(file)
-            .inspect_err(trace::holes_not_trusted)
+            .inspect_err(|why| trace::holes_not_trusted(why))
     }
 
     fn check_extents(&self, file: &File) -> Result<(), WriteAmbiguity> {

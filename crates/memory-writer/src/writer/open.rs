@@ -176,7 +176,14 @@ impl MemoryWriterOptions {
             true => StalePages::of_new_writes(layout, geometry),
             false => None,
         };
-        trace::opened(staged.dest_path(), layout, geometry, staged.recycled());
+        let recycled = staged.recycled();
+        trace::opened(
+            staged.dest_path(),
+            layout.name(),
+            ram_size,
+            page_size,
+            recycled,
+        );
         Ok(MemoryWriter {
             staged,
             geometry,
