@@ -275,7 +275,10 @@ impl<F: Borrow<File>> Extents<F> {
 
     fn rest_is_data(&mut self, source: ExtentSource) -> Option<Extent> {
         self.source = source;
-        trace::rest_is_data(self.at, source);
+        // `holes_not_used` has reported the reason for `NotUsed`.
+        if source != ExtentSource::NotUsed {
+            trace::rest_is_data(self.at, &source);
+        }
         (self.at < self.end).then(|| self.advance(self.end, ExtentKind::Data))
     }
 

@@ -26,7 +26,6 @@ pub use options::{Engine, WriteOptions};
 pub use source::RunSource;
 
 use crate::limit::SizeLimit;
-use crate::trace;
 use chunks::Chunks;
 use job::Job;
 use progress::Progress;
@@ -96,7 +95,7 @@ pub fn write_runs<S: RunSource + ?Sized>(
     };
     let requested = options.engine;
     if requested != Engine::Auto {
-        trace::engine_chosen(&EngineChoice::new(requested, EngineReason::Requested));
+        EngineChoice::new(requested, EngineReason::Requested).report();
     }
     match requested {
         Engine::Auto => auto::write(job),

@@ -5,14 +5,45 @@ use std::fs::File;
 use super::choice::{EngineChoice, EngineReason};
 use super::error::WriteError;
 use super::job::{Job, Pieces};
-use super::options::Engine;
+use super::options::{Engine, WriteOptions};
 use super::pwrite;
 use super::source::RunSource;
-use crate::trace;
 
 /// Maximum size in bytes of a job that is written through the page cache: including the sync
 /// afterwards, that was not slower than a ring on ext4.
-pub(super) const SMALL: u64 = 1 << 20;
+const SMALL: u64 = 1 << 20;
+
+impl WriteOptions {
+    /// Returns the engine that a write of `bytes` bytes to `file` uses with these options, and why.
+    ///
+    /// Tries what such a write would try, without writing: [`Engine::Auto`] opens the file again
+    /// for direct I/O, and creates a ring or threads for a moment. An engine that is requested is
+    /// returned without trying it. Each call takes up to a millisecond. A later write may choose
+    /// another engine if the limits of the process change.
+    ///
+    /// # Examples
+    /// ```
+    /// use sparse_file::{EngineReason, WriteOptions};
+    ///
+    /// let file = tempfile::tempfile()?;
+    /// let choice = WriteOptions::new().engine_choice(&file, 1 << 30);
+    /// match &choice.because {
+    ///     EngineReason::NoRing { source } => println!("allow io_uring here: {source}"),
+    ///     _ => println!("{choice}"),
+    /// }
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    #[must_use]
+    pub fn engine_choice(&self, file: &File, bytes: u64) -> EngineChoice {
+        match self.engine {
+            Engine::Auto if bytes <= SMALL => EngineChoice::small(),
+            Engine::Auto => choose(file),
+            engine @ (Engine::Pwrite | Engine::Threads | Engine::IoUring) => {
+                EngineChoice::new(engine, EngineReason::Requested)
+            }
+        }
+    }
+}
 
 pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
     mut job: Job<'_, '_, I, S>,
@@ -34,7 +65,7 @@ pub(super) fn write<I: Pieces, S: RunSource + ?Sized>(
         progress: job.progress,
     };
     if bytes <= SMALL {
-        trace::engine_chosen(&EngineChoice::small());
+        EngineChoice::small().report();
         pwrite::write(job)
     } else {
         large(job)
@@ -53,22 +84,22 @@ fn large<I: Pieces, S: RunSource + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64
     let target = match Target::direct(job.file) {
         Ok(target) => target,
         Err(source) => {
-            trace::engine_chosen(&not_direct(source));
+            not_direct(source).report();
             return pwrite::write(job);
         }
     };
     match Ring::new(&target.file) {
         Ok(ring) => {
-            trace::engine_chosen(&by_ring());
+            by_ring().report();
             pipeline::write(ring, target.alignment, job)
         }
         Err(error) => thread::scope(|scope| match Pool::start(scope, &target.file) {
             Ok(pool) => {
-                trace::engine_chosen(&by_threads(error));
+                by_threads(error).report();
                 pipeline::write(pool, target.alignment, job)
             }
             Err(threads) => {
-                trace::engine_chosen(&alone(error, threads));
+                alone(error, threads).report();
                 pwrite::write(job)
             }
         }),
@@ -77,7 +108,7 @@ fn large<I: Pieces, S: RunSource + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64
 
 /// Returns the choice of [`large`] for a file.
 #[cfg(target_os = "linux")]
-pub(super) fn choose(file: &File) -> EngineChoice {
+fn choose(file: &File) -> EngineChoice {
     use std::thread;
 
     use super::target::Target;
@@ -122,13 +153,13 @@ fn alone(ring: std::io::Error, threads: std::io::Error) -> EngineChoice {
 /// is faster.
 #[cfg(not(target_os = "linux"))]
 fn large<I: Pieces, S: RunSource + ?Sized>(job: Job<'_, '_, I, S>) -> Result<u64, WriteError> {
-    trace::engine_chosen(&choose(job.file));
+    choose(job.file).report();
     let _uncached = crate::sys::Uncached::new(job.file);
     pwrite::write(job)
 }
 
 /// Returns the choice of [`large`] for a file.
 #[cfg(not(target_os = "linux"))]
-pub(super) fn choose(_: &File) -> EngineChoice {
+fn choose(_: &File) -> EngineChoice {
     EngineChoice::new(Engine::Pwrite, EngineReason::Fastest)
 }

@@ -1,16 +1,15 @@
 //! Which engine a write uses, and why.
 
 use std::fmt;
-use std::fs::File;
 use std::io;
 
-use super::auto::SMALL;
-use super::options::{Engine, WriteOptions};
+use super::options::Engine;
+use crate::trace;
 
 /// The engine that a write uses, and the reason why no faster one is used.
 ///
-/// [`WriteOptions::engine_choice`] returns it. With the cargo feature `tracing`, each
-/// [`write_runs`](crate::write_runs()) also reports it as an event.
+/// [`WriteOptions::engine_choice`](crate::WriteOptions::engine_choice) returns it. With the cargo
+/// feature `tracing`, each [`write_runs`](crate::write_runs()) also reports it as an event.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct EngineChoice {
@@ -26,7 +25,7 @@ pub struct EngineChoice {
 pub enum EngineReason {
     /// It is the fastest engine for this file.
     Fastest,
-    /// [`WriteOptions::engine`] names it.
+    /// [`WriteOptions::engine`](crate::WriteOptions::engine) names it.
     Requested,
     /// The job has at most 1 MiB, for which no engine is faster.
     SmallJob,
@@ -57,6 +56,11 @@ impl EngineChoice {
 
     pub(super) const fn small() -> Self {
         Self::new(Engine::Pwrite, EngineReason::SmallJob)
+    }
+
+    /// Reports the choice as an event.
+    pub(super) fn report(&self) {
+        trace::engine_chosen(&self.engine, &self.because, self.is_fallback());
     }
 
     /// Returns whether a faster engine was tried and is not available.
@@ -91,38 +95,6 @@ impl fmt::Display for EngineReason {
                 f,
                 "io_uring is not available: {ring}; no thread can be created: {threads}"
             ),
-        }
-    }
-}
-
-impl WriteOptions {
-    /// Returns the engine that a write of `bytes` bytes to `file` uses with these options, and why.
-    ///
-    /// Tries what such a write would try, without writing: [`Engine::Auto`] opens the file again
-    /// for direct I/O, and creates a ring or threads for a moment. An engine that is requested is
-    /// returned without trying it. Each call takes up to a millisecond. A later write may choose
-    /// another engine if the limits of the process change.
-    ///
-    /// # Examples
-    /// ```
-    /// use sparse_file::{EngineReason, WriteOptions};
-    ///
-    /// let file = tempfile::tempfile()?;
-    /// let choice = WriteOptions::new().engine_choice(&file, 1 << 30);
-    /// match &choice.because {
-    ///     EngineReason::NoRing { source } => println!("allow io_uring here: {source}"),
-    ///     _ => println!("{choice}"),
-    /// }
-    /// # Ok::<(), std::io::Error>(())
-    /// ```
-    #[must_use]
-    pub fn engine_choice(&self, file: &File, bytes: u64) -> EngineChoice {
-        match self.engine {
-            Engine::Auto if bytes <= SMALL => EngineChoice::small(),
-            Engine::Auto => super::auto::choose(file),
-            engine @ (Engine::Pwrite | Engine::Threads | Engine::IoUring) => {
-                EngineChoice::new(engine, EngineReason::Requested)
-            }
         }
     }
 }
