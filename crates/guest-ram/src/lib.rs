@@ -63,6 +63,7 @@
 mod auto_traits;
 mod create;
 mod errors;
+mod from_owner;
 mod mapping;
 mod options;
 mod owner;
