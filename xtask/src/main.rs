@@ -4,14 +4,8 @@
 //! crate has built and becomes. This crate links no crate under `crates/`.
 
 mod bench;
-mod cargo_tool;
 mod fuzz;
-mod interleavings;
-mod mutants;
-mod packages;
 mod program;
-#[cfg(target_os = "linux")]
-mod sanitize;
 mod steps;
 
 use std::ffi::OsString;
@@ -59,15 +53,20 @@ enum Task {
     #[command(disable_help_flag = true)]
     FsMatrix(Arguments),
     Fuzz(fuzz::Fuzz),
-    Mutants(mutants::Mutants),
+    /// Make small changes to the code, one at a time, and check that the tests detect them
+    #[command(disable_help_flag = true)]
+    Mutants(Arguments),
     Prove(steps::Prove),
     /// Snapshot a Linux guest in QEMU, restore the chain into another QEMU, and prove that it
     /// continues correctly
     #[cfg(target_os = "linux")]
     #[command(disable_help_flag = true)]
     QemuE2e(Arguments),
+    /// Run the tests under sanitizers that detect data races, use after free and out-of-bounds
+    /// accesses
     #[cfg(target_os = "linux")]
-    Sanitize(sanitize::Sanitize),
+    #[command(disable_help_flag = true)]
+    Sanitize(Arguments),
     /// Save guests repeatedly while faults are injected, and compare everything that was saved
     #[cfg(target_os = "linux")]
     #[command(disable_help_flag = true)]
@@ -107,12 +106,12 @@ fn run(sh: &Shell, task: Task) -> anyhow::Result<()> {
         Task::Fresh(arguments) => arguments.run("fresh-machine"),
         Task::FsMatrix(arguments) => arguments.run("fs-matrix"),
         Task::Fuzz(fuzz) => fuzz.run(sh),
-        Task::Mutants(mutants) => mutants.run(sh),
+        Task::Mutants(arguments) => arguments.run("mutants"),
         Task::Prove(prove) => steps::record(sh, &prove.run(sh)?),
         #[cfg(target_os = "linux")]
         Task::QemuE2e(arguments) => arguments.run("qemu-e2e"),
         #[cfg(target_os = "linux")]
-        Task::Sanitize(sanitize) => sanitize.run(sh),
+        Task::Sanitize(arguments) => arguments.run("sanitizers"),
         #[cfg(target_os = "linux")]
         Task::Soak(arguments) => arguments.run("soak"),
         Task::Test(test) => steps::record(sh, &test.run(sh)?),

@@ -1,15 +1,13 @@
 //! The steps of `cargo xtask test`, `ci` and `prove`: their commands, claims and durations.
 
 mod busy;
+mod cargo_deny;
 mod changed;
 mod ci;
 mod durations;
-mod error_texts;
 mod left_out;
 mod page;
-mod prose;
 mod prove;
-mod signals;
 mod suite;
 mod test;
 

@@ -36,7 +36,7 @@ fn arguments_reach_the_program_as_they_are() {
 
 #[test]
 fn help_of_a_task_is_the_help_of_its_program() {
-    for arguments in [["demo", "--help"], ["help", "demo"]] {
+    for arguments in [["demo", "--help"], ["help", "demo"], ["help", "mutants"]] {
         let output = xtask(PRINT, &arguments);
         let printed = String::from_utf8_lossy(&output.stdout);
         assert!(printed.ends_with("\n--\n--help\n"), "{printed}");

@@ -44,8 +44,8 @@ fn what_is_no_revision_is_not_taken_for_an_option() {
     }
 }
 
-/// Runs `cargo xtask ci macos` with a program in the place of cargo. Returns what the program saw.
-fn macos_step(options: &[&str]) -> (Output, String) {
+/// Runs `cargo xtask ARGUMENTS` with a program in the place of cargo. Returns what the program saw.
+fn cargo_of_step(arguments: &[&str]) -> (Output, String) {
     let dir = tempfile::tempdir().expect("a directory");
     let cargo = dir.path().join("cargo");
     let script = "#!/bin/sh\necho \"$* no-install=$RAMSNAP_NO_INSTALL\" > \"$SEEN\"\n";
@@ -55,7 +55,7 @@ fn macos_step(options: &[&str]) -> (Output, String) {
     let seen = dir.path().join("seen");
     let not_run = dir.path().join("not-run.txt");
     fs::write(&not_run, "").expect("written");
-    let output = command(&[&["ci", "macos"], options].concat())
+    let output = command(arguments)
         .env("PATH", format!("{}:{path}", dir.path().display()))
         .env("SEEN", &seen)
         .env("RAMSNAP_NOT_RUN", not_run)
@@ -69,10 +69,22 @@ fn macos_step(options: &[&str]) -> (Output, String) {
 #[case::may_install(&[], "no-install=\n")]
 #[case::must_not_install(&["--no-install"], "no-install=1\n")]
 fn no_install_reaches_the_programs_of_steps(#[case] options: &[&str], #[case] end: &str) {
-    let (output, seen) = macos_step(options);
+    let (output, seen) = cargo_of_step(&[&["ci", "macos"], options].concat());
     assert!(output.status.success(), "{output:?}");
     assert!(seen.contains("--bin check-macos "), "{seen}");
     assert!(seen.ends_with(end), "{seen}");
+}
+
+#[rstest]
+#[case::prose(&["test", "prose"], "--bin source-checks ", " -- prose ")]
+#[case::packages(&["ci", "packages"], "--bin source-checks ", " -- packages ")]
+#[case::package_builds(&["prove", "packages"], "--bin source-checks ", " -- package-builds ")]
+#[case::bounded_models(&["ci", "interleavings"], "--bin interleavings ", " -- --bounded ")]
+#[case::models(&["prove", "interleavings"], "--bin interleavings ", " -- no-install=")]
+fn a_step_runs_its_program(#[case] step: &[&str], #[case] program: &str, #[case] end: &str) {
+    let (output, seen) = cargo_of_step(step);
+    assert!(output.status.success(), "{output:?}");
+    assert!(seen.contains(program) && seen.contains(end), "{seen}");
 }
 
 /// The step takes an hour.

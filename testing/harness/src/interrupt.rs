@@ -1,5 +1,8 @@
 //! Ctrl-C that lets guards clean up.
 
+#[cfg(target_os = "linux")]
+mod below;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -23,6 +26,16 @@ impl Interrupt {
             )?;
             signal_hook::flag::register(signal, Arc::clone(&interrupt.0))?;
         }
+        Ok(interrupt)
+    }
+
+    /// From now on a first SIGINT or SIGTERM does not end this process, but what it waits for.
+    /// SIGTERM is passed on to what runs below it (on Linux). SIGINT is not, because a terminal
+    /// sends it to all of them. A second signal ends this process at once.
+    pub fn pass_on() -> anyhow::Result<Self> {
+        let interrupt = Self::catch()?;
+        #[cfg(target_os = "linux")]
+        below::end_on_sigterm()?;
         Ok(interrupt)
     }
 

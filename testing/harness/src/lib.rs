@@ -2,8 +2,8 @@
 //!
 //! `cargo xtask NAME` runs most of these programs. Each has a `main` that calls [`run`]. Their
 //! children and their cleanup on Ctrl-C are in [`process`] and [`interrupt`]; the Debian
-//! packages that they install are in [`packages`], and other tools in [`python`] and
-//! [`debian_rust`]; the figures that `--record` keeps are in [`record`].
+//! packages that they install are in [`packages`], and other tools in [`cargo_tool`], [`python`]
+//! and [`debian_rust`]; the figures that `--record` keeps are in [`record`].
 //!
 //! This crate links no crate under `crates/`, and neither does `xtask`, which depends on it.
 
@@ -14,6 +14,8 @@
     reason = "for the workspace's own programs"
 )]
 
+pub mod cargo_tool;
+pub mod changed;
 pub mod debian_rust;
 pub mod file_systems;
 pub mod interrupt;

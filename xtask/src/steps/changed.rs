@@ -8,6 +8,9 @@ use super::suite::Step;
 /// A change to one of these may change what any step does.
 const EVERYTHING: [&str; 3] = ["Cargo.toml", "Cargo.lock", ".cargo"];
 
+/// A change to one of these may change what a step does with any crate.
+const TASKS: [&str; 3] = ["xtask", "testing/mutants", "testing/sanitizers"];
+
 /// Steps, and what they are limited to.
 #[derive(Debug)]
 pub(super) struct Selection {
@@ -74,7 +77,7 @@ fn for_paths(all: &'static [Step], paths: &[&str]) -> (Vec<&'static Step>, Vec<S
     }
     let wanted = |step: &&Step| paths.iter().any(|path| is_about(step, path));
     let steps = all.iter().filter(wanted).collect();
-    let task = |path: &&str| is_within(path, "xtask");
+    let task = |path: &&str| TASKS.iter().any(|place| is_within(path, place));
     if paths.iter().any(task) {
         return (steps, Vec::new());
     }
@@ -124,7 +127,7 @@ mod tests {
     fn a_changed_task_looks_at_all_crates() {
         let (steps, crates) = for_paths(
             SUITE.steps,
-            &["crates/ramsnap/src/main.rs", "xtask/src/mutants.rs"],
+            &["crates/ramsnap/src/main.rs", "testing/mutants/Cargo.toml"],
         );
         assert!(steps.iter().any(|step| step.name == "mutants"));
         assert!(crates.is_empty());

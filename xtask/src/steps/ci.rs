@@ -4,10 +4,8 @@ use harness::debian_rust::OLDEST_RUST;
 use test_machine::Need;
 use xshell::{Shell, cmd};
 
+use super::cargo_deny::CARGO_DENY;
 use super::suite::{Context, Options, Step, Suite, Times, is_installed};
-use crate::cargo_tool::CARGO_DENY;
-use crate::interleavings::{self, Bound};
-use crate::packages;
 
 pub(super) const SUITE: Suite = Suite {
     name: "ci",
@@ -179,8 +177,7 @@ fn crates_alone(context: &Context<'_>) -> anyhow::Result<()> {
 }
 
 fn check_packages(context: &Context<'_>) -> anyhow::Result<()> {
-    packages::check_archives(context.sh)?;
-    packages::check_rust_versions(context.sh)
+    context.program("source-checks", &["packages"])
 }
 
 fn macos(context: &Context<'_>) -> anyhow::Result<()> {
@@ -188,7 +185,7 @@ fn macos(context: &Context<'_>) -> anyhow::Result<()> {
 }
 
 fn interleavings(context: &Context<'_>) -> anyhow::Result<()> {
-    interleavings::run(context.sh, Bound::Preemptions)
+    context.program("interleavings", &["--bounded"])
 }
 
 fn fuzzing(context: &Context<'_>) -> anyhow::Result<()> {

@@ -4,7 +4,6 @@ use xshell::{Shell, cmd};
 
 use super::suite::{Context, Options, Step, Suite, Times};
 use super::{busy, changed, test};
-use crate::{interleavings, packages};
 
 pub(super) const SUITE: Suite = Suite {
     name: "prove",
@@ -18,7 +17,7 @@ pub(super) const SUITE: Suite = Suite {
         Step {
             name: "packages",
             proves: "each crate builds from its archive, with each set of its features, and with the oldest dependencies that its manifest accepts",
-            paths: &["crates", "xtask/src/packages.rs", "xtask/src/packages"],
+            paths: &["crates", "testing/source-checks"],
             run: check_packages,
         },
         Step {
@@ -28,7 +27,7 @@ pub(super) const SUITE: Suite = Suite {
                 "crates/dirty-bitmap",
                 "crates/hvf-backend",
                 "crates/kvm-backend",
-                "xtask/src/interleavings.rs",
+                "testing/mutants",
             ],
             run: interleavings,
         },
@@ -134,7 +133,7 @@ pub(super) const SUITE: Suite = Suite {
         Step {
             name: "sanitize",
             proves: "ThreadSanitizer and AddressSanitizer report nothing, and find mutants",
-            paths: &["crates", "xtask/src/sanitize", "xtask/src/sanitize.rs"],
+            paths: &["crates", "testing/sanitizers"],
             run: sanitize,
         },
         Step {
@@ -146,7 +145,7 @@ pub(super) const SUITE: Suite = Suite {
                 "crates/lazy-restore",
                 "crates/memory-image",
                 "crates/memory-writer",
-                "xtask/src/mutants.rs",
+                "testing/mutants",
             ],
             run: mutants,
         },
@@ -163,6 +162,7 @@ pub(super) const SUITE: Suite = Suite {
                 "testing/demo",
                 "testing/fresh-machine",
                 "testing/harness",
+                "testing/source-checks",
                 "xtask",
                 "README.md",
             ],
@@ -217,19 +217,12 @@ impl Context<'_> {
         Ok(self.xtask(&format!("{arguments}{record}")).run()?)
     }
 
-    /// Runs the task, limited to those of `known` that changed where the steps are chosen by what
-    /// changed.
-    fn recorded_for(&self, task: &str, known: &[&str]) -> anyhow::Result<()> {
-        if self.crates.is_empty() {
-            return self.recorded(task);
+    /// Runs the task, limited to the changed crates where the steps are chosen by what changed.
+    fn recorded_for_changed(&self, task: &str) -> anyhow::Result<()> {
+        match self.crates.as_slice() {
+            [] => self.recorded(task),
+            crates => self.recorded(&format!("{task} --changed {}", crates.join(","))),
         }
-        let changed = self.crates.iter().map(String::as_str);
-        let changed: Vec<_> = changed.filter(|name| known.contains(name)).collect();
-        if changed.is_empty() {
-            println!("no crate that {task} tests has changed");
-            return Ok(());
-        }
-        self.recorded(&format!("{task} --only {}", changed.join(",")))
     }
 }
 
@@ -245,13 +238,11 @@ fn tests(context: &Context<'_>) -> anyhow::Result<()> {
 }
 
 fn check_packages(context: &Context<'_>) -> anyhow::Result<()> {
-    packages::build_archives(context.sh)?;
-    packages::check_feature_sets(context.sh)?;
-    packages::check_oldest_dependencies(context.sh)
+    context.program("source-checks", &["package-builds"])
 }
 
 fn interleavings(context: &Context<'_>) -> anyhow::Result<()> {
-    interleavings::run(context.sh, interleavings::Bound::None)
+    context.program("interleavings", &[])
 }
 
 fn macos(context: &Context<'_>) -> anyhow::Result<()> {
@@ -294,11 +285,11 @@ fn sanitize(context: &Context<'_>) -> anyhow::Result<()> {
 
 #[cfg(target_os = "linux")]
 fn sanitize(context: &Context<'_>) -> anyhow::Result<()> {
-    context.recorded_for("sanitize", &crate::sanitize::crates())
+    context.recorded_for_changed("sanitize")
 }
 
 fn mutants(context: &Context<'_>) -> anyhow::Result<()> {
-    context.recorded_for("mutants", &crate::mutants::crates())
+    context.recorded_for_changed("mutants")
 }
 
 fn load(context: &Context<'_>) -> anyhow::Result<()> {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
+use harness::interrupt::Interrupt;
 use harness::packages::Install;
 use harness::process::this_program;
 use test_machine::{Need, REQUIRE};
@@ -11,7 +12,7 @@ use xshell::{Cmd, Shell, cmd};
 
 use super::durations::Durations;
 use super::left_out::LeftOut;
-use super::signals;
+use crate::program::cargo_arguments;
 
 /// One of the three commands that run steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +86,14 @@ impl Context<'_> {
         println!("$ cargo xtask {arguments}");
         let (sh, program) = (self.sh, &self.program);
         cmd!(sh, "{program}").args(arguments.split(' ')).quiet()
+    }
+
+    /// Builds and runs a program under `testing/` that is no task by itself.
+    pub(crate) fn program(&self, name: &str, arguments: &[&str]) -> anyhow::Result<()> {
+        let (sh, cargo_arguments) = (self.sh, cargo_arguments(name)?);
+        Ok(cmd!(sh, "cargo {cargo_arguments...} {arguments...}")
+            .quiet()
+            .run()?)
     }
 
     /// Reports that `what` is not run. An error in CI.
@@ -172,7 +181,7 @@ impl Suite {
             left_out,
             program: this_program()?.to_owned(),
         };
-        let interrupt = signals::pass_on()?;
+        let interrupt = Interrupt::pass_on()?;
         let mut durations = Durations::load(sh);
         let mut times = Vec::new();
         let start = Instant::now();

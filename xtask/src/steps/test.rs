@@ -5,7 +5,6 @@ use harness::file_systems;
 use harness::packages::{Install, Package};
 use xshell::{Shell, cmd};
 
-use super::prose;
 use super::suite::{Context, Options, Step, Suite, Times, is_installed};
 
 /// What the tests use besides the Rust toolchain,
@@ -31,7 +30,7 @@ pub(super) const SUITE: Suite = Suite {
             name: "prose",
             proves: "texts and names use the project's terms, and text wraps at 100 columns",
             paths: &[],
-            run: check_prose,
+            run: prose,
         },
         Step {
             name: "lints",
@@ -86,8 +85,8 @@ fn formatting(context: &Context<'_>) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn check_prose(context: &Context<'_>) -> anyhow::Result<()> {
-    prose::check(context.sh)
+fn prose(context: &Context<'_>) -> anyhow::Result<()> {
+    context.program("source-checks", &["prose"])
 }
 
 fn lints(context: &Context<'_>) -> anyhow::Result<()> {

@@ -1,4 +1,4 @@
-//! `cargo xtask sanitize`: the tests once more, with every access to memory watched.
+//! The tests once more, with every access to memory watched.
 
 mod sanitizer;
 mod skipped;
@@ -6,6 +6,7 @@ mod skipped;
 use std::time::Instant;
 
 use anyhow::{bail, ensure};
+use clap::Parser;
 use harness::debian_rust;
 use harness::packages::{Install, Package};
 use harness::record::Record;
@@ -59,7 +60,7 @@ const CRATES: [(&str, &[&str]); 11] = [
 ];
 
 /// Returns the names of the crates whose tests are run.
-pub(crate) fn crates() -> [&'static str; 11] {
+fn crates() -> [&'static str; 11] {
     CRATES.map(|(name, _)| name)
 }
 
@@ -71,7 +72,8 @@ pub(crate) fn crates() -> [&'static str; 11] {
 ///
 /// It takes Debian's packages of a Rust toolchain with the standard library's source, and of clang
 /// and LLVM, which it installs as root.
-#[derive(clap::Args)]
+#[derive(Parser)]
+#[command(name = "cargo xtask sanitize", bin_name = "cargo xtask sanitize")]
 pub(crate) struct Sanitize {
     #[command(flatten)]
     install: Install,
@@ -83,6 +85,9 @@ pub(crate) struct Sanitize {
     /// Only the tests of these crates, comma-separated
     #[arg(long, value_delimiter = ',', value_name = "CRATE", value_parser = crates())]
     only: Vec<String>,
+    /// Those of these crates that are tested here, for `cargo xtask prove --changed`
+    #[arg(long, hide = true, value_delimiter = ',', conflicts_with = "only")]
+    changed: Vec<String>,
 }
 
 /// The result of the tests of a crate.
@@ -93,7 +98,10 @@ struct Sum {
 }
 
 impl Sanitize {
-    pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<()> {
+    pub(crate) fn run(mut self, sh: &Shell) -> anyhow::Result<()> {
+        if !harness::changed::limit(&mut self.only, &self.changed, &crates(), "sanitize") {
+            return Ok(());
+        }
         let mut missing = self
             .install
             .ensure(sh, &debian_rust::PACKAGES, "sanitize")?;

@@ -45,7 +45,8 @@ impl Sanitizer {
                 env.extend(debian_rust::env(sh));
                 let clang = "-Zexternal-clangrt -Clinker=clang-22 -Clink-arg=-fsanitize=thread";
                 env.push(sh.push_env("RUSTFLAGS", format!("{flags} {clang}")));
-                let suppressed = sh.current_dir().join("xtask/src/sanitize/thread.supp");
+                let suppressed = "testing/sanitizers/src/sanitize/thread.supp";
+                let suppressed = sh.current_dir().join(suppressed);
                 let suppressed = suppressed.display();
                 let options = format!(
                     "{options}:external_symbolizer_path={SYMBOLIZER}:suppressions={suppressed}"

@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 use regex::Regex;
 use xshell::{Shell, cmd};
 
-use super::error_texts;
+use crate::error_texts;
 
 /// Columns of a line of text.
 const WIDTH: usize = 100;
@@ -51,14 +51,14 @@ const WORDS: [(&str, &str); 19] = [
 const ALLOWED: [&str; 3] = [
     "docs/benchmarks.md",
     "docs/fs-matrix.md",
-    "xtask/src/steps/prose.rs",
+    "testing/source-checks/src/prose.rs",
 ];
 
 /// Pages that name files of the workspace by their path.
 const PAGES: [&str; 2] = ["ARCHITECTURE.md", "CONTRIBUTING.md"];
 
 /// Fails if a file under version control breaks a rule.
-pub(super) fn check(sh: &Shell) -> anyhow::Result<()> {
+pub(crate) fn check(sh: &Shell) -> anyhow::Result<()> {
     let files = cmd!(sh, "git ls-files -- *.rs *.md *.sh *.toml").read()?;
     let rules = Rules::new();
     let mut findings = Vec::new();

@@ -1,27 +1,12 @@
-//! The loom models of `dirty-bitmap`, `hvf-backend` and `kvm-backend`, and mutants of the protocols
-//! that each model must detect.
-
-use anyhow::{Context, bail, ensure};
-use xshell::{Shell, cmd};
-
-const LOOM: &str = "--cfg ramsnap_loom";
-
-/// How much of what loom can distinguish is tried.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Bound {
-    /// What a few preemptions reach: seconds.
-    Preemptions,
-    /// Everything: minutes.
-    None,
-}
+//! The crates that have models, and mutants of their protocols.
 
 /// A crate with models, and the targets that have them.
 #[derive(Debug)]
-struct Modeled {
-    name: &'static str,
-    targets: &'static [&'static str],
+pub(crate) struct Modeled {
+    pub(crate) name: &'static str,
+    pub(crate) targets: &'static [&'static str],
     /// What is in the names of the models alone.
-    filter: &'static str,
+    pub(crate) filter: &'static str,
 }
 
 const DIRTY_BITMAP: Modeled = Modeled {
@@ -49,18 +34,20 @@ const KVM_BACKEND: Modeled = Modeled {
     filter: "interleavings",
 };
 
+pub(crate) const CRATES: [Modeled; 3] = [DIRTY_BITMAP, HVF_BACKEND, KVM_BACKEND];
+
 /// One line of a crate, made wrong.
-struct Mutant {
-    what: &'static str,
-    of: Modeled,
-    file: &'static str,
-    right: &'static str,
-    wrong: &'static str,
+pub(crate) struct Mutant {
+    pub(crate) what: &'static str,
+    pub(crate) of: Modeled,
+    pub(crate) file: &'static str,
+    pub(crate) right: &'static str,
+    pub(crate) wrong: &'static str,
     /// A model that must fail then.
-    model: &'static str,
+    pub(crate) model: &'static str,
 }
 
-const MUTANTS: [Mutant; 21] = [
+pub(crate) const MUTANTS: [Mutant; 21] = [
     Mutant {
         what: "a marker does not look again after marking",
         of: DIRTY_BITMAP,
@@ -261,106 +248,3 @@ const MUTANTS: [Mutant; 21] = [
         model: "linux::vcpus::run_states::interleavings::a_vcpu_adopted_during_a_pause",
     },
 ];
-
-/// Runs the models and, without a bound, shows that they detect the mutants.
-pub(crate) fn run(sh: &Shell, bound: Bound) -> anyhow::Result<()> {
-    let _loom = sh.push_env("RUSTFLAGS", LOOM);
-    let thorough = match bound {
-        Bound::Preemptions => "0",
-        Bound::None => "1",
-    };
-    let _bound = sh.push_env(test_machine::THOROUGH, thorough);
-    {
-        let _dir = sh.push_env("CARGO_TARGET_DIR", "target/loom");
-        for Modeled {
-            name,
-            targets,
-            filter,
-        } in [DIRTY_BITMAP, HVF_BACKEND, KVM_BACKEND]
-        {
-            cmd!(
-                sh,
-                "cargo test --locked --profile loom --package ramsnap-{name} {targets...} -- {filter}"
-            )
-            .run()?;
-        }
-    }
-    if bound == Bound::Preemptions {
-        return Ok(());
-    }
-    let copy = Copy::make(sh)?;
-    for mutant in &MUTANTS {
-        copy.kill(mutant)
-            .with_context(|| format!("a mutant of {}: {}", mutant.file, mutant.what))?;
-        println!("mutant found by {}: {}", mutant.model, mutant.what);
-    }
-    Ok(())
-}
-
-/// The crates, in a workspace of their own, in which the mutants are made.
-struct Copy<'a> {
-    sh: &'a Shell,
-    /// Given back by dropping.
-    _dir: xshell::PushDir<'a>,
-}
-
-impl<'a> Copy<'a> {
-    fn make(sh: &'a Shell) -> anyhow::Result<Self> {
-        let to = "target/loom/mutants";
-        sh.remove_path(to)?;
-        sh.create_dir(to)?;
-        // Also the documents that the crates include, and the crates that their tests use.
-        cmd!(sh, "cp -R crates docs testing {to}/").quiet().run()?;
-        sh.copy_file("Cargo.lock", to)?;
-        let manifest = sh.read_file("Cargo.toml")?;
-        let manifest = manifest.lines().map(|line| match line {
-            line if line.starts_with("members = ") => "members = [\"crates/*\"]\n".into(),
-            line if line.starts_with("default-members = ") => String::new(),
-            line => format!("{line}\n"),
-        });
-        let manifest: String = manifest.collect();
-        sh.write_file(format!("{to}/Cargo.toml"), manifest)?;
-        Ok(Self {
-            sh,
-            _dir: sh.push_dir(to),
-        })
-    }
-
-    /// Has the mutant's model fail, and nothing else stop it.
-    fn kill(&self, mutant: &Mutant) -> anyhow::Result<()> {
-        let (sh, model) = (self.sh, mutant.model);
-        let Modeled { name, targets, .. } = mutant.of;
-        let file = format!("crates/{name}/src/{}", mutant.file);
-        let right = sh.read_file(&file)?;
-        ensure!(
-            right.matches(mutant.right).count() == 1,
-            "the line to change does not occur exactly once"
-        );
-        sh.write_file(&file, right.replace(mutant.right, mutant.wrong))?;
-        let _dir = sh.push_env("CARGO_TARGET_DIR", "..");
-        let test = || {
-            cmd!(
-                sh,
-                "cargo test --quiet --profile loom --package ramsnap-{name} {targets...}"
-            )
-        };
-        test()
-            .arg("--no-run")
-            .quiet()
-            .ignore_stderr()
-            .run()
-            .context("it does not build")?;
-        let survived = test()
-            .args(["--no-fail-fast", "--", "--exact", model])
-            .quiet()
-            .ignore_status()
-            .ignore_stderr()
-            .read()?;
-        sh.write_file(&file, right)?;
-        // One test of that name, in one of the targets.
-        if !survived.contains("0 passed; 1 failed") {
-            bail!("{model} does not find it:\n{survived}");
-        }
-        Ok(())
-    }
-}

