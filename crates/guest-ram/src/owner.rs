@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use page_reader::PageReader;
 
-/// A value that owns the mapped memory of a guest, and lends it to a [`GuestRam`].
+/// A value that owns the mapped memory of a guest, and lends it to a
+/// [`GuestRam`](crate::GuestRam).
 ///
 /// Implemented by `MappedChain` and `MappedImage` of the crate `memory-image`, by `LazyRam` of the
 /// crate `lazy-restore`, and, with the feature `vm-memory`, by `GuestMemoryReader` of an
