@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// In the place of cargo: it starts another process, as cargo does, and waits for it.
-const CARGO: &str = "#!/bin/sh\nsleep 300 & echo ready; wait $!\n";
+const CARGO: &str = "#!/bin/sh\nsleep 60 & echo ready; wait $!\n";
 
 #[test]
 fn models_that_are_ended_end_the_processes_below() {
