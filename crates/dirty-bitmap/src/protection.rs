@@ -16,6 +16,11 @@ pub trait WriteProtection {
     /// Once this returns, the next write to each of these pages faults, on every vCPU. A page that
     /// is already protected stays protected.
     ///
+    /// Discarding a page (`MADV_DONTNEED`, `MADV_REMOVE`, a hole in its file) may remove its
+    /// protection: userfaultfd's is removed, and that of stage 2 or `mprotect` is not. The VMM marks
+    /// each page after it was discarded, see
+    /// [`WriteTracker`](crate::WriteTracker#discarded-pages).
+    ///
     /// # Errors
     /// After an error, any part of `range` may be protected.
     fn protect(&self, range: Range<u64>) -> Result<(), Self::Error>;

@@ -32,7 +32,9 @@
 //! Your devices' writes are not in KVM's log. KVM logs what the vCPUs write, not what the VMM
 //! writes through its own mapping of the memory: emulated devices, loaders, vhost, I/O into guest
 //! memory. A page that only they wrote is missing from the next diff, and nothing reports it,
-//! unless it is marked in the bitmap of the RAM.
+//! unless it is marked in the bitmap of the RAM. The same holds for a page that the VMM discards
+//! (a balloon, free page reporting, `MADV_DONTNEED`, `MADV_REMOVE`, hole punching): it reads as
+//! zeros, and a restore has its old bytes.
 //!
 //! </div>
 //!
@@ -42,8 +44,8 @@
 //! - `GuestMemoryMmap<DirtyBitmapSlice>` of the crate `vm-memory` marks them itself.
 //! - `GuestMemoryMmap<AtomicBitmap>` of that crate needs a call of `DirtyBitmap::mark_guest_memory`
 //!   before each epoch.
-//! - After a write by a host address, by the kernel or by another process, call
-//!   [`GuestRam::mark`](guest_ram::GuestRam::mark).
+//! - After a write by a host address, by the kernel or by another process, and after each discard,
+//!   call [`GuestRam::mark`](guest_ram::GuestRam::mark).
 //!
 //! The types for `vm-memory` are in the crate `dirty-bitmap`, with its feature `vm-memory`.
 //!

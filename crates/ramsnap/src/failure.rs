@@ -1,11 +1,10 @@
 //! Errors of the tool itself.
 
+mod status;
+
 use std::path::PathBuf;
 
 use thiserror::Error;
-
-use crate::exit_status::ExitStatus;
-use crate::interrupt;
 
 /// An error of the tool itself.
 #[derive(Debug, Error)]
@@ -191,6 +190,17 @@ pub enum Failure {
     NothingMapped { pid: u32, address: u64 },
     #[cfg(target_os = "linux")]
     #[error(
+        "the mapping at {address:#x} of process {pid} may be a part of the RAM, because the mappings beside it are of \
+         the same kind: give --region {whole} for all of them, or --region {part} for this one"
+    )]
+    PartOfRam {
+        pid: u32,
+        address: u64,
+        part: String,
+        whole: String,
+    },
+    #[cfg(target_os = "linux")]
+    #[error(
         "the RAM of process {pid} was mapped elsewhere while the snapshot was prepared: try again"
     )]
     RamMoved { pid: u32 },
@@ -323,80 +333,4 @@ pub enum Failure {
     // A signal.
     #[error("interrupted: {left}")]
     Interrupted { left: &'static str },
-}
-
-impl Failure {
-    /// Returns the exit status of the tool.
-    pub fn exit_status(&self) -> ExitStatus {
-        match self {
-            Self::OutputExists { .. }
-            | Self::OutputIsInput { .. }
-            | Self::StreamIsFile { .. }
-            | Self::MergeOntoInput { .. }
-            | Self::EventFilter { .. }
-            | Self::StreamNotCompressed
-            | Self::NoStream
-            | Self::StreamLayout
-            | Self::StreamFormat
-            | Self::StreamToTerminal
-            | Self::RawHasNoSeal { .. }
-            | Self::DiffInLargerPages { .. }
-            | Self::OldPages { .. }
-            | Self::RamIsImage { .. }
-            | Self::NotARawDiff { .. }
-            | Self::ParentIsRaw { .. }
-            | Self::TooMuchMetadata { .. }
-            | Self::RegionsOverlap
-            | Self::NoLayout { .. }
-            | Self::OtherRegionsGiven { .. }
-            | Self::RawNewState { .. }
-            | Self::NoRawNewState
-            | Self::NoNewState
-            | Self::NoRam
-            | Self::UnsupportedImageExtension { .. }
-            | Self::ForeignLink { .. }
-            | Self::TargetNotPrivate { .. }
-            | Self::TargetInUse { .. }
-            | Self::TargetSize { .. }
-            | Self::SameState { .. } => ExitStatus::Usage,
-            Self::OtherGuest { .. }
-            | Self::OtherRegions { .. }
-            | Self::Damaged { .. }
-            | Self::NothingToVerify { .. }
-            | Self::StreamDamaged { .. }
-            | Self::StreamBroken
-            | Self::StreamNotPacked
-            | Self::StreamTooLong { .. }
-            | Self::StreamCut { .. } => ExitStatus::CheckFailed,
-            Self::NoStdout
-            | Self::NoStdin
-            | Self::NotRam { .. }
-            | Self::NoBytes { .. }
-            | Self::RamResized { .. }
-            | Self::NoRoom { .. }
-            | Self::FileLimit { .. }
-            | Self::NoMemory { .. }
-            | Self::NoMemoryForOutput { .. }
-            | Self::NoMemoryToRead { .. }
-            | Self::SpoolFull { .. }
-            | Self::SpoolOverQuota { .. }
-            | Self::TargetBusy { .. }
-            | Self::NotReported { .. }
-            | Self::SentResized { .. }
-            | Self::TargetReplaced { .. }
-            | Self::TargetNotWritable { .. }
-            | Self::NoWritesThere { .. } => ExitStatus::Failed,
-            #[cfg(target_os = "linux")]
-            Self::NothingMapped { .. }
-            | Self::UnknownFile { .. }
-            | Self::TargetRead { .. }
-            | Self::RamBeingRestored { .. }
-            | Self::RamMoved { .. }
-            | Self::NoRoomOver { .. }
-            | Self::NoHugePages { .. } => ExitStatus::Failed,
-            #[cfg(target_os = "linux")]
-            Self::NoRegion { .. } | Self::RegionTwice { .. } => ExitStatus::Usage,
-            Self::Interrupted { .. } => interrupt::exit_status(),
-        }
-    }
 }

@@ -69,15 +69,25 @@ impl Region {
         match self {
             Self::Named(name) => Ok(maps.named(name)?.addresses.clone()),
             Self::Range(range) => Ok(range.clone()),
-            Self::At(address) => match maps.at(*address) {
-                Some(region) => Ok(region.addresses.clone()),
-                None => Err(Failure::NothingMapped {
-                    pid: maps.pid(),
-                    address: *address,
-                }
-                .into()),
-            },
+            Self::At(address) => Ok(find_at(*address, maps)?),
         }
+    }
+}
+
+/// Returns the mapping at `address`. Refuses one of several that may be parts of the RAM.
+fn find_at(address: u64, maps: &ProcessMaps) -> Result<Range<u64>, Failure> {
+    let pid = maps.pid();
+    let found = maps.at(address).zip(maps.around(address));
+    let (region, whole) = found.ok_or(Failure::NothingMapped { pid, address })?;
+    let part = region.addresses.clone();
+    match part == whole {
+        true => Ok(part),
+        false => Err(Failure::PartOfRam {
+            pid,
+            address,
+            part: Region::Range(part).to_string(),
+            whole: Region::Range(whole).to_string(),
+        }),
     }
 }
 

@@ -8,8 +8,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use support::vmm::{FILE, SPLIT, Vmm};
-use support::{Ended, PAGE, Work};
+use support::vmm::{FILE, PROTECTED, SPLIT, Vmm};
+use support::{Ended, PAGE, RAM, Work};
 use test_machine::{FileSystem, LoopMount, Overlay, TinyTmpfs, needs};
 
 /// Not a test: runs as the other process. See [`Vmm`].
@@ -226,6 +226,24 @@ fn a_file_that_a_split_mapping_has_is_not_the_output() {
     }
     // All parts are captured.
     work.good(&format!("dump --pid {pid} --region guest-ram -o out"));
+    work.good("diff out --ram ram");
+}
+
+/// A VMM that protects pages splits the mapping of its RAM.
+#[test]
+fn an_address_in_a_part_of_the_ram_is_refused() {
+    needs!(Ptrace);
+    let work = Work::with_chain();
+    let vmm = Vmm::set_up(&work, "ram", |command| {
+        command.env(PROTECTED, "1");
+    });
+    let (pid, address) = (vmm.pid(), &vmm.address);
+    let whole = format!("{address}:{RAM}");
+    let part = format!("{address}:{}", 4 << 20);
+    let dump = format!("dump --pid {pid} --region {address} -o out");
+    work.fails(&dump, 2, &[&whole, &part]);
+    assert!(!work.path("out").exists());
+    work.good(&format!("dump --pid {pid} --region {whole} -o out"));
     work.good("diff out --ram ram");
 }
 

@@ -50,15 +50,20 @@ pub enum PagesUnknown {
         /// The name of the file system.
         file_system: String,
     },
-    /// Blocks were reserved for the file (`fallocate`) and not written. They are reported as a hole
-    /// until they are read, and then as data while they are in the page cache.
-    #[error("the blocks at {offset:#x} are reserved but not written: do not preallocate the file")]
+    /// Blocks were reserved for the file and not written: by `fallocate`, or by the file system,
+    /// as XFS does for a file that grows. They are reported as a hole until they are read, and then
+    /// as data while they are in the page cache.
+    #[error(
+        "the blocks at {offset:#x} are reserved but not written: set the size of the file before \
+         it is written, and do not preallocate it"
+    )]
     Reserved {
         /// The offset of the first such block in bytes.
         offset: u64,
     },
     /// The file system writes zeros around data that is written to reserved blocks, so that the
-    /// rest of these blocks is reported as data: ext4 with `dioread_lock` or `data=journal`.
+    /// rest of these blocks is reported as data: ext4 with `dioread_lock`, `data=journal` or
+    /// `nodelalloc`.
     #[error(
         "ext4 is mounted with {option} and writes zeros around data in reserved blocks: mount it \
          without this option"
@@ -138,7 +143,11 @@ impl PageHoles {
     /// The check cannot detect:
     ///
     /// - A copy of the file that filled some of its holes, or punched out pages of zeros.
-    /// - On tmpfs, holes that were read through a mapping, which fills them.
+    /// - On tmpfs, holes that were read through a mapping, which fills them, and blocks that
+    ///   overlapping calls of `fallocate` reserved.
+    /// - A file that was written through a mapping. One store can fill the holes around its page
+    ///   with zeros: ext4, XFS and tmpfs allocate blocks for a whole folio of the page cache, which
+    ///   may have many pages.
     /// - On ext4, blocks that another program reserved and wrote in part before the file system got
     ///   its present mount options (see [`PagesUnknown::ZerosBeside`]).
     /// - The mount options of an ext4 that stores the file under overlayfs.

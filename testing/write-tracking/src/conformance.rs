@@ -109,6 +109,11 @@ macro_rules! log_conformance {
             fn a_page_written_after_a_harvest_is_logged_again() {
                 $crate::suite::logs::next_write::<$backend>();
             }
+
+            #[test]
+            fn a_discarded_page_that_is_marked_becomes_zeros() {
+                $crate::suite::logs::discarded_page::<$backend>();
+            }
         }
     };
 }

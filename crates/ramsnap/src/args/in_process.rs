@@ -16,6 +16,9 @@ pub struct InProcess {
     pub pid: Option<u32>,
     /// The mapping of the RAM: its name or a part of it, an address in it, or ADDRESS:SIZE; repeat
     /// the option for RAM in several mappings
+    ///
+    /// The kernel splits a mapping when a part of it is treated differently, for example by a VMM
+    /// that protects pages. ADDRESS is refused if the mappings beside it may be parts of the RAM.
     #[cfg(target_os = "linux")]
     #[arg(long, value_name = "NAME|ADDRESS", requires = "pid", value_parser = Region::parse)]
     pub region: Vec<Region>,

@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mprotect};
 use nix::sys::signal::Signal;
 
 use crate::support::{PAGE, RAM, Work};
@@ -22,6 +22,9 @@ pub(crate) const FILE: &str = "RAMSNAP_TEST_FILE";
 
 /// Set if the mapping is split into several, and no descriptor of its file stays open.
 pub(crate) const SPLIT: &str = "RAMSNAP_TEST_SPLIT";
+
+/// Set if all pages but one are protected against writes, as by a VMM that tracks writes.
+pub(crate) const PROTECTED: &str = "RAMSNAP_TEST_PROTECTED";
 
 /// Runs as the other process, if this is one: maps a memfd with the bytes, prints its address, and
 /// waits to be killed. Called by a test named `a_vmm` in each program of tests that starts one.
@@ -53,6 +56,15 @@ pub(crate) fn run_as_vmm() {
     if std::env::var_os(SPLIT).is_some() {
         super::mapped::split(start);
         drop(fd);
+    }
+    if std::env::var_os(PROTECTED).is_some() {
+        let page = start.as_ptr().wrapping_byte_add(4 << 20);
+        let page = std::ptr::NonNull::new(page).unwrap();
+        // SAFETY: the mapping is this program's own, and no reference covers it.
+        unsafe {
+            mprotect(start, ram.len(), ProtFlags::PROT_READ).unwrap();
+            mprotect(page, PAGE as usize, protection).unwrap();
+        }
     }
     println!("\nRAM AT {:#x}", start.as_ptr().addr());
     if std::env::var_os(HANGS).is_some() {

@@ -314,8 +314,14 @@ pub(crate) fn first_unwritten(file: &File) -> io::Result<Option<u64>> {
 }
 
 /// Mount options with which ext4 writes zeros into the rest of a small unwritten extent when a part
-/// of it is written, as shown in `/proc/self/mountinfo` and `/proc/fs/ext4/DEVICE/options`.
-const ZEROS_BESIDE: [&str; 3] = ["nodioread_nolock", "dioread_lock", "data=journal"];
+/// of it is written, as shown in `/proc/self/mountinfo` and `/proc/fs/ext4/DEVICE/options`
+/// (`ext4_should_dioread_nolock`: without delayed allocation, ext4 ignores `dioread_nolock`).
+const ZEROS_BESIDE: [&str; 4] = [
+    "nodioread_nolock",
+    "dioread_lock",
+    "data=journal",
+    "nodelalloc",
+];
 
 /// Returns the first of [`ZEROS_BESIDE`] that the mount of `file` has. Returns `None` if there is
 /// none, or if the system does not report it, as for a file that overlayfs stores on ext4.

@@ -1,5 +1,6 @@
 //! Saves of guests whose writes a hypervisor logs.
 
+#![allow(unsafe_code)]
 #![allow(clippy::missing_panics_doc, reason = "a panic is a failed test")]
 
 use std::sync::Barrier;
@@ -163,5 +164,44 @@ pub fn next_write<B: LoggedBackend>() {
             let offset = ram.layout().offset_of(address).unwrap();
             assert!(marks.is_dirty(offset).unwrap(), "{address:#x}, {time}");
         }
+    }
+}
+
+/// Checks that a page that the VMM discards and marks is zeros in the images, and is logged at its
+/// next write.
+#[cfg(target_os = "linux")]
+pub fn discarded_page<B: LoggedBackend>() {
+    let test = "a_discarded_page_that_is_marked_becomes_zeros";
+    let Some(mut saved) = Saved::<B>::new(test) else {
+        return;
+    };
+    let page_size = host_page_size();
+    saved.backend.increment(0, &[HIGH]);
+    saved.save(true);
+    saved.assert_complete("before the discard");
+    let ram = saved.backend.ram();
+    discard(ram, 1, page_size as usize);
+    ram.mark(HIGH, page_size).unwrap();
+    let mut page = vec![1; page_size as usize];
+    ram.read(HIGH, &mut page).unwrap();
+    assert!(page.iter().all(|byte| *byte == 0), "it was discarded");
+    saved.save(true);
+    saved.assert_complete("after the discard");
+    saved.backend.increment(0, &[HIGH]);
+    saved.save(true);
+    saved.assert_complete("after the next write");
+}
+
+/// Discards the first bytes of a region, as a balloon device does.
+#[cfg(target_os = "linux")]
+fn discard(ram: &guest_ram::GuestRam, region: usize, len: usize) {
+    use nix::sys::mman::{MmapAdvise, madvise};
+
+    let start = ram.host_address(region).cast();
+    // SAFETY: the pages are in the RAM, which no reference covers.
+    let shared = unsafe { madvise(start, len, MmapAdvise::MADV_REMOVE) };
+    if shared.is_err() {
+        // SAFETY: as above.
+        unsafe { madvise(start, len, MmapAdvise::MADV_DONTNEED) }.unwrap();
     }
 }

@@ -1,0 +1,83 @@
+//! The exit status of each error.
+
+use super::Failure;
+use crate::exit_status::ExitStatus;
+use crate::interrupt;
+
+impl Failure {
+    /// Returns the exit status of the tool.
+    pub fn exit_status(&self) -> ExitStatus {
+        match self {
+            Self::OutputExists { .. }
+            | Self::OutputIsInput { .. }
+            | Self::StreamIsFile { .. }
+            | Self::MergeOntoInput { .. }
+            | Self::EventFilter { .. }
+            | Self::StreamNotCompressed
+            | Self::NoStream
+            | Self::StreamLayout
+            | Self::StreamFormat
+            | Self::StreamToTerminal
+            | Self::RawHasNoSeal { .. }
+            | Self::DiffInLargerPages { .. }
+            | Self::OldPages { .. }
+            | Self::RamIsImage { .. }
+            | Self::NotARawDiff { .. }
+            | Self::ParentIsRaw { .. }
+            | Self::TooMuchMetadata { .. }
+            | Self::RegionsOverlap
+            | Self::NoLayout { .. }
+            | Self::OtherRegionsGiven { .. }
+            | Self::RawNewState { .. }
+            | Self::NoRawNewState
+            | Self::NoNewState
+            | Self::NoRam
+            | Self::UnsupportedImageExtension { .. }
+            | Self::ForeignLink { .. }
+            | Self::TargetNotPrivate { .. }
+            | Self::TargetInUse { .. }
+            | Self::TargetSize { .. }
+            | Self::SameState { .. } => ExitStatus::Usage,
+            Self::OtherGuest { .. }
+            | Self::OtherRegions { .. }
+            | Self::Damaged { .. }
+            | Self::NothingToVerify { .. }
+            | Self::StreamDamaged { .. }
+            | Self::StreamBroken
+            | Self::StreamNotPacked
+            | Self::StreamTooLong { .. }
+            | Self::StreamCut { .. } => ExitStatus::CheckFailed,
+            Self::NoStdout
+            | Self::NoStdin
+            | Self::NotRam { .. }
+            | Self::NoBytes { .. }
+            | Self::RamResized { .. }
+            | Self::NoRoom { .. }
+            | Self::FileLimit { .. }
+            | Self::NoMemory { .. }
+            | Self::NoMemoryForOutput { .. }
+            | Self::NoMemoryToRead { .. }
+            | Self::SpoolFull { .. }
+            | Self::SpoolOverQuota { .. }
+            | Self::TargetBusy { .. }
+            | Self::NotReported { .. }
+            | Self::SentResized { .. }
+            | Self::TargetReplaced { .. }
+            | Self::TargetNotWritable { .. }
+            | Self::NoWritesThere { .. } => ExitStatus::Failed,
+            #[cfg(target_os = "linux")]
+            Self::NothingMapped { .. }
+            | Self::UnknownFile { .. }
+            | Self::TargetRead { .. }
+            | Self::RamBeingRestored { .. }
+            | Self::RamMoved { .. }
+            | Self::NoRoomOver { .. }
+            | Self::NoHugePages { .. } => ExitStatus::Failed,
+            #[cfg(target_os = "linux")]
+            Self::NoRegion { .. } | Self::PartOfRam { .. } | Self::RegionTwice { .. } => {
+                ExitStatus::Usage
+            }
+            Self::Interrupted { .. } => interrupt::exit_status(),
+        }
+    }
+}
