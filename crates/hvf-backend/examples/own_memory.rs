@@ -5,7 +5,10 @@
 //! Apple silicon. The workspace's cargo runner signs the program with the entitlement that the
 //! hypervisor requires.
 
-#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+#[cfg(hvf_fake)]
+use fake_hvf as _;
+
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 mod snapshots {
     #![allow(unsafe_code)]
 
@@ -108,7 +111,7 @@ mod snapshots {
     }
 }
 
-#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     use applevisor::memory::MemPerms;
     use applevisor::vcpu::Reg;
@@ -145,7 +148,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-#[cfg(not(all(target_os = "macos", target_arch = "aarch64")))]
+#[cfg(not(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake)))]
 fn main() {
     eprintln!(
         "this example needs macOS on Apple silicon; for KVM, see the examples of kvm-backend"

@@ -5,7 +5,10 @@
 //! silicon. The workspace's cargo runner signs the program with the entitlement that the hypervisor
 //! requires.
 
-#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+#[cfg(hvf_fake)]
+use fake_hvf as _;
+
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     use std::path::PathBuf;
     use std::sync::Arc;
@@ -104,7 +107,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-#[cfg(not(all(target_os = "macos", target_arch = "aarch64")))]
+#[cfg(not(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake)))]
 fn main() {
     eprintln!(
         "this example needs macOS on Apple silicon; for KVM, see the documentation of kvm-backend"

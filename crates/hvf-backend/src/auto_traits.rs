@@ -24,7 +24,7 @@ fn crates_of_public_signatures_are_reexported() {
 
 /// The framework accepts the calls of a vCPU only on the thread that created it.
 #[test]
-#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 fn types_of_the_framework_are_send_and_sync() {
     shared::<crate::Canceller>();
     shared::<crate::Stage2>();

@@ -4,7 +4,7 @@
 //! state of its vCPUs. The framework provides none of these directly. This crate provides guest RAM
 //! as a page source, dirty tracking by stage-2 write protection, and vCPU state as data:
 //! ```no_run
-//! # #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+//! # #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 //! # fn save(
 //! #     tracker: &hvf_backend::Stage2Tracker<hvf_backend::Stage2>,
 //! #     vcpu: &mut hvf_backend::Vcpu,
@@ -34,7 +34,7 @@
 //! # Example
 //! A guest with 1 GiB of RAM, from its creation to its restore:
 //! ```no_run
-//! # #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+//! # #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::sync::Arc;
 //! use dirty_bitmap::Policy;
@@ -70,7 +70,7 @@
 //! # let _ = restored;
 //! # Ok(())
 //! # }
-//! # #[cfg(not(all(target_os = "macos", target_arch = "aarch64")))]
+//! # #[cfg(not(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake)))]
 //! # fn main() {}
 //! ```
 //! `examples/snapshot.rs` is a complete VMM in about a hundred lines.
@@ -140,15 +140,19 @@
 
 // On other systems, the text above names items that do not exist.
 #![cfg_attr(
-    not(all(target_os = "macos", target_arch = "aarch64")),
+    not(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake)),
     allow(rustdoc::broken_intra_doc_links)
 )]
+
+// The functions of the framework that the tests call.
+#[cfg(all(test, hvf_fake))]
+use fake_hvf as _;
 
 #[cfg(test)]
 mod auto_traits;
 pub mod el1;
 mod exit;
-#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 mod macos;
 mod ram;
 mod state;
@@ -161,12 +165,15 @@ pub use guest_ram;
 pub use page_reader;
 
 pub use exit::{Exception, Exit};
-#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 pub use macos::{
     Canceller, CaptureError, CreateVmError, HvError, MapError, PAGE_SIZE, ProtectError, Register,
     RestoreError, Restored, Stage2, SysReg, Vcpu, Vm, VmOptions, has_hypervisor,
 };
-#[cfg(all(target_os = "macos", target_arch = "aarch64", feature = "macos-15"))]
+#[cfg(all(
+    any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake),
+    feature = "macos-15"
+))]
 pub use macos::{GicError, GicPlace};
 pub use ram::GuestRam;
 pub use state::{Encoding, GicState, SystemRegister, VcpuState, VirtualTimer};

@@ -1,5 +1,6 @@
-//! Tests with the real framework, on a Mac with Apple silicon.
-#![cfg(all(target_os = "macos", target_arch = "aarch64"))]
+//! Tests with the real framework, on a Mac with Apple silicon, and with the fake one of
+//! `testing/fake-hvf` elsewhere (`--cfg hvf_fake`).
+#![cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -305,7 +306,10 @@ fn the_interrupt_controller_is_restored() {
 }
 
 /// The variable that is set for the copy of this program without the entitlement.
+#[cfg(not(hvf_fake))]
 const NOT_ENTITLED: &str = "HVF_BACKEND_TEST_NOT_ENTITLED";
+#[cfg(hvf_fake)]
+use fake_hvf::control::NOT_ENTITLED;
 
 #[test]
 fn a_missing_entitlement_is_an_error_with_the_fix() {
@@ -319,11 +323,13 @@ fn a_missing_entitlement_is_an_error_with_the_fix() {
     let copy = dir.path().join("not-entitled");
     std::fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
     // Sign without the entitlement, because Apple silicon does not run unsigned programs.
-    run(
-        Path::new("codesign"),
-        &["--sign", "-", "--force"],
-        Some(&copy),
-    );
+    if cfg!(target_os = "macos") {
+        run(
+            Path::new("codesign"),
+            &["--sign", "-", "--force"],
+            Some(&copy),
+        );
+    }
     let output = run(&copy, &["--exact", test, "--nocapture"], None);
     let message = String::from_utf8_lossy(&output.stdout);
     assert!(

@@ -4,16 +4,16 @@
 //! The program and the initial state are compiled on every platform, so that an emulator can test
 //! them.
 
-#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 mod machine;
 mod program;
-#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 mod shared_vm;
 mod start;
 #[cfg(test)]
 mod tests;
 
-#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 pub use machine::Machine;
 
 /// Doorbell value, rung with `hvc`: the requested step is reached.
@@ -22,7 +22,7 @@ const ARRIVED: u16 = 1;
 const CHECKED: u16 = 2;
 
 /// Checks that this host has the framework and permits this program to use it.
-#[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 pub fn available() -> anyhow::Result<()> {
     shared_vm::available()
 }

@@ -51,7 +51,10 @@ impl Kind {
     pub const fn is_supported(self) -> bool {
         match self {
             Self::Kvm => cfg!(all(target_os = "linux", target_arch = "x86_64")),
-            Self::Hvf => cfg!(all(target_os = "macos", target_arch = "aarch64")),
+            Self::Hvf => cfg!(any(
+                all(target_os = "macos", target_arch = "aarch64"),
+                hvf_fake
+            )),
             Self::Userfaultfd => cfg!(target_os = "linux"),
             Self::Mprotect => true,
         }
@@ -62,7 +65,7 @@ impl Kind {
         let guest: anyhow::Result<Box<dyn Guest>> = match self {
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
             Self::Kvm => super::kvm::Machine::new(layout).map(|guest| Box::new(guest) as _),
-            #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+            #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
             Self::Hvf => super::hvf::Machine::new(layout).map(|guest| Box::new(guest) as _),
             #[cfg(target_os = "linux")]
             Self::Userfaultfd => {
@@ -74,7 +77,7 @@ impl Kind {
             // The kinds of other systems.
             #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
             Self::Kvm => Err(self.of_other_system()),
-            #[cfg(not(all(target_os = "macos", target_arch = "aarch64")))]
+            #[cfg(not(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake)))]
             Self::Hvf => Err(self.of_other_system()),
             #[cfg(not(target_os = "linux"))]
             Self::Userfaultfd => Err(self.of_other_system()),
@@ -89,9 +92,9 @@ impl Kind {
             Self::Kvm => super::kvm::available(),
             #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
             Self::Kvm => Err(self.of_other_system()),
-            #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
+            #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
             Self::Hvf => super::hvf::available(),
-            #[cfg(not(all(target_os = "macos", target_arch = "aarch64")))]
+            #[cfg(not(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake)))]
             Self::Hvf => Err(self.of_other_system()),
             #[cfg(target_os = "linux")]
             Self::Userfaultfd => {

@@ -17,7 +17,7 @@
 
 pub mod embedded;
 pub mod guest;
-#[cfg(any(test, all(target_os = "macos", target_arch = "aarch64")))]
+#[cfg(any(test, hvf_fake, all(target_os = "macos", target_arch = "aarch64")))]
 pub mod hvf;
 pub mod kind;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]

@@ -2,7 +2,11 @@
 
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "aarch64")]
 use std::arch::aarch64::uint8x16_t;
+// `--cfg hvf_fake`: a vector of the same size, also passed in a vector register.
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::__m128i as uint8x16_t;
 use std::ffi::{c_int, c_void};
 use std::io;
 
@@ -53,12 +57,26 @@ pub(crate) fn host_counter() -> u64 {
 
 /// Returns whether the host offers a hypervisor to processes (`sysctl kern.hv_support`).
 pub(crate) fn hypervisor_support() -> io::Result<bool> {
+    #[cfg(not(hvf_fake))]
+    use libc::sysctlbyname;
+    // libc declares it for macOS only.
+    #[cfg(hvf_fake)]
+    unsafe extern "C" {
+        fn sysctlbyname(
+            name: *const std::ffi::c_char,
+            old: *mut c_void,
+            old_size: *mut usize,
+            new: *mut c_void,
+            new_size: usize,
+        ) -> c_int;
+    }
+
     let mut supported: c_int = 0;
     let mut size = size_of::<c_int>();
     // SAFETY: the name ends with a zero byte, the kernel writes at most `size` bytes to
     // `supported`, and no value is set.
     let result = unsafe {
-        libc::sysctlbyname(
+        sysctlbyname(
             c"kern.hv_support".as_ptr(),
             (&raw mut supported).cast::<c_void>(),
             &raw mut size,

@@ -1,0 +1,75 @@
+//! What tests set and ask: failures, the host's properties, and what the framework holds.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+
+pub use crate::memory::Mapped;
+use crate::{calls, memory, objects, vcpu, vm};
+
+/// The environment variable with which the process is not entitled to use the framework. Its value
+/// does not matter.
+pub const NOT_ENTITLED: &str = "FAKE_HVF_NOT_ENTITLED";
+
+static HAS_HYPERVISOR: AtomicBool = AtomicBool::new(true);
+static MAX_ADDRESS_BITS: AtomicU32 = AtomicU32::new(40);
+
+/// Makes call `number` of the function `name` fail with `code`, counted from now on. The first call
+/// is 1.
+pub fn fail(name: &str, number: u64, code: calls::Code) {
+    calls::fail(name, number, code);
+}
+
+/// Returns how often each function was called since the last [`reset`].
+#[must_use]
+pub fn counts() -> BTreeMap<&'static str, u64> {
+    calls::counts()
+}
+
+/// Sets whether the host offers a hypervisor (`sysctl kern.hv_support`).
+pub fn set_hypervisor(offered: bool) {
+    HAS_HYPERVISOR.store(offered, Relaxed);
+}
+
+/// Sets the largest number of bits of guest-physical addresses. Older Macs have 36.
+pub fn set_max_address_bits(bits: u32) {
+    MAX_ADDRESS_BITS.store(bits, Relaxed);
+}
+
+/// Returns the memory that is mapped into the guest.
+#[must_use]
+pub fn mapped() -> Vec<Mapped> {
+    memory::mapped()
+}
+
+/// Returns the number of objects that the caller has not released.
+#[must_use]
+pub fn objects() -> usize {
+    objects::count()
+}
+
+/// Ends the machine and all that is in it, as the end of a process does, and forgets all calls,
+/// failures and settings.
+///
+/// # Panics
+/// Panics if a vCPU exists. Only its own thread can end it.
+pub fn reset() {
+    assert!(!vcpu::exist(), "a vCPU still exists");
+    memory::clear();
+    vm::clear();
+    objects::clear();
+    calls::clear();
+    set_hypervisor(true);
+    set_max_address_bits(40);
+}
+
+pub(crate) fn is_entitled() -> bool {
+    std::env::var_os(NOT_ENTITLED).is_none()
+}
+
+pub(crate) fn has_hypervisor() -> bool {
+    HAS_HYPERVISOR.load(Relaxed)
+}
+
+pub(crate) fn max_address_bits() -> u32 {
+    MAX_ADDRESS_BITS.load(Relaxed)
+}

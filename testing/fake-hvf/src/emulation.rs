@@ -1,0 +1,226 @@
+//! Running a vCPU's instructions in Unicorn until the framework would exit.
+
+mod callbacks;
+mod decode;
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::calls::Code;
+use crate::interrupts::Lines;
+use crate::memory::{self, Mapped};
+use crate::system_registers::SystemRegisters;
+use crate::timer::VirtualTimer;
+use crate::unicorn::{Engine, UnicornError, register};
+use crate::vcpu::{Exit, Shared};
+pub(crate) use decode::GuestException;
+
+/// SCR_EL3 and HCR_EL2: the levels below are AArch64 and not secure.
+const CONTROL_OF_HIGHER_LEVELS: [(u16, u64); 2] = [(0xf088, 1 << 10 | 1), (0xe088, 1 << 31)];
+
+/// A processor and its state.
+pub(crate) struct Emulation {
+    pub engine: Engine,
+    /// What callbacks use while the engine runs, and this thread otherwise.
+    state: NonNull<State>,
+    /// What is mapped into the engine.
+    mapped: Vec<Mapped>,
+    executed: Duration,
+}
+
+/// The state of a vCPU beside the registers in the engine.
+pub(crate) struct State {
+    pub shared: Arc<Shared>,
+    /// The address of the instruction that is executed.
+    pc: u64,
+    /// The page that it is in, where the guest may execute.
+    page: Option<u64>,
+    /// The number of instructions until the timer is read again.
+    until_timer: u32,
+    stop: Option<Stop>,
+    trap_breakpoints: bool,
+    pub lines: Lines,
+    pub system: SystemRegisters,
+    pub timer: VirtualTimer,
+}
+
+/// Why a callback stopped the engine.
+#[derive(Debug)]
+enum Stop {
+    /// The vCPU exits. The program counter is then this.
+    Exit(Exit, u64),
+    /// Something is to be looked at before the instruction at `pc`.
+    Attention,
+    /// An interrupt is taken before the instruction at `pc`.
+    Interrupt { fiq: bool },
+    /// The guest takes an exception to its own level 1.
+    Exception(GuestException),
+    /// Translated code is forgotten after the instruction at `pc`.
+    FlushCode,
+    /// The guest does what this crate does not emulate.
+    Unsupported(String),
+}
+
+/// The number of instructions between two looks at the timer.
+const TIMER_INTERVAL: u32 = 1024;
+
+impl Emulation {
+    pub(crate) fn new(shared: Arc<Shared>) -> Result<Self, UnicornError> {
+        let engine = Engine::new()?;
+        for (register, value) in CONTROL_OF_HIGHER_LEVELS {
+            engine.write_system(register, value)?;
+        }
+        let state = Box::new(State {
+            shared,
+            pc: 0,
+            page: None,
+            until_timer: 0,
+            stop: None,
+            trap_breakpoints: false,
+            lines: Lines::default(),
+            system: SystemRegisters::default(),
+            timer: VirtualTimer::default(),
+        });
+        let emulation = Self {
+            engine,
+            state: NonNull::from(Box::leak(state)),
+            mapped: Vec::new(),
+            executed: Duration::ZERO,
+        };
+        callbacks::add(&emulation.engine, emulation.state)?;
+        Ok(emulation)
+    }
+
+    pub(crate) fn state(&mut self) -> &mut State {
+        // SAFETY: the state lives until `drop`. Only callbacks use it besides, which run inside
+        // `Engine::run`, where no reference from here exists.
+        unsafe { self.state.as_mut() }
+    }
+
+    /// Returns the engine and the state.
+    pub(crate) fn parts(&mut self) -> (&Engine, &mut State) {
+        // SAFETY: as in `state`. The engine does not run.
+        (&self.engine, unsafe { self.state.as_mut() })
+    }
+
+    pub(crate) fn executed(&self) -> Duration {
+        self.executed
+    }
+
+    pub(crate) fn trap_breakpoints(&mut self, trap: bool) {
+        self.state().trap_breakpoints = trap;
+    }
+
+    /// Runs the guest until an exit, which clears its pending interrupts.
+    pub(crate) fn run(&mut self) -> Result<Exit, Code> {
+        let exit = loop {
+            match self.step() {
+                Ok(None) => {}
+                Ok(Some(exit)) => break Ok(exit),
+                Err(code) => break Err(code),
+            }
+        };
+        self.state().lines = Lines::default();
+        exit
+    }
+
+    /// Runs the guest until something happens. Returns the exit, if it is one.
+    fn step(&mut self) -> Result<Option<Exit>, Code> {
+        let state = self.state();
+        let shared = Arc::clone(&state.shared);
+        shared.attention.store(false, Ordering::SeqCst);
+        if shared.canceled.swap(false, Ordering::SeqCst) {
+            return Ok(Some(Exit::Canceled));
+        }
+        if state.timer_fires() {
+            return Ok(Some(Exit::VtimerActivated));
+        }
+        state.stop = None;
+        state.page = None;
+        shared.emulating.store(true, Ordering::SeqCst);
+        let result = self.follow_memory().and_then(|()| {
+            let pc = self.engine.read(register::PC)?;
+            self.state().pc = pc;
+            let start = Instant::now();
+            let result = self.engine.run(pc);
+            self.executed += start.elapsed();
+            result
+        });
+        shared.storing.store(false, Ordering::SeqCst);
+        shared.emulating.store(false, Ordering::SeqCst);
+        let stopped = self.stopped(result);
+        stopped.map_err(|error| {
+            eprintln!("fake-hvf: Unicorn failed: {error:?}");
+            Code::ERROR
+        })?
+    }
+
+    /// Maps into the engine what the guest may read, if it has changed.
+    fn follow_memory(&mut self) -> Result<(), UnicornError> {
+        let memory = memory::read();
+        let shared = Arc::clone(&self.state().shared);
+        if shared.memory_version.load(Ordering::SeqCst) == memory.version {
+            return Ok(());
+        }
+        let readable = memory.readable();
+        for old in self.mapped.extract_if(.., |old| !readable.contains(old)) {
+            self.engine.unmap(old.guest_start, old.size as usize)?;
+        }
+        for new in readable {
+            if self.mapped.contains(&new) {
+                continue;
+            }
+            let host = std::ptr::with_exposed_provenance_mut(new.host_start);
+            let size = new.size as usize;
+            // SAFETY: the memory is mapped in this process until `hv_vm_unmap` has returned, which
+            // waits until this function has unmapped it.
+            unsafe { self.engine.map(new.guest_start, size, host) }?;
+            self.mapped.push(new);
+        }
+        shared
+            .memory_version
+            .store(memory.version, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Handles a stop of the engine. Returns the exit, if it is one.
+    fn stopped(
+        &mut self,
+        result: Result<(), UnicornError>,
+    ) -> Result<Result<Option<Exit>, Code>, UnicornError> {
+        let (engine, state) = self.parts();
+        let pc = state.pc;
+        let stop = match state.stop.take() {
+            Some(stop) => stop,
+            None => decode::idle(pc).ok_or_else(|| result.err().unwrap_or(UnicornError(0)))?,
+        };
+        match stop {
+            Stop::Exit(exit, pc) => {
+                engine.write(register::PC, pc)?;
+                return Ok(Ok(Some(exit)));
+            }
+            Stop::Attention => engine.write(register::PC, pc)?,
+            Stop::Interrupt { fiq } => state.take_interrupt(engine, fiq, pc)?,
+            Stop::Exception(exception) => state.take_exception(engine, &exception)?,
+            Stop::FlushCode => {
+                engine.flush_code()?;
+                engine.write(register::PC, pc + 4)?;
+            }
+            Stop::Unsupported(what) => {
+                engine.write(register::PC, pc)?;
+                eprintln!("fake-hvf: at {pc:#x}: {what} is not emulated");
+                return Ok(Err(Code::ERROR));
+            }
+        }
+        Ok(Ok(None))
+    }
+}
+
+impl Drop for Emulation {
+    fn drop(&mut self) {
+        // SAFETY: `new` leaked the box, and the engine, whose callbacks use it, runs no more.
+        drop(unsafe { Box::from_raw(self.state.as_ptr()) });
+    }
+}

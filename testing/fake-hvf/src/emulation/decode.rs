@@ -1,0 +1,135 @@
+//! What an instruction at which the engine stopped means (Arm ARM, C4 and D24).
+
+use super::Stop;
+use crate::memory;
+use crate::vcpu::{Exit, ExitException};
+
+/// Exception classes (ESR_ELx.EC).
+const UNKNOWN: u64 = 0x00;
+const WAIT: u64 = 0x01;
+const SVC: u64 = 0x15;
+const HVC: u64 = 0x16;
+const SMC: u64 = 0x17;
+pub(super) const INSTRUCTION_ABORT: u64 = 0x20;
+pub(super) const DATA_ABORT: u64 = 0x24;
+const BRK: u64 = 0x3c;
+
+/// The numbers of exceptions in Unicorn (`target/arm/cpu.h`).
+const UNDEFINED: u32 = 1;
+const SUPERVISOR_CALL: u32 = 2;
+const BREAKPOINT: u32 = 7;
+const HYPERVISOR_CALL: u32 = 11;
+const MONITOR_CALL: u32 = 13;
+
+const WFI: u32 = 0xd503_207f;
+const WFE: u32 = 0xd503_205f;
+
+/// An exception that the guest takes to its own level 1.
+#[derive(Debug)]
+pub(crate) struct GuestException {
+    pub syndrome: u64,
+    /// The value of ELR_EL1.
+    pub return_address: u64,
+}
+
+/// Returns a syndrome of an instruction of 32 bits.
+pub(super) fn syndrome(class: u64, specific: u64) -> u64 {
+    class << 26 | 1 << 25 | specific
+}
+
+fn exit(syndrome: u64, pc: u64) -> Stop {
+    let exception = ExitException {
+        syndrome,
+        ..ExitException::default()
+    };
+    Stop::Exit(Exit::Exception(exception), pc)
+}
+
+fn instruction(pc: u64) -> u32 {
+    memory::read().instruction(pc).unwrap_or_default()
+}
+
+/// Returns the operand of an instruction of exception generation, if it is one of this kind.
+fn operand(instruction: u32, kind: u32) -> Option<u64> {
+    let matches = instruction & 0xffe0_001f == kind;
+    matches.then_some(u64::from(instruction >> 5 & 0xffff))
+}
+
+/// Returns why the engine stopped at an exception of the instruction at `pc`.
+pub(super) fn exception(number: u32, pc: u64, trap_breakpoints: bool) -> Stop {
+    let instruction = instruction(pc);
+    match number {
+        UNDEFINED | SUPERVISOR_CALL | BREAKPOINT | HYPERVISOR_CALL | MONITOR_CALL => {}
+        other => return Stop::Unsupported(format!("exception {other} of Unicorn")),
+    }
+    // The preferred return address is the next instruction of a call that is not trapped.
+    if let Some(operand) = operand(instruction, 0xd400_0002) {
+        return exit(syndrome(HVC, operand), pc + 4);
+    }
+    if let Some(operand) = operand(instruction, 0xd400_0003) {
+        return exit(syndrome(SMC, operand), pc);
+    }
+    let guest = |syndrome, return_address| {
+        Stop::Exception(GuestException {
+            syndrome,
+            return_address,
+        })
+    };
+    if let Some(operand) = operand(instruction, 0xd400_0001) {
+        return guest(syndrome(SVC, operand), pc + 4);
+    }
+    match operand(instruction, 0xd420_0000) {
+        Some(operand) if trap_breakpoints => exit(syndrome(BRK, operand), pc),
+        Some(operand) => guest(syndrome(BRK, operand), pc),
+        None => guest(syndrome(UNKNOWN, 0), pc),
+    }
+}
+
+/// Returns the exit of a vCPU that waits at `pc`, if it does.
+pub(super) fn idle(pc: u64) -> Option<Stop> {
+    // COND is always, and valid.
+    let condition = 0b1_1110 << 20;
+    match instruction(pc) {
+        WFI => Some(exit(syndrome(WAIT, condition), pc)),
+        WFE => Some(exit(syndrome(WAIT, condition | 1), pc)),
+        _ => None,
+    }
+}
+
+/// Returns the number of the general register of the instruction of system registers at `pc`.
+pub(super) fn register_operand(pc: u64) -> u32 {
+    instruction(pc) & 0x1f
+}
+
+/// Returns whether a system instruction invalidates instruction caches: `ic ialluis`, `ic iallu`,
+/// `ic ivau`.
+pub(super) fn invalidates_code(encoding: u16) -> bool {
+    matches!(encoding, 0x4388 | 0x43a8 | 0x5ba9)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unicorn::SystemRegister;
+
+    #[test]
+    fn operands_are_those_of_the_same_kind_only() {
+        assert_eq!(operand(0xd400_0002 | 7 << 5, 0xd400_0002), Some(7));
+        assert_eq!(operand(0xd400_0001 | 7 << 5, 0xd400_0002), None);
+        assert_eq!(
+            operand(0xd420_0000 | 0xffff << 5, 0xd420_0000),
+            Some(0xffff)
+        );
+    }
+
+    #[test]
+    fn encodings_have_the_fields_of_the_instruction() {
+        // sys #3, c7, c5, #1
+        assert_eq!(SystemRegister::new(0x5ba9, 0).encoding(), 0x5ba9);
+        let encoding = |op1: u16, crm: u16, op2| 1 << 14 | op1 << 11 | 7 << 7 | crm << 3 | op2;
+        assert!(invalidates_code(encoding(3, 5, 1)));
+        assert!(invalidates_code(encoding(0, 5, 0)));
+        assert!(invalidates_code(encoding(0, 1, 0)));
+        assert!(!invalidates_code(encoding(3, 4, 1))); // dc zva
+    }
+}

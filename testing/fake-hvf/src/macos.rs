@@ -1,0 +1,145 @@
+//! Functions of macOS beside the framework's.
+//!
+//! The page size of a Mac is 16 KiB. `sysconf` therefore reports it, and anonymous memory begins at
+//! a multiple of it.
+
+use std::ffi::{CStr, c_char, c_int, c_long, c_void};
+
+use crate::{control, objects, timer};
+
+/// The page size of a Mac in bytes.
+const PAGE_SIZE: usize = 16 << 10;
+
+/// Releases an object of the framework.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn os_release(object: *mut c_void) {
+    // A released null is a crash on macOS, as is a second release.
+    assert!(
+        objects::release(object),
+        "os_release of no object: {object:?}"
+    );
+}
+
+/// Returns the host's counter.
+#[unsafe(no_mangle)]
+pub extern "C" fn mach_absolute_time() -> u64 {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the address is of a variable.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let (seconds, nanos) = (now.tv_sec.cast_unsigned(), now.tv_nsec.cast_unsigned());
+    seconds * timer::FREQUENCY + nanos * 24 / 1000
+}
+
+/// Reads `kern.hv_support`, the only name that this crate knows.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sysctlbyname(
+    name: *const c_char,
+    old: *mut c_void,
+    size: *mut usize,
+    new: *const c_void,
+    _new_size: usize,
+) -> c_int {
+    let fail = |error| {
+        // SAFETY: the address is of this thread's variable.
+        unsafe { *libc::__errno_location() = error };
+        -1
+    };
+    if crate::calls::answer("sysctlbyname", || Ok(())) != 0 {
+        return fail(libc::EPERM);
+    }
+    // SAFETY: the caller passes a string that ends with a zero byte.
+    let known = unsafe { CStr::from_ptr(name) } == c"kern.hv_support";
+    // SAFETY: the caller passes the size of its buffer.
+    if !known || !new.is_null() || unsafe { *size } < size_of::<c_int>() {
+        return fail(libc::ENOENT);
+    }
+    // SAFETY: the caller's buffer has room for it (checked).
+    unsafe {
+        old.cast::<c_int>()
+            .write(c_int::from(control::has_hypervisor()));
+        *size = size_of::<c_int>();
+    }
+    0
+}
+
+/// Returns the next definition of a function, behind that of this crate.
+fn next(name: &CStr) -> *mut c_void {
+    // SAFETY: the name ends with a zero byte.
+    let function = unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) };
+    assert!(!function.is_null(), "libc has no {name:?}");
+    function
+}
+
+/// Replaces the page size in the answers of libc.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sysconf(name: c_int) -> c_long {
+    if name == libc::_SC_PAGESIZE {
+        return PAGE_SIZE as c_long;
+    }
+    // SAFETY: this is the type of the function.
+    let next: unsafe extern "C" fn(c_int) -> c_long =
+        unsafe { std::mem::transmute(next(c"sysconf")) };
+    // SAFETY: any number may be passed.
+    unsafe { next(name) }
+}
+
+type Mmap = unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, c_int, i64) -> *mut c_void;
+
+/// Maps anonymous memory at a multiple of a Mac's page size, and everything else as libc does.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mmap(
+    address: *mut c_void,
+    size: usize,
+    access: c_int,
+    flags: c_int,
+    file: c_int,
+    offset: i64,
+) -> *mut c_void {
+    // SAFETY: this is the type of the function.
+    let next: Mmap = unsafe { std::mem::transmute(next(c"mmap")) };
+    let map = |size| {
+        // SAFETY: the caller's arguments, except for a larger size where the kernel chooses the
+        // address.
+        unsafe { next(address, size, access, flags, file, offset) }
+    };
+    if flags & libc::MAP_ANONYMOUS == 0 || !address.is_null() {
+        return map(size);
+    }
+    let Some(larger) = size.checked_add(PAGE_SIZE) else {
+        return map(size);
+    };
+    let start = map(larger);
+    if start == libc::MAP_FAILED {
+        return start;
+    }
+    let padding = start.addr().next_multiple_of(PAGE_SIZE) - start.addr();
+    let aligned = start.map_addr(|start| start + padding);
+    let end = aligned.map_addr(|aligned| aligned + size.next_multiple_of(4 << 10));
+    for (from, size) in [
+        (start, padding),
+        (end, larger - padding - (end.addr() - aligned.addr())),
+    ] {
+        if size > 0 {
+            // SAFETY: this part of the new mapping is in no use.
+            unsafe { libc::munmap(from, size) };
+        }
+    }
+    aligned
+}
+
+/// As [`mmap`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mmap64(
+    address: *mut c_void,
+    size: usize,
+    access: c_int,
+    flags: c_int,
+    file: c_int,
+    offset: i64,
+) -> *mut c_void {
+    // SAFETY: the caller's arguments.
+    unsafe { mmap(address, size, access, flags, file, offset) }
+}
