@@ -10,13 +10,13 @@ use crate::{control, objects, timer};
 /// The page size of a Mac in bytes.
 const PAGE_SIZE: usize = 16 << 10;
 
-/// Releases an object of the framework.
+/// Releases an object of the framework. Null is none, as on macOS.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn os_release(object: *mut c_void) {
-    // A released null is a crash on macOS, as is a second release.
+    // A second release is a crash on macOS.
     assert!(
-        objects::release(object),
-        "os_release of no object: {object:?}"
+        object.is_null() || objects::release(object),
+        "os_release of an object that does not exist: {object:?}"
     );
 }
 
