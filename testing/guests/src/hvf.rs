@@ -4,6 +4,8 @@
 //! The program and the initial state are compiled on every platform, so that an emulator can test
 //! them.
 
+#[cfg(any(test, hvf_fake))]
+mod assembler;
 #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 mod machine;
 mod program;

@@ -108,6 +108,7 @@ impl Kind {
     }
 
     /// Returns why this system cannot have this kind of guest.
+    #[cfg_attr(hvf_fake, allow(dead_code, reason = "it has all of them"))]
     fn of_other_system(self) -> anyhow::Error {
         anyhow::anyhow!(match self {
             Self::Kvm => "KVM guests require Linux on x86-64",

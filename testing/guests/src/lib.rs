@@ -15,6 +15,10 @@
     reason = "for the workspace's own tasks"
 )]
 
+// The functions of the framework that hvf-backend calls.
+#[cfg(hvf_fake)]
+use fake_hvf as _;
+
 pub mod embedded;
 pub mod guest;
 #[cfg(any(test, hvf_fake, all(target_os = "macos", target_arch = "aarch64")))]

@@ -45,6 +45,13 @@ macro_rules! with_numbers {
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 pub(super) use assembled::bytes;
 
+/// Returns the program's bytes, assembled when first called: this binary is for another processor.
+#[cfg(hvf_fake)]
+pub(super) fn bytes() -> &'static [u8] {
+    static BYTES: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
+    BYTES.get_or_init(|| super::assembler::assemble(&source()))
+}
+
 /// The program, assembled into this binary.
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 mod assembled {
@@ -88,7 +95,7 @@ mod assembled {
 }
 
 /// Returns the source with the constants inserted, for an assembler.
-#[cfg(test)]
+#[cfg(any(test, hvf_fake))]
 pub(super) fn source() -> String {
     let mut source = include_str!("ledger_aarch64.s").to_owned();
     macro_rules! replace {

@@ -2,9 +2,8 @@
 //! the same initial state and the same memory.
 
 use std::fmt::Write as _;
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,6 +11,7 @@ use page_reader::RamLayout;
 use rstest::rstest;
 use test_machine::needs;
 
+use super::assembler::assemble;
 use super::*;
 use crate::ledger::{self, Layout, PAGE, Registers, WORD, Words, front};
 use crate::oracle;
@@ -94,25 +94,6 @@ off:    ldr     x0, =0x84000008         // PSCI SYSTEM_OFF
 /// Returns the syndrome of an `hvc`: class 0x16, a 32-bit instruction, the operand.
 fn doorbell_syndrome(number: u16) -> u64 {
     0x16 << 26 | 1 << 25 | u64::from(number)
-}
-
-/// Returns the machine code of `source`.
-fn assembled(source: &str, dir: &Path, name: &str) -> Vec<u8> {
-    let file = |extension| dir.join(name).with_extension(extension);
-    let (text, object, binary) = (file("s"), file("o"), file("bin"));
-    fs::write(&text, source).unwrap();
-    run(Command::new("llvm-mc")
-        .args(["-triple=aarch64-none-elf", "-filetype=obj", "-o"])
-        .args([&object, &text]));
-    run(Command::new("llvm-objcopy")
-        .args(["-O", "binary", "--only-section=.text"])
-        .args([&object, &binary]));
-    fs::read(binary).unwrap()
-}
-
-fn run(command: &mut Command) {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{command:?}: {output:?}");
 }
 
 /// The guest's RAM in the file of QEMU's RAM.
@@ -199,10 +180,10 @@ fn emulate(
         ram.store(front::GAP_START, low.offset_end());
         ram.store(front::GAP_SIZE, high.guest_start - low.guest_end());
     }
-    let program = assembled(&program::source(), dir.path(), "ledger");
+    let program = assemble(&program::source());
     ram.write(start::PROGRAM, &program);
     ram.write(start::PAGE_TABLE, &hvf_backend::el1::page_table());
-    let host = assembled(&host_program(&start::state(regions)), dir.path(), "host");
+    let host = assemble(&host_program(&start::state(regions)));
     file.write_all_at(&host, HOST - QEMU_RAM).unwrap();
     corrupt(&mut ram);
 
