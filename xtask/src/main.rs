@@ -41,6 +41,9 @@ enum Task {
     /// Snapshot a running guest, restore it into a new one, and prove that it continues correctly
     #[command(disable_help_flag = true)]
     Demo(Arguments),
+    /// Run hvf-backend's tests, examples and demo over a fake of Apple's Hypervisor framework
+    #[command(disable_help_flag = true)]
+    FakeHvf(Arguments),
     /// Make each system call of each scenario fail, in every way in which it can fail
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     #[command(disable_help_flag = true)]
@@ -100,6 +103,7 @@ fn run(sh: &Shell, task: Task) -> anyhow::Result<()> {
         #[cfg(target_os = "linux")]
         Task::Crash(arguments) => arguments.run("crash-states"),
         Task::Demo(arguments) => arguments.run("demo"),
+        Task::FakeHvf(arguments) => arguments.run("check-hvf"),
         #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
         Task::Faults(arguments) => arguments.run("syscall-faults"),
         #[cfg(target_os = "linux")]

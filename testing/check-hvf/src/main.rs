@@ -1,0 +1,148 @@
+//! Executes the macOS code of `hvf-backend` on Linux, over `testing/fake-hvf`.
+//!
+//! Run it by `cargo xtask fake-hvf`.
+
+mod coverage;
+mod wrapper;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use clap::Parser;
+use harness::packages::{Install, Package};
+use serde_json::Value;
+use xshell::{Shell, cmd};
+
+use coverage::Coverage;
+
+/// The emulator of `fake-hvf`, the assembler of the demo's guest, and the tools that read what
+/// instrumented code has counted, in the version of the compiler's own LLVM.
+const PACKAGES: [Package; 3] = [
+    Package::new("libunicorn-dev", "/usr/include/unicorn/unicorn.h"),
+    Package::new("llvm", "llvm-mc"),
+    Package::new("llvm-22", coverage::COV),
+];
+
+/// Apart from other builds, which are made without `--cfg hvf_fake`.
+const TARGET_DIR: &str = "target/fake-hvf";
+
+/// Run hvf-backend's tests, examples and demo over a fake of Apple's Hypervisor framework
+///
+/// The code for macOS is compiled for Linux (`--cfg hvf_fake`) and linked with `testing/fake-hvf`,
+/// which runs arm64 guests in the emulator Unicorn. Runs the tests of the fake itself, those of
+/// hvf-backend with its fewest and its most features, both examples, and the demo with its guest of
+/// the framework. Then it prints how many lines of crates/hvf-backend/src/macos were executed, and
+/// which were not. Less than 90 % are an error.
+///
+/// It needs Linux on x86-64, and Debian's packages libunicorn-dev, llvm and llvm-22, which it
+/// installs as root.
+#[derive(Parser)]
+#[command(name = "cargo xtask fake-hvf", bin_name = "cargo xtask fake-hvf")]
+struct FakeHvf {
+    #[command(flatten)]
+    install: Install,
+}
+
+fn main() -> ExitCode {
+    if let Some(code) = wrapper::as_compiler() {
+        return code;
+    }
+    let task = FakeHvf::parse();
+    harness::run(|sh| task.run(sh))
+}
+
+impl FakeHvf {
+    fn run(self, sh: &Shell) -> anyhow::Result<()> {
+        if cfg!(not(all(target_os = "linux", target_arch = "x86_64"))) {
+            return unavailable("it runs on Linux on x86-64 only");
+        }
+        if !self.install.ensure(sh, &PACKAGES, "fake-hvf")?.is_empty() {
+            return unavailable("the packages that it needs are not installed");
+        }
+        let dir = sh.current_dir().join(TARGET_DIR);
+        let coverage = Coverage::begin(sh, &dir)?;
+        let _wrapper = wrapper::push(sh)?;
+        let _env = [
+            sh.push_env("CARGO_TARGET_DIR", &dir),
+            sh.push_env("CARGO_ENCODED_RUSTFLAGS", "--cfg\u{1f}hvf_fake"),
+            // Nothing is debugged, and a clean build is faster without these.
+            sh.push_env("CARGO_INCREMENTAL", "0"),
+            sh.push_env("CARGO_PROFILE_DEV_DEBUG", "0"),
+            coverage.push_env(sh),
+        ];
+        let programs = run_all(sh)?;
+        coverage.report(sh, &programs)
+    }
+}
+
+/// Reports that nothing is run. An error unless this is a step.
+fn unavailable(why: &str) -> anyhow::Result<()> {
+    if harness::is_step() {
+        return harness::leave_out("fake-hvf", why);
+    }
+    bail!("nothing can be run over fake-hvf: {why}")
+}
+
+/// Builds and runs everything. Returns the programs.
+fn run_all(sh: &Shell) -> anyhow::Result<BTreeSet<PathBuf>> {
+    let mut programs = BTreeSet::new();
+    // The fewest features first: without `macos-15`, another module replaces that of the
+    // interrupt controller.
+    let fewest = ["-p", "ramsnap-hvf-backend", "--lib", "--tests"];
+    let most = [
+        "-p",
+        "ramsnap-hvf-backend",
+        "-p",
+        "fake-hvf",
+        "--all-features",
+        "--lib",
+        "--tests",
+        "--examples",
+    ];
+    for selection in [&fewest[..], &most[..]] {
+        let build = cmd!(
+            sh,
+            "cargo test --locked {selection...} --no-run --message-format=json-render-diagnostics"
+        );
+        programs.extend(executables(&build.read()?)?);
+        cmd!(sh, "cargo test --locked {selection...} --no-fail-fast").run()?;
+    }
+    let dir = tempfile::tempdir()?;
+    let dir = dir.path();
+    for example in ["snapshot", "own_memory"] {
+        let run = cmd!(
+            sh,
+            "cargo run --locked -p ramsnap-hvf-backend --all-features --example {example}"
+        );
+        run.arg("--").arg(dir).run()?;
+    }
+    let demo = ["--guest", "hvf", "--ram", "64M", "--rounds", "2"];
+    cmd!(sh, "cargo run --locked -p demo -- {demo...}").run()?;
+    Ok(programs)
+}
+
+/// Returns the programs that cargo's JSON messages name.
+fn executables(messages: &str) -> anyhow::Result<BTreeSet<PathBuf>> {
+    let mut programs = BTreeSet::new();
+    for message in messages.lines() {
+        let message: Value = serde_json::from_str(message)?;
+        programs.extend(message["executable"].as_str().map(PathBuf::from));
+    }
+    Ok(programs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn executables_are_those_of_the_messages() {
+        let messages = "{\"reason\":\"compiler-artifact\",\"executable\":\"/t/deps/a-1\"}\n\
+                        {\"reason\":\"compiler-artifact\",\"executable\":null}\n\
+                        {\"reason\":\"build-finished\"}\n";
+        let programs = executables(messages).expect("JSON");
+        assert_eq!(programs, BTreeSet::from([PathBuf::from("/t/deps/a-1")]));
+    }
+}
