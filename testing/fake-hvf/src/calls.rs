@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
+use std::ops::RangeInclusive;
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -51,8 +52,8 @@ pub(crate) use framework;
 /// A failure to inject.
 struct Failure {
     name: String,
-    /// The number of the call that fails, counted from 1.
-    number: u64,
+    /// The numbers of the calls that fail, counted from 1.
+    numbers: RangeInclusive<u64>,
     code: Code,
 }
 
@@ -76,20 +77,20 @@ fn begin(name: &'static str) -> Outcome {
     let count = calls.counts.entry(name).or_default();
     *count += 1;
     let number = *count;
-    let injected = |failure: &&Failure| failure.name == name && failure.number == number;
+    let injected = |failure: &&Failure| failure.name == name && failure.numbers.contains(&number);
     match calls.failures.iter().find(injected) {
         Some(failure) => Err(failure.code),
         None => Ok(()),
     }
 }
 
-/// Makes call `number` of a function fail, counted from now on.
-pub(crate) fn fail(name: &str, number: u64, code: Code) {
+/// Makes the calls `first` to `last` of a function fail, counted from now on.
+pub(crate) fn fail(name: &str, first: u64, last: u64, code: Code) {
     let mut calls = calls();
     let made = calls.counts.get(name).copied().unwrap_or_default();
     calls.failures.push(Failure {
         name: name.to_owned(),
-        number: made + number,
+        numbers: made + first..=made.saturating_add(last),
         code,
     });
 }

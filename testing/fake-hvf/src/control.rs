@@ -1,7 +1,7 @@
 //! What tests set and ask: failures, the host's properties, and what the framework holds.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 pub use crate::memory::Mapped;
 use crate::{calls, memory, objects, vcpu, vm};
@@ -10,13 +10,22 @@ use crate::{calls, memory, objects, vcpu, vm};
 /// does not matter.
 pub const NOT_ENTITLED: &str = "FAKE_HVF_NOT_ENTITLED";
 
+/// No reason, in [`EXIT_REASON`].
+const NONE: u64 = u64::MAX;
+
+static EXIT_REASON: AtomicU64 = AtomicU64::new(NONE);
 static HAS_HYPERVISOR: AtomicBool = AtomicBool::new(true);
 static MAX_ADDRESS_BITS: AtomicU32 = AtomicU32::new(40);
 
 /// Makes call `number` of the function `name` fail with `code`, counted from now on. The first call
 /// is 1.
 pub fn fail(name: &str, number: u64, code: calls::Code) {
-    calls::fail(name, number, code);
+    calls::fail(name, number, number, code);
+}
+
+/// Makes call `number` of the function `name`, and all later ones, fail with `code`.
+pub fn fail_from(name: &str, number: u64, code: calls::Code) {
+    calls::fail(name, number, u64::MAX, code);
 }
 
 /// Returns how often each function was called since the last [`reset`].
@@ -47,19 +56,36 @@ pub fn objects() -> usize {
     objects::count()
 }
 
+/// Returns whether a vCPU exists, also one whose thread has ended.
+#[must_use]
+pub fn has_vcpu() -> bool {
+    vcpu::exist()
+}
+
+/// Makes the next exit have this reason (`hv_exit_reason_t`).
+pub fn exit_with(reason: u32) {
+    EXIT_REASON.store(reason.into(), Relaxed);
+}
+
 /// Ends the machine and all that is in it, as the end of a process does, and forgets all calls,
 /// failures and settings.
 ///
 /// # Panics
-/// Panics if a vCPU exists. Only its own thread can end it.
+/// Panics if a thread has a vCPU. Only that thread can destroy it.
 pub fn reset() {
-    assert!(!vcpu::exist(), "a vCPU still exists");
+    vcpu::clear();
     memory::clear();
     vm::clear();
     objects::clear();
     calls::clear();
     set_hypervisor(true);
     set_max_address_bits(40);
+    take_exit_reason();
+}
+
+/// Returns the reason that the next exit is to have, for once.
+pub(crate) fn take_exit_reason() -> Option<u32> {
+    u32::try_from(EXIT_REASON.swap(NONE, Relaxed)).ok()
 }
 
 pub(crate) fn is_entitled() -> bool {

@@ -13,7 +13,7 @@ use crate::calls::{Code, Outcome, answer_object, framework, give};
 use crate::emulation::Emulation;
 use crate::gic::{self, Registers};
 use crate::objects::{self, Object};
-use crate::vm;
+use crate::{control, vm};
 
 /// The number of vCPUs of a machine.
 const MAX_VCPUS: usize = 16;
@@ -63,6 +63,8 @@ pub(crate) struct Shared {
     pub affinity: AtomicU64,
     /// The registers of the vCPU's redistributor.
     pub redistributor: Mutex<Registers>,
+    /// The thread of the vCPU has ended without destroying it.
+    orphaned: AtomicBool,
 }
 
 /// A vCPU, for its own thread.
@@ -102,6 +104,16 @@ pub(crate) fn in_order() -> Vec<Arc<Shared>> {
 /// Returns whether a vCPU exists. One whose thread ended without destroying it does.
 pub(crate) fn exist() -> bool {
     !each().is_empty()
+}
+
+/// Forgets the vCPUs, whose threads have ended.
+pub(crate) fn clear() {
+    let owned = |vcpu: &Arc<Shared>| !vcpu.orphaned.load(Ordering::SeqCst);
+    assert!(
+        !each().iter().any(owned),
+        "a thread has a vCPU: only that thread can destroy it"
+    );
+    all().clear();
 }
 
 /// Calls `function` with a vCPU of this thread.
@@ -178,6 +190,12 @@ fn create(id: *mut u64, exit: *mut *const VcpuExit, config: *mut c_void) -> Outc
     Ok(())
 }
 
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.shared.orphaned.store(true, Ordering::SeqCst);
+    }
+}
+
 fn destroy(id: u64) -> Outcome {
     own(id, |_| Ok(()))?;
     OWN.set(None);
@@ -191,16 +209,14 @@ fn run(vcpu: &mut Vcpu) -> Outcome {
         Ok(())
     })?;
     let exit = vcpu.emulation.run()?;
-    *vcpu.exit = match exit {
-        Exit::Canceled => VcpuExit::default(),
-        Exit::Exception(exception) => VcpuExit {
-            reason: 1,
-            exception,
-        },
-        Exit::VtimerActivated => VcpuExit {
-            reason: 2,
-            ..VcpuExit::default()
-        },
+    let (reason, exception) = match exit {
+        Exit::Canceled => (0, ExitException::default()),
+        Exit::Exception(exception) => (1, exception),
+        Exit::VtimerActivated => (2, ExitException::default()),
+    };
+    *vcpu.exit = VcpuExit {
+        reason: control::take_exit_reason().unwrap_or(reason),
+        exception,
     };
     Ok(())
 }
