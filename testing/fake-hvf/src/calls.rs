@@ -7,6 +7,8 @@ use std::ops::RangeInclusive;
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::systems;
+
 /// An error code of the framework (`Hypervisor/hv_error.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Code(pub i32);
@@ -73,6 +75,7 @@ fn calls() -> MutexGuard<'static, Calls> {
 
 /// Counts the call, and fails if it is one that is to fail.
 fn begin(name: &'static str) -> Outcome {
+    systems::assert_has(name);
     let mut calls = calls();
     let count = calls.counts.entry(name).or_default();
     *count += 1;

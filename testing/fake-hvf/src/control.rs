@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 pub use crate::memory::Mapped;
+use crate::systems;
+pub use crate::systems::System;
 use crate::{calls, memory, objects, vcpu, vm};
 
 /// The environment variable with which the process is not entitled to use the framework. Its value
@@ -14,6 +16,7 @@ pub const NOT_ENTITLED: &str = "FAKE_HVF_NOT_ENTITLED";
 const NONE: u64 = u64::MAX;
 
 static EXIT_REASON: AtomicU64 = AtomicU64::new(NONE);
+static HAS_SME: AtomicBool = AtomicBool::new(true);
 static HAS_HYPERVISOR: AtomicBool = AtomicBool::new(true);
 static MAX_ADDRESS_BITS: AtomicU32 = AtomicU32::new(40);
 
@@ -37,6 +40,17 @@ pub fn counts() -> BTreeMap<&'static str, u64> {
 /// Sets whether the host offers a hypervisor (`sysctl kern.hv_support`).
 pub fn set_hypervisor(offered: bool) {
     HAS_HYPERVISOR.store(offered, Relaxed);
+}
+
+/// Sets the version of macOS. `dlsym` finds no function of a later one, and calling one ends the
+/// process.
+pub fn set_system(system: System) {
+    systems::set(system);
+}
+
+/// Sets whether vCPUs have the scalable matrix extension, as those of an M4.
+pub fn set_sme(has: bool) {
+    HAS_SME.store(has, Relaxed);
 }
 
 /// Sets the largest number of bits of guest-physical addresses. Older Macs have 36.
@@ -80,6 +94,8 @@ pub fn reset() {
     calls::clear();
     set_hypervisor(true);
     set_max_address_bits(40);
+    set_system(System::MacOs26);
+    set_sme(true);
     take_exit_reason();
 }
 
@@ -94,6 +110,10 @@ pub(crate) fn is_entitled() -> bool {
 
 pub(crate) fn has_hypervisor() -> bool {
     HAS_HYPERVISOR.load(Relaxed)
+}
+
+pub(crate) fn has_sme() -> bool {
+    HAS_SME.load(Relaxed)
 }
 
 pub(crate) fn max_address_bits() -> u32 {

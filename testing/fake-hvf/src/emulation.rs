@@ -57,8 +57,8 @@ enum Stop {
     Interrupt { fiq: bool },
     /// The guest takes an exception to its own level 1.
     Exception(GuestException),
-    /// Translated code is forgotten after the instruction at `pc`.
-    FlushCode,
+    /// Translated code is forgotten before the instruction at `next`.
+    ForgetCode { next: u64 },
     /// The guest does what this crate does not emulate.
     Unsupported(String),
 }
@@ -141,6 +141,9 @@ impl Emulation {
         state.page = None;
         shared.emulating.store(true, Ordering::SeqCst);
         let result = self.follow_memory().and_then(|()| {
+            if shared.stale_code.swap(false, Ordering::SeqCst) {
+                self.forget_code()?;
+            }
             let pc = self.engine.read(register::PC)?;
             self.state().pc = pc;
             let start = Instant::now();
@@ -185,6 +188,15 @@ impl Emulation {
         Ok(())
     }
 
+    /// Forgets all translated code.
+    fn forget_code(&self) -> Result<(), UnicornError> {
+        for mapped in &self.mapped {
+            let end = mapped.guest_start + mapped.size;
+            self.engine.forget_code(mapped.guest_start..end)?;
+        }
+        Ok(())
+    }
+
     /// Handles a stop of the engine. Returns the exit, if it is one.
     fn stopped(
         &mut self,
@@ -204,9 +216,9 @@ impl Emulation {
             Stop::Attention => engine.write(register::PC, pc)?,
             Stop::Interrupt { fiq } => state.take_interrupt(engine, fiq, pc)?,
             Stop::Exception(exception) => state.take_exception(engine, &exception)?,
-            Stop::FlushCode => {
-                engine.flush_code()?;
-                engine.write(register::PC, pc + 4)?;
+            Stop::ForgetCode { next } => {
+                engine.write(register::PC, next)?;
+                self.forget_code()?;
             }
             Stop::Unsupported(what) => {
                 engine.write(register::PC, pc)?;

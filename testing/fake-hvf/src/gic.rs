@@ -63,6 +63,11 @@ fn with<T>(function: impl FnOnce(&mut Gic) -> Result<T, Code>) -> Result<T, Code
     vm::with(|machine| function(machine.gic.as_mut().ok_or(Code::UNSUPPORTED)?))
 }
 
+/// Returns whether the machine has a controller.
+pub(crate) fn exists() -> bool {
+    with(|_| Ok(())).is_ok()
+}
+
 fn config<T>(config: *mut c_void, function: impl FnOnce(&mut Config) -> T) -> Result<T, Code> {
     objects::with(config, |object| match object {
         Object::GicConfig(config) => Ok(function(config)),

@@ -46,7 +46,9 @@ mod macos;
 mod memory;
 mod objects;
 mod registers;
+mod sme;
 mod system_registers;
+mod systems;
 mod timer;
 mod unicorn;
 mod vcpu;
@@ -64,10 +66,18 @@ pub use gic::{
     hv_gic_state_get_size,
 };
 pub use interrupts::{hv_vcpu_get_pending_interrupt, hv_vcpu_set_pending_interrupt};
-pub use macos::{mach_absolute_time, mmap, mmap64, os_release, sysconf, sysctlbyname};
+pub use macos::{
+    dlsym, mach_absolute_time, mmap, mmap64, os_release, sys_icache_invalidate, sysconf,
+    sysctlbyname,
+};
 pub use memory::{hv_vm_allocate, hv_vm_deallocate, hv_vm_map, hv_vm_protect, hv_vm_unmap};
 pub use registers::{
     hv_vcpu_get_reg, hv_vcpu_get_simd_fp_reg, hv_vcpu_set_reg, hv_vcpu_set_simd_fp_reg,
+};
+pub use sme::{
+    SmeState, hv_sme_config_get_max_svl_bytes, hv_vcpu_get_sme_p_reg, hv_vcpu_get_sme_state,
+    hv_vcpu_get_sme_z_reg, hv_vcpu_get_sme_za_reg, hv_vcpu_get_sme_zt0_reg, hv_vcpu_set_sme_p_reg,
+    hv_vcpu_set_sme_state, hv_vcpu_set_sme_z_reg, hv_vcpu_set_sme_za_reg, hv_vcpu_set_sme_zt0_reg,
 };
 pub use system_registers::{hv_vcpu_get_sys_reg, hv_vcpu_set_sys_reg};
 pub use timer::{

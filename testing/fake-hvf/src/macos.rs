@@ -5,7 +5,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_long, c_void};
 
-use crate::{control, objects, timer};
+use crate::{control, objects, systems, timer, vcpu};
 
 /// The page size of a Mac in bytes.
 const PAGE_SIZE: usize = 16 << 10;
@@ -65,10 +65,35 @@ pub unsafe extern "C" fn sysctlbyname(
     0
 }
 
+/// Forgets translated code, of any addresses.
+#[unsafe(no_mangle)]
+pub extern "C" fn sys_icache_invalidate(_start: *mut c_void, _len: usize) {
+    vcpu::forget_code();
+}
+
+/// Finds the framework's functions that the system has, and what libc finds otherwise.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void {
+    type Dlsym = unsafe extern "C" fn(*mut c_void, *const c_char) -> *mut c_void;
+
+    // SAFETY: the caller passes a string that ends with a zero byte.
+    let text = unsafe { CStr::from_ptr(name) };
+    if text.to_bytes().starts_with(b"hv_") {
+        return systems::symbol(text).unwrap_or(std::ptr::null_mut());
+    }
+    // SAFETY: both strings end with a zero byte. This is the version of x86-64.
+    let next = unsafe { libc::dlvsym(libc::RTLD_NEXT, c"dlsym".as_ptr(), c"GLIBC_2.2.5".as_ptr()) };
+    assert!(!next.is_null(), "libc has no dlsym");
+    // SAFETY: this is the type of the function.
+    let next = unsafe { std::mem::transmute::<*mut c_void, Dlsym>(next) };
+    // SAFETY: the caller's arguments.
+    unsafe { next(library, name) }
+}
+
 /// Returns the next definition of a function, behind that of this crate.
 fn next(name: &CStr) -> *mut c_void {
     // SAFETY: the name ends with a zero byte.
-    let function = unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) };
+    let function = unsafe { dlsym(libc::RTLD_NEXT, name.as_ptr()) };
     assert!(!function.is_null(), "libc has no {name:?}");
     function
 }

@@ -97,6 +97,9 @@ framework! {
     fn hv_vcpu_get_simd_fp_reg(id: u64, number: u32, value: *mut u128) {
         let from = vector(number)?;
         vcpu::own(id, |vcpu| {
+            if let Some(bytes) = vcpu.sme.q(number) {
+                return give(value, u128::from_le_bytes(*bytes));
+            }
             let read: [u64; 2] = vcpu.emulation.engine.read(from).map_err(unexpected)?;
             give(value, u128::from(read[1]) << 64 | u128::from(read[0]))
         })
@@ -106,6 +109,13 @@ framework! {
     #[allow(improper_ctypes_definitions, reason = "rustc passes short vectors as the ABI defines")]
     fn hv_vcpu_set_simd_fp_reg(id: u64, number: u32, value: __m128i) {
         let to = vector(number)?;
-        vcpu::own(id, |vcpu| vcpu.emulation.engine.write(to, value).map_err(unexpected))
+        vcpu::own(id, |vcpu| {
+            if let Some(bytes) = vcpu.sme.q(number) {
+                // SAFETY: both types have 16 bytes, of which all values are valid.
+                *bytes = unsafe { std::mem::transmute::<__m128i, [u8; 16]>(value) };
+                return Ok(());
+            }
+            vcpu.emulation.engine.write(to, value).map_err(unexpected)
+        })
     }
 }

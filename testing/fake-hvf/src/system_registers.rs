@@ -9,8 +9,9 @@ use std::sync::atomic::Ordering;
 use crate::calls::{Code, Outcome, framework, give};
 use crate::emulation::State;
 use crate::registers::{stack_pointer, unexpected};
+use crate::systems::{self, System};
 use crate::unicorn::{Engine, UnicornError, register};
-use crate::{timer, vcpu};
+use crate::{gic, timer, vcpu};
 
 pub(crate) const CPACR_EL1: u16 = 0xc082;
 pub(crate) const SPSR_EL1: u16 = 0xc200;
@@ -46,7 +47,7 @@ const IDENTIFICATION: [(u16, u64); 11] = [
 ];
 
 /// The other registers of every vCPU.
-const PLAIN: [u16; 37] = [
+const PLAIN: [u16; 33] = [
     0x8010, // MDCCINT_EL1
     0x8012, // MDSCR_EL1
     0xc080, // SCTLR_EL1
@@ -80,11 +81,23 @@ const PLAIN: [u16; 37] = [
     0xde83, // TPIDRRO_EL0
     CNTV_CTL_EL0,
     CNTV_CVAL_EL0,
-    0xc081, // ACTLR_EL1
-    0xc687, // SCXTNUM_EL1
-    0xde85, // TPIDR2_EL0
-    0xde87, // SCXTNUM_EL0
 ];
+
+/// The registers that are accessible since a later version.
+const LATER: [(u16, System); 8] = [
+    (0xc081, System::MacOs15),   // ACTLR_EL1
+    (0xc024, System::MacOs15_2), // ID_AA64ZFR0_EL1
+    (0xc025, System::MacOs15_2), // ID_AA64SMFR0_EL1
+    (0xc094, System::MacOs15_2), // SMPRI_EL1
+    (0xc096, System::MacOs15_2), // SMCR_EL1
+    (0xc687, System::MacOs15_2), // SCXTNUM_EL1
+    (0xde85, System::MacOs15_2), // TPIDR2_EL0
+    (0xde87, System::MacOs15_2), // SCXTNUM_EL0
+];
+
+/// The physical timer, of a machine with an interrupt controller: CNTP_TVAL_EL0, CNTP_CTL_EL0 and
+/// CNTP_CVAL_EL0.
+const PHYSICAL_TIMER: [u16; 3] = [0xdf10, 0xdf11, 0xdf12];
 
 /// The values of the registers that Unicorn does not have.
 #[derive(Debug)]
@@ -93,7 +106,14 @@ pub(crate) struct SystemRegisters(BTreeMap<u16, u64>);
 impl Default for SystemRegisters {
     fn default() -> Self {
         let plain = PLAIN.map(|register| (register, 0));
-        Self(IDENTIFICATION.into_iter().chain(plain).collect())
+        let later = LATER.map(|(register, _)| (register, 0));
+        Self(
+            IDENTIFICATION
+                .into_iter()
+                .chain(plain)
+                .chain(later)
+                .collect(),
+        )
     }
 }
 
@@ -153,13 +173,23 @@ impl State {
         register != CPACR_EL1
     }
 
+    /// Returns whether the framework accesses the register of this vCPU.
+    fn is_accessible(&self, register: u16) -> bool {
+        if PHYSICAL_TIMER.contains(&register) {
+            return gic::exists();
+        }
+        let mut later = LATER.iter();
+        let since = later.find(|(later, _)| *later == register);
+        self.system.has(register) && since.is_none_or(|(_, since)| *since <= systems::current())
+    }
+
     fn read(&self, engine: &Engine, register: u16) -> Result<u64, Code> {
         match register {
             CNTV_CTL_EL0 => Ok(self.timer_control()),
             _ if IN_ENGINE.contains(&register) => {
                 read_from_engine(engine, register).map_err(unexpected)
             }
-            _ if self.system.has(register) => Ok(self.system.get(register)),
+            _ if self.is_accessible(register) => Ok(self.system.get(register)),
             _ => Err(Code::BAD_ARGUMENT),
         }
     }
@@ -168,7 +198,7 @@ impl State {
         if IN_ENGINE.contains(&register) {
             return write_to_engine(engine, register, value).map_err(unexpected);
         }
-        if !self.system.has(register) {
+        if !self.is_accessible(register) {
             return Err(Code::BAD_ARGUMENT);
         }
         let value = match register {

@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, c_int, c_void};
 use std::mem::transmute_copy;
+use std::ops::Range;
 use std::ptr;
 use std::sync::OnceLock;
 
@@ -12,7 +13,7 @@ pub(crate) type RawEngine = *mut c_void;
 const ARCH_ARM64: c_int = 2;
 const CPU_MAX: c_int = 3;
 const CTL_CPU_MODEL: c_int = 7 | 1 << 26 | 1 << 30;
-const CTL_FLUSH_CODE: c_int = 10 | 1 << 30;
+const CTL_FORGET_CODE: c_int = 9 | 2 << 26 | 1 << 30;
 pub(crate) const READ_AND_FETCH: u32 = 0b101;
 
 pub(crate) mod hook {
@@ -244,10 +245,11 @@ impl Engine {
         check(unsafe { (functions().mem_unmap)(self.raw, start, size) })
     }
 
-    /// Forgets translated code.
-    pub(crate) fn flush_code(&self) -> Result<(), UnicornError> {
-        // SAFETY: the engine is not running. This control takes nothing.
-        check(unsafe { (functions().control)(self.raw, CTL_FLUSH_CODE) })
+    /// Forgets the translated code of a range that is mapped.
+    pub(crate) fn forget_code(&self, range: Range<u64>) -> Result<(), UnicornError> {
+        let (functions, kind) = (functions(), CTL_FORGET_CODE);
+        // SAFETY: the engine is not running. This control takes two addresses.
+        check(unsafe { (functions.control)(self.raw, kind, range.start, range.end) })
     }
 
     /// Runs the guest from `pc` on, until a callback stops it or it fails.

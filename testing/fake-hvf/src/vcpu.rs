@@ -13,6 +13,7 @@ use crate::calls::{Code, Outcome, answer_object, framework, give};
 use crate::emulation::Emulation;
 use crate::gic::{self, Registers};
 use crate::objects::{self, Object};
+use crate::sme::Sme;
 use crate::{control, vm};
 
 /// The number of vCPUs of a machine.
@@ -53,6 +54,8 @@ pub(crate) struct Shared {
     pub attention: AtomicBool,
     /// The vCPU emulates instructions.
     pub emulating: AtomicBool,
+    /// Translated code is to be forgotten.
+    pub stale_code: AtomicBool,
     /// A store is permitted, and may not be in memory yet.
     pub storing: AtomicBool,
     /// The version of the memory that is mapped into the engine.
@@ -74,6 +77,7 @@ pub(crate) struct Vcpu {
     pub shared: Arc<Shared>,
     /// The interrupt controller's registers of this CPU.
     pub cpu_interface: BTreeMap<u16, u64>,
+    pub sme: Sme,
     exit: Box<VcpuExit>,
     trap_debug_exceptions: bool,
     trap_debug_reg_accesses: bool,
@@ -139,6 +143,14 @@ pub(crate) fn follow(version: u64) {
     }
 }
 
+/// Makes each vCPU forget translated code.
+pub(crate) fn forget_code() {
+    for vcpu in each() {
+        vcpu.stale_code.store(true, Ordering::SeqCst);
+        vcpu.attention.store(true, Ordering::SeqCst);
+    }
+}
+
 /// Waits until each store that is permitted now is in memory.
 pub(crate) fn finish_stores() {
     for vcpu in each() {
@@ -179,6 +191,7 @@ fn create(id: *mut u64, exit: *mut *const VcpuExit, config: *mut c_void) -> Outc
         emulation: Emulation::new(Arc::clone(&shared)).map_err(|_| Code::ERROR)?,
         shared: Arc::clone(&shared),
         cpu_interface: gic::new_cpu_interface(),
+        sme: Sme::default(),
         exit: Box::default(),
         trap_debug_exceptions: false,
         trap_debug_reg_accesses: false,

@@ -42,6 +42,10 @@ unsafe fn of_callback<'a>(data: *mut c_void) -> &'a mut State {
 extern "C" fn on_instruction(raw: RawEngine, address: u64, _size: u32, data: *mut c_void) {
     // SAFETY: Unicorn passes the pointer of `add`, and runs one callback at a time.
     let state = unsafe { of_callback(data) };
+    if state.stop.is_some() {
+        // The instruction before has stopped the engine, which has not looked yet.
+        return Engine::of_callback(raw).stop();
+    }
     state.pc = address;
     if state.shared.storing.load(Ordering::Relaxed) {
         // The store of the previous instruction is in memory.
@@ -85,6 +89,10 @@ extern "C" fn on_invalid_memory(
 ) -> bool {
     // SAFETY: as in `on_instruction`.
     let state = unsafe { of_callback(data) };
+    if state.stop.is_some() {
+        // Unicorn goes on after the first refusal of an instruction that makes several accesses.
+        return false;
+    }
     let (permission, class) = match kind {
         access::WRITE_PROTECTED | access::WRITE_UNMAPPED => (WRITE, decode::DATA_ABORT),
         access::READ_UNMAPPED => (READ, decode::DATA_ABORT),
@@ -184,7 +192,8 @@ extern "C" fn on_sys(
     // SAFETY: as in `on_mrs`.
     let (state, instruction) = unsafe { (of_callback(data), (*instruction).encoding()) };
     if decode::invalidates_code(instruction) {
-        state.stop(&Engine::of_callback(raw), Stop::FlushCode);
+        let next = state.pc + 4;
+        state.stop(&Engine::of_callback(raw), Stop::ForgetCode { next });
     }
     0
 }
