@@ -66,7 +66,10 @@ impl FakeHvf {
         let _wrapper = wrapper::push(sh)?;
         let _env = [
             sh.push_env("CARGO_TARGET_DIR", &dir),
-            sh.push_env("CARGO_ENCODED_RUSTFLAGS", "--cfg\u{1f}hvf_fake"),
+            sh.push_env(
+                "CARGO_ENCODED_RUSTFLAGS",
+                "--cfg\u{1f}hvf_fake\u{1f}-Dwarnings",
+            ),
             // Nothing is debugged, and a clean build is faster without these.
             sh.push_env("CARGO_INCREMENTAL", "0"),
             sh.push_env("CARGO_PROFILE_DEV_DEBUG", "0"),
