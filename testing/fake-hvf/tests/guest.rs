@@ -8,7 +8,7 @@
 
 mod support;
 
-use std::sync::Barrier;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -130,30 +130,28 @@ fn no_store_lands_after_the_page_is_protected() {
     let ram = Ram::new();
     // add x0, x0, #1; str x0, [x1]; b .-8
     ram.write(RAM, &[0x9100_0400, 0xf900_0020, 0x17ff_fffe]);
-    let (runs, faulted, resumed) = (Barrier::new(2), Barrier::new(2), Barrier::new(2));
     thread::scope(|scope| {
-        scope.spawn(|| {
+        // A channel whose other end is gone ends a thread after a failure.
+        let (run, runs) = mpsc::channel();
+        let (faulted, faults) = mpsc::channel();
+        scope.spawn(move || {
             let vcpu = Vcpu::new();
             vcpu.set(X1, DATA);
-            for _ in 0..ROUNDS {
-                runs.wait();
-                assert_eq!(class(vcpu.run()), DATA_ABORT);
-                faulted.wait();
-                resumed.wait();
+            while runs.recv().is_ok() {
+                faulted.send(class(vcpu.run())).unwrap();
             }
         });
         for _ in 0..ROUNDS {
-            runs.wait();
             let before = ram.word(DATA);
+            run.send(()).unwrap();
             while ram.word(DATA) == before {
                 thread::yield_now();
             }
             ram.protect(DATA, PAGE, READ_AND_EXECUTE);
             let last = ram.word(DATA);
-            faulted.wait();
+            assert_eq!(faults.recv(), Ok(DATA_ABORT));
             assert_eq!(ram.word(DATA), last);
             ram.protect(DATA, PAGE, ALL);
-            resumed.wait();
         }
     });
 }
