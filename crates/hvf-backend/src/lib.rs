@@ -118,7 +118,8 @@
 //! an integer, which is passed in another register.
 //!
 //! # Limitations
-//! - **The macOS part is compiled for a Mac, but was never run on one.** The portable part has been
+//! - **The macOS part is compiled for a Mac, but was never run on one.** It runs on Linux over a
+//!   fake of the framework. The README lists what the fake does not do. The portable part has been
 //!   run: the tracker with real faults of other platforms; the demo's arm64 program, page table and
 //!   initial processor state in an emulator.
 //! - A process has one virtual machine at a time. This is a limit of the framework.

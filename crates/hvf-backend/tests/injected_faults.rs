@@ -31,7 +31,7 @@ const STORE: [u32; 2] = [0xf900_0020, 0xd400_0002];
 /// The code of an injected failure: one with which the framework refuses nothing here.
 const INJECTED: Code = Code::FAULT;
 
-/// Calls whose failures no caller can be told of: they end something.
+/// Calls whose failures are no error of a caller: they end something, in `drop`.
 const WITHOUT_ERROR: [&str; 3] = ["hv_vcpu_destroy", "hv_vm_destroy", "hv_vm_unmap"];
 
 /// Calls that return an object. Without it, `applevisor` passes null to the next call.
@@ -237,7 +237,7 @@ fn a_mac_without_hypervisor_is_an_error() {
 }
 
 #[test]
-fn codes_for_creating_a_machine_are_told_apart() {
+fn codes_for_creating_a_machine_are_distinguished() {
     let _turn = turn();
     let create = |code| {
         control::reset();

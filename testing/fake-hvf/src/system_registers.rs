@@ -219,7 +219,7 @@ impl State {
     }
 }
 
-/// The stack pointer in use is SP, whatever Unicorn has in the register.
+/// Returns whether the register is the stack pointer in use. Unicorn has its value in SP only.
 fn is_in_use(engine: &Engine, register: u16) -> Result<bool, UnicornError> {
     Ok(stack_pointer(engine.read(register::PSTATE)?) == register)
 }

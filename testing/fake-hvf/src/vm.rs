@@ -53,7 +53,7 @@ pub(crate) fn with<T>(function: impl FnOnce(&mut Machine) -> Result<T, Code>) ->
     function(lock().as_mut().ok_or(Code::NO_DEVICE)?)
 }
 
-/// Ends the machine, whatever uses it.
+/// Ends the machine, also if memory is mapped or a vCPU exists.
 pub(crate) fn clear() {
     *lock() = None;
 }
