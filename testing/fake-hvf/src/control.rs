@@ -12,9 +12,11 @@ use crate::{calls, memory, objects, vcpu, vm};
 /// does not matter.
 pub const NOT_ENTITLED: &str = "FAKE_HVF_NOT_ENTITLED";
 
-/// No reason, in [`EXIT_REASON`].
+/// No reason in [`EXIT_REASON`], no time in [`CLOCK`].
 const NONE: u64 = u64::MAX;
 
+/// The host's counter where it stands still. `NONE`: it runs.
+static CLOCK: AtomicU64 = AtomicU64::new(NONE);
 static EXIT_REASON: AtomicU64 = AtomicU64::new(NONE);
 static HAS_SME: AtomicBool = AtomicBool::new(true);
 static HAS_HYPERVISOR: AtomicBool = AtomicBool::new(true);
@@ -58,6 +60,11 @@ pub fn set_max_address_bits(bits: u32) {
     MAX_ADDRESS_BITS.store(bits, Relaxed);
 }
 
+/// Stops the host's counter at this number of ticks, as if the host had been restarted.
+pub fn stop_clock(ticks: u64) {
+    CLOCK.store(ticks, Relaxed);
+}
+
 /// Returns the memory that is mapped into the guest.
 #[must_use]
 pub fn mapped() -> Vec<Mapped> {
@@ -74,6 +81,12 @@ pub fn objects() -> usize {
 #[must_use]
 pub fn has_vcpu() -> bool {
     vcpu::exist()
+}
+
+/// Returns whether a vCPU waits for an interrupt inside `hv_vcpu_run`.
+#[must_use]
+pub fn has_waiting_vcpu() -> bool {
+    vcpu::waits()
 }
 
 /// Makes the next exit have this reason (`hv_exit_reason_t`).
@@ -96,12 +109,18 @@ pub fn reset() {
     set_max_address_bits(40);
     set_system(System::MacOs26);
     set_sme(true);
+    CLOCK.store(NONE, Relaxed);
     take_exit_reason();
 }
 
 /// Returns the reason that the next exit is to have, for once.
 pub(crate) fn take_exit_reason() -> Option<u32> {
     u32::try_from(EXIT_REASON.swap(NONE, Relaxed)).ok()
+}
+
+pub(crate) fn stopped_clock() -> Option<u64> {
+    let ticks = CLOCK.load(Relaxed);
+    (ticks != NONE).then_some(ticks)
 }
 
 pub(crate) fn is_entitled() -> bool {

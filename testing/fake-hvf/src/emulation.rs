@@ -6,9 +6,11 @@ mod decode;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::calls::Code;
+use crate::gic;
 use crate::interrupts::Lines;
 use crate::memory::{self, Mapped};
 use crate::system_registers::SystemRegisters;
@@ -209,6 +211,13 @@ impl Emulation {
             None => decode::idle(pc).ok_or_else(|| result.err().unwrap_or(UnicornError(0)))?,
         };
         match stop {
+            // With an interrupt controller, the framework waits.
+            Stop::Exit(exit, pc) if exit.is_wait_for_interrupt() && gic::exists() => {
+                state.shared.waiting.store(true, Ordering::SeqCst);
+                let interrupted = state.wait();
+                state.shared.waiting.store(false, Ordering::SeqCst);
+                engine.write(register::PC, if interrupted { pc + 4 } else { pc })?;
+            }
             Stop::Exit(exit, pc) => {
                 engine.write(register::PC, pc)?;
                 return Ok(Ok(Some(exit)));
@@ -227,6 +236,27 @@ impl Emulation {
             }
         }
         Ok(Ok(None))
+    }
+}
+
+impl State {
+    /// Returns the lines that are pending: those that the host has set, and the controller's.
+    pub(crate) fn lines(&self) -> Lines {
+        let irq = self.shared.interrupt.load(Ordering::Relaxed);
+        self.lines.with_irq(irq)
+    }
+
+    /// Waits for an interrupt. Returns false if something else is to be looked at first.
+    fn wait(&self) -> bool {
+        loop {
+            if self.lines().any() {
+                return true;
+            }
+            if self.shared.attention.load(Ordering::SeqCst) || self.timer_is_due() {
+                return false;
+            }
+            thread::sleep(Duration::from_micros(100));
+        }
     }
 }
 

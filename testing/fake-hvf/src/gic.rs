@@ -1,5 +1,6 @@
-//! The interrupt controller: its configuration, registers and state. It delivers no interrupt.
+//! The interrupt controller: its configuration, registers and state.
 
+mod delivery;
 mod state;
 
 use std::collections::BTreeMap;
@@ -9,10 +10,12 @@ use std::sync::PoisonError;
 use crate::calls::{Code, Outcome, answer_object, framework, give};
 use crate::objects::{self, Object};
 use crate::{memory, vcpu, vm};
+pub use delivery::{hv_gic_send_msi, hv_gic_set_spi};
 
 const DISTRIBUTOR_SIZE: u64 = 64 << 10;
 const REDISTRIBUTOR_SIZE: u64 = 128 << 10;
 const REDISTRIBUTORS_SIZE: u64 = 32 << 20;
+const MESSAGES_SIZE: u64 = 64 << 10;
 const ALIGNMENT: u64 = 64 << 10;
 
 /// Shared interrupts: the first one, and their number.
@@ -42,6 +45,9 @@ pub(crate) type Registers = BTreeMap<u32, u64>;
 pub(crate) struct Config {
     distributor: Option<u64>,
     redistributors: Option<u64>,
+    messages: Option<u64>,
+    /// The first number of messages, and their count.
+    message_numbers: Option<(u32, u32)>,
 }
 
 /// The controller of the machine.
@@ -49,6 +55,8 @@ pub(crate) struct Config {
 pub(crate) struct Gic {
     distributor: Registers,
     redistributors_start: u64,
+    /// The frame for messages, their first number, and their count.
+    messages: Option<(u64, u32, u32)>,
 }
 
 /// Returns the CPU interface's registers of a new vCPU.
@@ -93,10 +101,13 @@ fn create(settings: *mut c_void) -> Outcome {
         if machine.gic.is_some() || vcpu::exist() {
             return Err(Code::BUSY);
         }
-        let places = [
+        // Messages need both settings.
+        let messages = settings.messages.zip(settings.message_numbers);
+        let mut places = vec![
             (distributor, DISTRIBUTOR_SIZE),
             (redistributors, REDISTRIBUTORS_SIZE),
         ];
+        places.extend(messages.map(|(frame, _)| (frame, MESSAGES_SIZE)));
         let limit = 1_u64.checked_shl(machine.address_bits).unwrap_or(u64::MAX);
         let overlaps = |(start, size): (u64, u64), other: (u64, u64)| {
             start < other.0.saturating_add(other.1) && other.0 < start.saturating_add(size)
@@ -106,7 +117,8 @@ fn create(settings: *mut c_void) -> Outcome {
             mapped.any(|region| overlaps(place, (region.guest_start, region.size)))
         };
         let outside = |(start, size): (u64, u64)| start.saturating_add(size) > limit;
-        if overlaps(places[0], places[1])
+        let mut pairs = (0..places.len()).flat_map(|n| (0..n).map(move |m| (m, n)));
+        if pairs.any(|(m, n)| overlaps(places[m], places[n]))
             || places.into_iter().any(|at| outside(at) || in_memory(at))
         {
             return Err(Code::BAD_ARGUMENT);
@@ -114,6 +126,7 @@ fn create(settings: *mut c_void) -> Outcome {
         machine.gic = Some(Gic {
             distributor: Registers::new(),
             redistributors_start: redistributors,
+            messages: messages.map(|(frame, (first, count))| (frame, first, count)),
         });
         Ok(())
     })
@@ -132,21 +145,22 @@ fn redistributor<T>(id: u64, function: impl FnOnce(&mut Registers) -> T) -> Resu
 fn set_icc(id: u64, register: u16, value: u64) -> Outcome {
     with(|_| Ok(()))?;
     vcpu::own(id, |vcpu| {
-        let place = vcpu.cpu_interface.get_mut(&register);
-        *place.ok_or(Code::BAD_ARGUMENT)? = value;
+        let mut interface = vcpu.shared.cpu_interface();
+        *interface.get_mut(&register).ok_or(Code::BAD_ARGUMENT)? = value;
         Ok(())
-    })
+    })?;
+    delivery::update();
+    Ok(())
 }
 
 fn get_icc(id: u64, register: u16) -> Result<u64, Code> {
     with(|_| Ok(()))?;
     vcpu::own(id, |vcpu| match register {
         ICC_RPR_EL1 => Ok(0xff),
-        _ => vcpu
-            .cpu_interface
-            .get(&register)
-            .copied()
-            .ok_or(Code::BAD_ARGUMENT),
+        _ => {
+            let interface = vcpu.shared.cpu_interface();
+            interface.get(&register).copied().ok_or(Code::BAD_ARGUMENT)
+        }
     })
 }
 
@@ -184,6 +198,19 @@ framework! {
         config(settings, |config| config.redistributors = Some(base))
     }
 
+    fn hv_gic_config_set_msi_region_base(settings: *mut c_void, base: u64) {
+        let base = aligned(base)?;
+        config(settings, |config| config.messages = Some(base))
+    }
+
+    fn hv_gic_config_set_msi_interrupt_range(settings: *mut c_void, first: u32, count: u32) {
+        let end = first.checked_add(count).ok_or(Code::BAD_ARGUMENT)?;
+        if first < SHARED.0 || end > SHARED.0 + SHARED.1 {
+            return Err(Code::BAD_ARGUMENT);
+        }
+        config(settings, |config| config.message_numbers = Some((first, count)))
+    }
+
     fn hv_gic_create(config: *mut c_void) {
         create(config)
     }
@@ -196,18 +223,21 @@ framework! {
         for vcpu in vcpu::in_order() {
             vcpu.redistributor.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
+        delivery::update();
         Ok(())
     }
 
     fn hv_gic_get_distributor_reg(register: u32, value: *mut u64) {
-        give(value, with(|gic| Ok(gic.distributor.get(&register).copied()))?.unwrap_or_default())
+        give(value, with(|gic| Ok(delivery::read(&gic.distributor, register)))?)
     }
 
     fn hv_gic_set_distributor_reg(register: u32, value: u64) {
         with(|gic| {
-            gic.distributor.insert(register, value);
+            delivery::write(&mut gic.distributor, register, value);
             Ok(())
-        })
+        })?;
+        delivery::update();
+        Ok(())
     }
 
     fn hv_gic_get_redistributor_base(id: u64, base: *mut u64) {
@@ -218,12 +248,11 @@ framework! {
     }
 
     fn hv_gic_get_redistributor_reg(id: u64, register: u32, value: *mut u64) {
-        let found = redistributor(id, |registers| registers.get(&register).copied())?;
-        give(value, found.unwrap_or_default())
+        give(value, redistributor(id, |registers| delivery::read(registers, register))?)
     }
 
     fn hv_gic_set_redistributor_reg(id: u64, register: u32, value: u64) {
-        redistributor(id, |registers| registers.insert(register, value)).map(drop)
+        redistributor(id, |registers| delivery::write(registers, register, value))
     }
 
     fn hv_gic_get_icc_reg(id: u64, register: u16, value: *mut u64) {
@@ -253,7 +282,9 @@ framework! {
             return Err(Code::BAD_ARGUMENT);
         }
         // SAFETY: the caller passes `size` bytes.
-        state::restore(unsafe { std::slice::from_raw_parts(data.cast(), size) })
+        state::restore(unsafe { std::slice::from_raw_parts(data.cast(), size) })?;
+        delivery::update();
+        Ok(())
     }
 
     fn hv_gic_get_distributor_size(size: *mut usize) {
@@ -273,6 +304,14 @@ framework! {
     }
 
     fn hv_gic_get_redistributor_base_alignment(alignment: *mut usize) {
+        give(alignment, ALIGNMENT as usize)
+    }
+
+    fn hv_gic_get_msi_region_size(size: *mut usize) {
+        give(size, MESSAGES_SIZE as usize)
+    }
+
+    fn hv_gic_get_msi_region_base_alignment(alignment: *mut usize) {
         give(alignment, ALIGNMENT as usize)
     }
 

@@ -39,6 +39,12 @@ impl Lines {
         (self.irq && pstate & MASKED_IRQ == 0).then_some(false)
     }
 
+    /// Returns these lines, with an IRQ if `irq`.
+    pub(crate) fn with_irq(mut self, irq: bool) -> Self {
+        self.irq |= irq;
+        self
+    }
+
     fn line(&mut self, kind: u32) -> Result<&mut bool, Code> {
         match kind {
             IRQ => Ok(&mut self.irq),

@@ -17,8 +17,9 @@
 //! - **Caches, memory attributes and the order of memory accesses are those of the host.** Only
 //!   translated code is cached: code that the host replaces is stale until `ic ivau`.
 //! - **Atomic instructions of several vCPUs are not atomic to each other.**
-//! - **The interrupt controller is storage.** Its registers and its state are kept, checked and
-//!   restored. It delivers no interrupt, and its registers are not in the guest's memory.
+//! - **The guest does not reach the interrupt controller**: not by memory, and not by instructions.
+//!   The host sets its registers. Shared interrupts are signalled to the vCPU of their route, and
+//!   no guest acknowledges one. There are no private interrupts, and timers signal none.
 //! - **Syndromes have no instruction-specific part** (ISV is 0). The framework sets it for most
 //!   loads and stores.
 //! - Exceptions that the guest takes are interrupts, `svc`, `brk` and undefined instructions.
@@ -56,14 +57,16 @@ mod vm;
 
 pub use calls::Code;
 pub use gic::{
-    hv_gic_config_create, hv_gic_config_set_distributor_base, hv_gic_config_set_redistributor_base,
-    hv_gic_create, hv_gic_get_distributor_base_alignment, hv_gic_get_distributor_reg,
-    hv_gic_get_distributor_size, hv_gic_get_icc_reg, hv_gic_get_redistributor_base,
-    hv_gic_get_redistributor_base_alignment, hv_gic_get_redistributor_reg,
-    hv_gic_get_redistributor_region_size, hv_gic_get_redistributor_size,
-    hv_gic_get_spi_interrupt_range, hv_gic_reset, hv_gic_set_distributor_reg, hv_gic_set_icc_reg,
-    hv_gic_set_redistributor_reg, hv_gic_set_state, hv_gic_state_create, hv_gic_state_get_data,
-    hv_gic_state_get_size,
+    hv_gic_config_create, hv_gic_config_set_distributor_base,
+    hv_gic_config_set_msi_interrupt_range, hv_gic_config_set_msi_region_base,
+    hv_gic_config_set_redistributor_base, hv_gic_create, hv_gic_get_distributor_base_alignment,
+    hv_gic_get_distributor_reg, hv_gic_get_distributor_size, hv_gic_get_icc_reg,
+    hv_gic_get_msi_region_base_alignment, hv_gic_get_msi_region_size,
+    hv_gic_get_redistributor_base, hv_gic_get_redistributor_base_alignment,
+    hv_gic_get_redistributor_reg, hv_gic_get_redistributor_region_size,
+    hv_gic_get_redistributor_size, hv_gic_get_spi_interrupt_range, hv_gic_reset, hv_gic_send_msi,
+    hv_gic_set_distributor_reg, hv_gic_set_icc_reg, hv_gic_set_redistributor_reg, hv_gic_set_spi,
+    hv_gic_set_state, hv_gic_state_create, hv_gic_state_get_data, hv_gic_state_get_size,
 };
 pub use interrupts::{hv_vcpu_get_pending_interrupt, hv_vcpu_set_pending_interrupt};
 pub use macos::{

@@ -23,6 +23,9 @@ pub unsafe extern "C" fn os_release(object: *mut c_void) {
 /// Returns the host's counter.
 #[unsafe(no_mangle)]
 pub extern "C" fn mach_absolute_time() -> u64 {
+    if let Some(ticks) = control::stopped_clock() {
+        return ticks;
+    }
     let mut now = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,

@@ -97,7 +97,9 @@ const LATER: [(u16, System); 8] = [
 
 /// The physical timer, of a machine with an interrupt controller: CNTP_TVAL_EL0, CNTP_CTL_EL0 and
 /// CNTP_CVAL_EL0.
-const PHYSICAL_TIMER: [u16; 3] = [0xdf10, 0xdf11, 0xdf12];
+const PHYSICAL_TIMER: [u16; 3] = [0xdf10, CNTP_CTL_EL0, CNTP_CVAL_EL0];
+pub(crate) const CNTP_CTL_EL0: u16 = 0xdf11;
+pub(crate) const CNTP_CVAL_EL0: u16 = 0xdf12;
 
 /// The values of the registers that Unicorn does not have.
 #[derive(Debug)]
@@ -186,6 +188,7 @@ impl State {
     fn read(&self, engine: &Engine, register: u16) -> Result<u64, Code> {
         match register {
             CNTV_CTL_EL0 => Ok(self.timer_control()),
+            CNTP_CTL_EL0 if self.is_accessible(register) => Ok(self.physical_timer_control()),
             _ if IN_ENGINE.contains(&register) => {
                 read_from_engine(engine, register).map_err(unexpected)
             }

@@ -73,12 +73,15 @@ const FUNCTIONS: &[Function] = functions! {
         hv_vm_config_get_max_ipa_size hv_vm_config_set_ipa_size;
     MacOs15:
         hv_gic_config_create hv_gic_config_set_distributor_base
+        hv_gic_config_set_msi_interrupt_range hv_gic_config_set_msi_region_base
         hv_gic_config_set_redistributor_base hv_gic_create hv_gic_get_distributor_base_alignment
         hv_gic_get_distributor_reg hv_gic_get_distributor_size hv_gic_get_icc_reg
+        hv_gic_get_msi_region_base_alignment hv_gic_get_msi_region_size
         hv_gic_get_redistributor_base hv_gic_get_redistributor_base_alignment
         hv_gic_get_redistributor_reg hv_gic_get_redistributor_region_size
         hv_gic_get_redistributor_size hv_gic_get_spi_interrupt_range hv_gic_reset
-        hv_gic_set_distributor_reg hv_gic_set_icc_reg hv_gic_set_redistributor_reg
+        hv_gic_send_msi hv_gic_set_distributor_reg hv_gic_set_icc_reg
+        hv_gic_set_redistributor_reg hv_gic_set_spi
         hv_gic_set_state hv_gic_state_create hv_gic_state_get_data hv_gic_state_get_size
         hv_vm_config_get_el2_enabled hv_vm_config_get_el2_supported hv_vm_config_set_el2_enabled;
     MacOs15_2:
@@ -119,6 +122,7 @@ mod tests {
     fn each_exported_function_has_a_version() {
         let sources = [
             include_str!("gic.rs"),
+            include_str!("gic/delivery.rs"),
             include_str!("interrupts.rs"),
             include_str!("memory.rs"),
             include_str!("registers.rs"),

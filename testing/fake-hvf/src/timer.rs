@@ -3,7 +3,7 @@
 use crate::calls::{framework, give};
 use crate::emulation::State;
 use crate::macos::mach_absolute_time;
-use crate::system_registers::{CNTV_CTL_EL0, CNTV_CVAL_EL0};
+use crate::system_registers::{CNTP_CTL_EL0, CNTP_CVAL_EL0, CNTV_CTL_EL0, CNTV_CVAL_EL0};
 use crate::vcpu;
 
 /// The frequency of the counter in Hz.
@@ -22,6 +22,16 @@ pub(crate) struct VirtualTimer {
     masked: bool,
 }
 
+fn with_status(control: u64, met: bool) -> u64 {
+    let control = control & (ENABLE | MASK);
+    let status = if control & ENABLE != 0 && met {
+        STATUS
+    } else {
+        0
+    };
+    control | status
+}
+
 impl State {
     /// Returns the guest's virtual counter.
     pub(crate) fn counter(&self) -> u64 {
@@ -30,14 +40,14 @@ impl State {
 
     /// Returns CNTV_CTL_EL0 with its status.
     pub(crate) fn timer_control(&self) -> u64 {
-        let control = self.system.get(CNTV_CTL_EL0) & (ENABLE | MASK);
         let met = self.counter() >= self.system.get(CNTV_CVAL_EL0);
-        control
-            | if control & ENABLE != 0 && met {
-                STATUS
-            } else {
-                0
-            }
+        with_status(self.system.get(CNTV_CTL_EL0), met)
+    }
+
+    /// Returns CNTP_CTL_EL0 with its status. The physical counter is the host's.
+    pub(crate) fn physical_timer_control(&self) -> u64 {
+        let met = mach_absolute_time() >= self.system.get(CNTP_CVAL_EL0);
+        with_status(self.system.get(CNTP_CTL_EL0), met)
     }
 
     pub(crate) fn timer_is_due(&self) -> bool {

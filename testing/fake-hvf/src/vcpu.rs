@@ -52,6 +52,12 @@ pub(crate) struct Shared {
     pub canceled: AtomicBool,
     /// The vCPU looks at the other fields before its next instruction.
     pub attention: AtomicBool,
+    /// The vCPU is in `hv_vcpu_run`.
+    pub running: AtomicBool,
+    /// The interrupt controller signals an interrupt.
+    pub interrupt: AtomicBool,
+    /// The guest waits for an interrupt.
+    pub waiting: AtomicBool,
     /// The vCPU emulates instructions.
     pub emulating: AtomicBool,
     /// Translated code is to be forgotten.
@@ -66,8 +72,17 @@ pub(crate) struct Shared {
     pub affinity: AtomicU64,
     /// The registers of the vCPU's redistributor.
     pub redistributor: Mutex<Registers>,
+    /// The interrupt controller's registers of this CPU.
+    pub cpu_interface: Mutex<BTreeMap<u16, u64>>,
     /// The thread of the vCPU has ended without destroying it.
     orphaned: AtomicBool,
+}
+
+impl Shared {
+    pub(crate) fn cpu_interface(&self) -> MutexGuard<'_, BTreeMap<u16, u64>> {
+        let interface = self.cpu_interface.lock();
+        interface.unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A vCPU, for its own thread.
@@ -75,8 +90,6 @@ pub(crate) struct Vcpu {
     pub id: u64,
     pub emulation: Emulation,
     pub shared: Arc<Shared>,
-    /// The interrupt controller's registers of this CPU.
-    pub cpu_interface: BTreeMap<u16, u64>,
     pub sme: Sme,
     exit: Box<VcpuExit>,
     trap_debug_exceptions: bool,
@@ -108,6 +121,13 @@ pub(crate) fn in_order() -> Vec<Arc<Shared>> {
 /// Returns whether a vCPU exists. One whose thread ended without destroying it does.
 pub(crate) fn exist() -> bool {
     !each().is_empty()
+}
+
+/// Returns whether a guest waits for an interrupt.
+pub(crate) fn waits() -> bool {
+    each()
+        .iter()
+        .any(|vcpu| vcpu.waiting.load(Ordering::SeqCst))
 }
 
 /// Forgets the vCPUs, whose threads have ended.
@@ -175,6 +195,7 @@ fn create(id: *mut u64, exit: *mut *const VcpuExit, config: *mut c_void) -> Outc
     let shared = Arc::new(Shared {
         serial: SERIAL.fetch_add(1, Ordering::SeqCst),
         affinity: AtomicU64::new(1 << 31),
+        cpu_interface: Mutex::new(gic::new_cpu_interface()),
         ..Shared::default()
     });
     let mut all = all();
@@ -190,7 +211,6 @@ fn create(id: *mut u64, exit: *mut *const VcpuExit, config: *mut c_void) -> Outc
         id: number as u64,
         emulation: Emulation::new(Arc::clone(&shared)).map_err(|_| Code::ERROR)?,
         shared: Arc::clone(&shared),
-        cpu_interface: gic::new_cpu_interface(),
         sme: Sme::default(),
         exit: Box::default(),
         trap_debug_exceptions: false,
@@ -221,7 +241,10 @@ fn run(vcpu: &mut Vcpu) -> Outcome {
         machine.has_run = true;
         Ok(())
     })?;
-    let exit = vcpu.emulation.run()?;
+    vcpu.shared.running.store(true, Ordering::SeqCst);
+    let exit = vcpu.emulation.run();
+    vcpu.shared.running.store(false, Ordering::SeqCst);
+    let exit = exit?;
     let (reason, exception) = match exit {
         Exit::Canceled => (0, ExitException::default()),
         Exit::Exception(exception) => (1, exception),

@@ -65,11 +65,12 @@ extern "C" fn on_instruction(raw: RawEngine, address: u64, _size: u32, data: *mu
         0 => TIMER_INTERVAL,
         more => more - 1,
     };
+    let lines = state.lines();
     if state.shared.attention.load(Ordering::Relaxed) {
         state.stop(&engine, Stop::Attention);
-    } else if state.lines.any() {
+    } else if lines.any() {
         let pstate = engine.read(register::PSTATE).unwrap_or(u64::MAX);
-        if let Some(fiq) = state.lines.taken(pstate) {
+        if let Some(fiq) = lines.taken(pstate) {
             state.stop(&engine, Stop::Interrupt { fiq });
         }
     }

@@ -96,6 +96,14 @@ pub(super) fn idle(pc: u64) -> Option<Stop> {
     }
 }
 
+impl Exit {
+    /// Returns whether the guest has executed `wfi`.
+    pub(super) fn is_wait_for_interrupt(&self) -> bool {
+        matches!(self, Self::Exception(exception)
+            if exception.syndrome >> 26 == WAIT && exception.syndrome & 1 == 0)
+    }
+}
+
 /// Returns the number of the general register of the instruction of system registers at `pc`.
 pub(super) fn register_operand(pc: u64) -> u32 {
     instruction(pc) & 0x1f

@@ -19,10 +19,7 @@ pub(super) fn capture() -> Result<Vec<u8>, Code> {
         Ok(())
     })?;
     let vcpus = vcpu::in_order();
-    if vcpus
-        .iter()
-        .any(|vcpu| vcpu.emulating.load(Ordering::SeqCst))
-    {
+    if vcpus.iter().any(|vcpu| vcpu.running.load(Ordering::SeqCst)) {
         return Err(Code::BUSY);
     }
     words.push(vcpus.len() as u64);
