@@ -175,9 +175,11 @@ pub use macos::{
     any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake),
     feature = "macos-15"
 ))]
-pub use macos::{GicError, GicPlace};
+pub use macos::{
+    GicError, GicPlace, GicSizes, MsiRegion, RestoreVcpuError, VcpuTurn, VcpuTurnsError,
+};
 pub use ram::GuestRam;
-pub use state::{Encoding, GicState, SystemRegister, VcpuState, VirtualTimer};
+pub use state::{Encoding, GicState, PhysicalTimer, SystemRegister, VcpuState, VirtualTimer};
 pub use syndrome::Access;
 pub use tracker::{
     ExitAction, RunGuard, Stage2CheckpointError, Stage2FaultError, Stage2Tracker,

@@ -9,12 +9,16 @@ mod gic_cpu;
 #[path = "macos/no_gic_cpu.rs"]
 mod gic_cpu;
 #[cfg(feature = "macos-15")]
+mod gic_interrupts;
+#[cfg(feature = "macos-15")]
 mod gic_place;
 mod registers;
 mod stage2;
 mod sys;
 mod vcpu;
 mod vcpu_state;
+#[cfg(feature = "macos-15")]
+mod vcpu_turns;
 mod vm;
 
 /// A general register, PC, PSTATE, FPCR or FPSR.
@@ -25,8 +29,10 @@ pub use errors::{CaptureError, HvError, RestoreError};
 #[cfg(feature = "macos-15")]
 pub use gic::GicError;
 #[cfg(feature = "macos-15")]
-pub use gic_place::GicPlace;
+pub use gic_place::{GicPlace, GicSizes, MsiRegion};
 pub use stage2::{MapError, ProtectError, Stage2};
 pub use vcpu::{Canceller, Vcpu};
 pub use vcpu_state::Restored;
+#[cfg(feature = "macos-15")]
+pub use vcpu_turns::{RestoreVcpuError, VcpuTurn, VcpuTurnsError};
 pub use vm::{CreateVmError, PAGE_SIZE, Vm, VmOptions, has_hypervisor};

@@ -1,9 +1,13 @@
 //! The state of a vCPU and of an interrupt controller, as data.
 
+mod physical_timer;
+
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+pub use physical_timer::PhysicalTimer;
 
 /// The state of one vCPU, with which a new vCPU resumes the guest.
 ///
@@ -54,6 +58,14 @@ pub struct VcpuState {
     pub trap_debug_exceptions: bool,
     /// Whether the guest's accesses to its debug registers exit to the VMM.
     pub trap_debug_reg_accesses: bool,
+    /// The number of vCPUs that the machine had created before this one. None if the machine has no
+    /// interrupt controller of the framework.
+    ///
+    /// The interrupt controller has its redistributors in this order, so the state is only restored
+    /// into a vCPU with the same number.
+    pub creation_index: Option<u32>,
+    /// The physical timer. None if the machine has no interrupt controller of the framework.
+    pub physical_timer: Option<PhysicalTimer>,
 }
 
 /// A system register and its value.
@@ -194,6 +206,11 @@ mod tests {
             pending_fiq: false,
             trap_debug_exceptions: true,
             trap_debug_reg_accesses: false,
+            creation_index: Some(3),
+            physical_timer: Some(PhysicalTimer {
+                control: 1,
+                fires_in: -5,
+            }),
         }
     }
 

@@ -47,15 +47,24 @@ fn turn() -> MutexGuard<'static, ()> {
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+#[cfg(feature = "macos-15")]
+const MSIS: hvf_backend::MsiRegion = hvf_backend::MsiRegion {
+    address: 0x900_0000,
+    first_intid: 64,
+    count: 8,
+};
+
 fn options() -> VmOptions {
     let options = Vm::options();
     #[cfg(feature = "macos-13")]
     let options = options.address_bits(40);
     #[cfg(feature = "macos-15")]
-    let options = options.gic(hvf_backend::GicPlace {
-        distributor: 0x800_0000,
-        redistributors: 0x1000_0000,
-    });
+    let options = options
+        .gic(hvf_backend::GicPlace {
+            distributor: 0x800_0000,
+            redistributors: 0x1000_0000,
+        })
+        .gic_msis(MSIS);
     #[cfg(feature = "macos-26")]
     let options = options.small_pages(true);
     options
@@ -64,6 +73,8 @@ fn options() -> VmOptions {
 /// Saves and restores a guest with RAM on both sides of a gap: every call that the crate makes.
 fn save_and_restore() -> Done {
     let layout = RamLayout::new([(LOW, 4 * PAGE_SIZE), (HIGH, 2 * PAGE_SIZE)])?;
+    #[cfg(feature = "macos-15")]
+    let _ = Vm::gic_sizes()?;
     let vm = options().create()?;
     let ram = Arc::new(GuestRam::new(layout)?);
     ram.write(LOW, &el1::page_table())?;
@@ -92,6 +103,12 @@ fn save_and_restore() -> Done {
     }
     tracker.checkpoint()?.release()?;
     let state = VcpuState::capture(&vcpu)?;
+    #[cfg(feature = "macos-15")]
+    {
+        vm.set_spi(40, true)?;
+        vm.send_msi(MSIS.doorbell(), MSIS.first_intid)?;
+        vm.reset_gic()?;
+    }
     #[cfg(feature = "macos-15")]
     let gic = vm.capture_gic()?;
     vcpu.canceller().cancel()?;

@@ -122,6 +122,19 @@ pub enum RestoreError {
         /// Whether the captured machine had an interrupt controller.
         captured: bool,
     },
+    /// The machine has an interrupt controller, and this vCPU was created in another order than the
+    /// captured one.
+    #[error(
+        "the state is of vCPU {captured} in the order of creation, but this vCPU is number {found}, \
+         which has the redistributor of another vCPU: create the vCPUs in the order of \
+         `creation_index` (`Vm::restore_vcpus`)"
+    )]
+    CreationOrder {
+        /// The number of the captured vCPU.
+        captured: u32,
+        /// The number of the vCPU into which the state was to be restored.
+        found: u32,
+    },
     /// The framework refused.
     #[error("failed to restore the state of a vCPU: {0}")]
     Refused(#[from] HvError),

@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use super::errors::HvError;
-use super::vm::{Instance, Vm};
+use super::vm::Vm;
 use crate::state::GicState;
 
 impl Vm {
@@ -14,9 +14,7 @@ impl Vm {
     /// # Errors
     /// Returns [`GicError`] if the machine has no interrupt controller or the framework refuses.
     pub fn capture_gic(&self) -> Result<GicState, GicError> {
-        let Instance::Gic(instance) = &self.instance else {
-            return Err(GicError::NoGic);
-        };
+        let instance = self.with_gic()?;
         let mut state = instance
             .gic_state_create()
             .map_err(HvError::in_call("hv_gic_state_create"))?;
@@ -32,15 +30,16 @@ impl Vm {
 
     /// Restores the state of the interrupt controller.
     ///
-    /// Call this after all vCPUs are created, before any has run, and before their own states are
-    /// restored.
+    /// [`restore_vcpus`](Vm::restore_vcpus) calls this at the right time. Otherwise, call it after
+    /// all vCPUs are created in the order of
+    /// [`creation_index`](crate::VcpuState::creation_index) and have their captured MPIDR_EL1,
+    /// before any has run, and before their own states are restored. The framework assigns the
+    /// redistributors in the order of creation, and interrupts by the affinity in MPIDR_EL1.
     ///
     /// # Errors
     /// Returns [`GicError`]. The machine is then unusable.
     pub fn restore_gic(&self, state: &GicState) -> Result<(), GicError> {
-        let Instance::Gic(instance) = &self.instance else {
-            return Err(GicError::NoGic);
-        };
+        let instance = self.with_gic()?;
         // `applevisor` offers `hv_gic_set_state` only as a method of a captured state.
         let own = instance
             .gic_state_create()
@@ -67,6 +66,15 @@ pub enum GicError {
          use the version of macOS that captured the state: {0}"
     )]
     NotTaken(#[source] HvError),
+    /// The framework refused an interrupt.
+    #[error(
+        "failed to signal an interrupt: use a number of `Vm::gic_sizes().spis`, for a line one \
+         outside the region for messages (`VmOptions::gic_msis`), for a message one inside: {0}"
+    )]
+    Interrupt(#[source] HvError),
+    /// The framework refused to reset the interrupt controller.
+    #[error("failed to reset the interrupt controller: stop every vCPU first: {0}")]
+    Reset(#[source] HvError),
     /// Another call of the framework failed.
     #[error("failed to read the state of the interrupt controller: stop every vCPU first: {0}")]
     Refused(#[source] HvError),
@@ -76,6 +84,8 @@ impl From<HvError> for GicError {
     fn from(error: HvError) -> Self {
         match error.call {
             "hv_gic_set_state" => Self::NotTaken(error),
+            "hv_gic_set_spi" | "hv_gic_send_msi" => Self::Interrupt(error),
+            "hv_gic_reset" => Self::Reset(error),
             _ => Self::Refused(error),
         }
     }

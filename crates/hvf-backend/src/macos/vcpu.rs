@@ -51,6 +51,8 @@ struct RawExit {
 #[must_use = "the vCPU is destroyed when this is dropped"]
 pub struct Vcpu {
     pub(crate) id: hv_vcpu_t,
+    /// The number of vCPUs that the machine had created before.
+    pub(crate) creation_index: u32,
     /// The framework's exit structure.
     exit: NonNull<RawExit>,
     /// The number of the vCPU while it exists.
@@ -72,6 +74,8 @@ impl Vm {
     /// Returns [`HvError`] if the framework has no more vCPUs (`HV_NO_RESOURCES`), or if this
     /// thread already has one (`HV_BUSY`).
     pub fn create_vcpu(&self) -> Result<Vcpu, HvError> {
+        // Held during the call, so that the numbers have the order of the calls.
+        let mut created = self.vcpus_created();
         let (mut id, mut exit) = (0, ptr::null());
         // SAFETY: the VM exists. Both addresses are of variables of the types that the framework
         // writes. A null configuration is the default.
@@ -80,8 +84,11 @@ impl Vm {
         let Some(exit) = NonNull::new(exit.cast_mut()) else {
             unreachable!("hv_vcpu_create succeeded without an exit structure");
         };
+        let creation_index = *created;
+        *created += 1;
         Ok(Vcpu {
             id,
+            creation_index,
             exit: exit.cast(),
             live_id: Arc::new(Mutex::new(Some(id))),
             _not_send: PhantomData,
@@ -129,6 +136,12 @@ impl Vcpu {
     #[must_use]
     pub fn id(&self) -> u64 {
         self.id
+    }
+
+    /// Returns the number of vCPUs that the machine had created before this one.
+    #[must_use]
+    pub fn creation_index(&self) -> u32 {
+        self.creation_index
     }
 
     /// Returns the virtual machine.

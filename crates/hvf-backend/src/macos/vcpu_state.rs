@@ -84,6 +84,8 @@ impl VcpuState {
             });
         }
         state.gic_cpu = gic_cpu::capture(vcpu)?;
+        state.physical_timer = gic_cpu::capture_timer(vcpu)?;
+        state.creation_index = gic_cpu::creation_index(vcpu);
         let offset = get(vcpu, "hv_vcpu_get_vtimer_offset", hv_vcpu_get_vtimer_offset)?;
         state.vtimer = VirtualTimer {
             counter: sys::host_counter().wrapping_sub(offset),
@@ -116,6 +118,7 @@ impl VcpuState {
     /// Returns [`RestoreError`], which names the register. The vCPU is then unusable: restore into
     /// a new one.
     pub fn restore(&self, vcpu: &Vcpu, vtimer_offset: u64) -> Result<Restored, RestoreError> {
+        gic_cpu::check(vcpu, self)?;
         set(
             vcpu,
             "hv_vcpu_set_vtimer_offset",
@@ -123,7 +126,7 @@ impl VcpuState {
             vtimer_offset,
         )?;
         let differing = self.restore_system(vcpu)?;
-        gic_cpu::restore(vcpu, &self.gic_cpu)?;
+        gic_cpu::restore(vcpu, self)?;
         let others = [
             (hv_reg_t::PC, self.pc),
             (hv_reg_t::CPSR, self.cpsr),

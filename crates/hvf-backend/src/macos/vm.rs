@@ -1,6 +1,7 @@
 //! The virtual machine of this process.
 
 use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use applevisor::vm::{GicDisabled, VirtualMachine, VirtualMachineInstance};
 use applevisor_sys::hv_error_t;
@@ -8,7 +9,7 @@ use thiserror::Error;
 
 use super::errors::HvError;
 #[cfg(feature = "macos-15")]
-use super::gic_place::GicPlace;
+use super::gic_place::{GicPlace, MsiRegion};
 use super::sys;
 
 /// The default page size of stage 2 in bytes. It is also the page size of the host.
@@ -33,6 +34,8 @@ pub struct Vm {
     #[cfg_attr(not(feature = "macos-15"), expect(dead_code))]
     pub(crate) instance: Instance,
     granule: u64,
+    /// The number of vCPUs that were created.
+    vcpus_created: Arc<Mutex<u32>>,
 }
 
 #[derive(Clone, Debug)]
@@ -53,6 +56,8 @@ pub struct VmOptions {
     address_bits: Option<u32>,
     #[cfg(feature = "macos-15")]
     gic: Option<GicPlace>,
+    #[cfg(feature = "macos-15")]
+    msis: Option<MsiRegion>,
     #[cfg(feature = "macos-26")]
     small_pages: bool,
 }
@@ -81,6 +86,12 @@ impl Vm {
     pub fn granule(&self) -> u64 {
         self.granule
     }
+
+    /// Locks the number of vCPUs that were created. A panic can't leave it inconsistent.
+    pub(crate) fn vcpus_created(&self) -> MutexGuard<'_, u32> {
+        let created = self.vcpus_created.lock();
+        created.unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl VmOptions {
@@ -97,6 +108,14 @@ impl VmOptions {
     #[cfg(feature = "macos-15")]
     pub fn gic(mut self, place: GicPlace) -> Self {
         self.gic = Some(place);
+        self
+    }
+
+    /// Adds a region for message-signaled interrupts to the interrupt controller (macOS 15). Without
+    /// [`gic`](Self::gic), it has no effect.
+    #[cfg(feature = "macos-15")]
+    pub fn gic_msis(mut self, region: MsiRegion) -> Self {
+        self.msis = Some(region);
         self
     }
 
@@ -117,7 +136,11 @@ impl VmOptions {
             return Err(CreateVmError::NoHypervisor);
         }
         let (instance, granule) = self.instance()?;
-        Ok(Vm { instance, granule })
+        Ok(Vm {
+            instance,
+            granule,
+            vcpus_created: Arc::default(),
+        })
     }
 
     #[cfg(not(feature = "macos-13"))]
@@ -143,7 +166,7 @@ impl VmOptions {
         }
         #[cfg(feature = "macos-15")]
         if let Some(place) = self.gic {
-            let gic = place.config()?;
+            let gic = place.config(self.msis)?;
             let instance = VirtualMachine::with_gic(config, gic);
             let instance = instance.map_err(HvError::in_call("hv_vm_create or hv_gic_create"))?;
             return Ok((Instance::Gic(instance), granule));
