@@ -30,6 +30,7 @@ fn types_of_the_framework_are_send_and_sync() {
     shared::<crate::Stage2>();
     shared::<crate::Stage2Tracker<crate::Stage2>>();
     shared::<crate::Vm>();
+    shared::<crate::Paused>();
     #[cfg(feature = "macos-15")]
     shared::<crate::VcpuTurn>();
 }

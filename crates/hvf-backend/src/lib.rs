@@ -87,6 +87,12 @@
 //!   [`PageReader`](page_reader::PageReader) that provides host addresses.
 //! - **Save and restore vCPUs**: [`VcpuState`], captured and restored on the thread of the vCPU,
 //!   and [`GicState`] for the framework's interrupt controller. Both are serde types.
+//! - **Pause several vCPUs**: [`Vm::pause`] makes all of them leave the guest, and waits until each
+//!   thread has captured the state of its vCPU and parks.
+//! - **Restore several vCPUs**: [`Vm::restore_vcpus`] gives each thread its turn, in the order that
+//!   the interrupt controller needs.
+//! - **Signal interrupts of devices**: [`Vm::set_spi`] and [`Vm::send_msi`], at the addresses of
+//!   [`GicPlace`] and [`MsiRegion`] ([`Vm::gic_sizes`]).
 //! - **Run a program without firmware or kernel**: [`el1`].
 //!
 //! # Entitlement
@@ -107,7 +113,13 @@
 //! - **End**: independent of the order of drops, `hv_vm_unmap` precedes `munmap`, and
 //!   `hv_vcpu_destroy` and `hv_vm_unmap` precede `hv_vm_destroy`.
 //! - **State**: `hv_vcpu_get_*` and `hv_vcpu_set_*`, where each register is read back after it was
-//!   written; `hv_gic_state_*` and `hv_gic_set_state`.
+//!   written; `hv_gic_state_*` and `hv_gic_set_state`. The state of the interrupt controller has no
+//!   CPU interface, so those registers are part of each vCPU's state.
+//! - **Order of a restore with an interrupt controller**: `hv_vcpu_create` of all vCPUs in the
+//!   captured order, each with its MPIDR_EL1, then `hv_gic_set_state`, then each vCPU's state, then
+//!   the first `hv_vcpu_run`.
+//! - **Timers**: the virtual counter continues from its captured value. The physical timer compares
+//!   with the host's counter (`mach_absolute_time`), so the time until it fires is captured.
 //!
 //! No Rust reference covers guest memory. It is accessed word by word with atomic operations, or by
 //! address by the kernel.
@@ -168,8 +180,8 @@ pub use page_reader;
 pub use exit::{Exception, Exit};
 #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 pub use macos::{
-    Canceller, CaptureError, CreateVmError, HvError, MapError, PAGE_SIZE, ProtectError, Register,
-    RestoreError, Restored, Stage2, SysReg, Vcpu, Vm, VmOptions, has_hypervisor,
+    Canceller, CaptureError, CreateVmError, HvError, MapError, PAGE_SIZE, Paused, ProtectError,
+    Register, RestoreError, Restored, Stage2, SysReg, Vcpu, Vm, VmOptions, has_hypervisor,
 };
 #[cfg(all(
     any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake),

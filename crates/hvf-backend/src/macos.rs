@@ -12,6 +12,7 @@ mod gic_cpu;
 mod gic_interrupts;
 #[cfg(feature = "macos-15")]
 mod gic_place;
+mod pause;
 mod registers;
 mod stage2;
 mod sys;
@@ -30,6 +31,7 @@ pub use errors::{CaptureError, HvError, RestoreError};
 pub use gic::GicError;
 #[cfg(feature = "macos-15")]
 pub use gic_place::{GicPlace, GicSizes, MsiRegion};
+pub use pause::Paused;
 pub use stage2::{MapError, ProtectError, Stage2};
 pub use vcpu::{Canceller, Vcpu};
 pub use vcpu_state::Restored;

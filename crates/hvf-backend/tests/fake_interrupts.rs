@@ -8,7 +8,7 @@
     reason = "the framework's functions, with variables of the test"
 )]
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use fake_hvf::{Code, control};
@@ -288,4 +288,97 @@ fn refused_physical_timer_is_an_error() {
     let named = matches!(&error, RestoreError::Register { register, .. }
         if register == "CNTP_CVAL_EL0");
     assert!(named, "{error:?}");
+}
+
+/// Runs a vCPU as a VMM does, until the last of three pauses: it captures the state in each.
+fn run_until_the_last_pause(vcpu: &mut Vcpu, states: &Mutex<Vec<VcpuState>>) {
+    for _ in 0..PAUSES {
+        while !vcpu.is_pausing() {
+            assert_eq!(vcpu.run().unwrap(), Exit::Canceled);
+        }
+        // It does not enter the guest.
+        assert_eq!(vcpu.run().unwrap(), Exit::Canceled);
+        states
+            .lock()
+            .unwrap()
+            .push(VcpuState::capture(vcpu).unwrap());
+        vcpu.park();
+    }
+}
+
+const PAUSES: usize = 3;
+const THREADS: usize = 4;
+
+#[test]
+fn pause_waits_until_all_vcpus_are_parked() {
+    let _turn = turn();
+    let (stage2, own) = waiting();
+    let vm = stage2.vm();
+    let states = Mutex::new(Vec::new());
+    let created = Barrier::new(THREADS + 1);
+    thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                let mut vcpu = vm.create_vcpu().unwrap();
+                vcpu.set_register(Register::PC, RAM).unwrap();
+                vcpu.set_register(Register::CPSR, UNMASKED).unwrap();
+                created.wait();
+                run_until_the_last_pause(&mut vcpu, &states);
+            });
+        }
+        created.wait();
+        for pause in 1..=PAUSES {
+            // In the first pause, some wait for an interrupt inside the framework.
+            while pause == 1 && !control::has_waiting_vcpu() {
+                thread::yield_now();
+            }
+            let paused = vm.pause().unwrap();
+            assert_eq!(states.lock().unwrap().len(), pause * THREADS);
+            assert!(!control::has_waiting_vcpu());
+            // No vCPU runs, so the framework gives its state.
+            let _ = vm.capture_gic().unwrap();
+            // A second pause in the first has nothing to wait for, and does not end it.
+            drop(vm.pause().unwrap());
+            assert!(own.is_pausing());
+            assert_eq!(states.lock().unwrap().len(), pause * THREADS);
+            drop(paused);
+        }
+    });
+    // Of vCPUs that no longer exist, there is nothing to wait for.
+    drop(vm.pause().unwrap());
+}
+
+#[test]
+fn paused_vcpu_does_not_enter_the_guest() {
+    let _turn = turn();
+    let (stage2, mut vcpu) = waiting();
+    // The vCPU is of this thread.
+    let paused = stage2.vm().pause().unwrap();
+    vcpu.set_register(Register::PC, CALL).unwrap();
+    assert_eq!(vcpu.run().unwrap(), Exit::Canceled);
+    assert_eq!(vcpu.register(Register::PC).unwrap(), CALL);
+    drop(paused);
+    assert!(!takes_irq(&mut vcpu));
+}
+
+#[test]
+fn pause_that_is_refused_ends() {
+    let _turn = turn();
+    let (stage2, _own) = waiting();
+    let vm = stage2.vm();
+    let (created, checked) = (Barrier::new(2), Barrier::new(2));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut vcpu = vm.create_vcpu().unwrap();
+            created.wait();
+            checked.wait();
+            assert!(!vcpu.is_pausing());
+            vcpu.park(); // returns at once
+        });
+        created.wait();
+        control::fail("hv_vcpus_exit", 1, Code::FAULT);
+        let error = vm.pause().unwrap_err();
+        assert_eq!(error.call, "hv_vcpus_exit");
+        checked.wait();
+    });
 }

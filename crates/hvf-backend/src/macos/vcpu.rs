@@ -75,7 +75,7 @@ impl Vm {
     /// thread already has one (`HV_BUSY`).
     pub fn create_vcpu(&self) -> Result<Vcpu, HvError> {
         // Held during the call, so that the numbers have the order of the calls.
-        let mut created = self.vcpus_created();
+        let mut vcpus = self.vcpus.lock();
         let (mut id, mut exit) = (0, ptr::null());
         // SAFETY: the VM exists. Both addresses are of variables of the types that the framework
         // writes. A null configuration is the default.
@@ -84,8 +84,7 @@ impl Vm {
         let Some(exit) = NonNull::new(exit.cast_mut()) else {
             unreachable!("hv_vcpu_create succeeded without an exit structure");
         };
-        let creation_index = *created;
-        *created += 1;
+        let creation_index = vcpus.add(id);
         Ok(Vcpu {
             id,
             creation_index,
@@ -102,9 +101,19 @@ impl Vcpu {
     ///
     /// After a handled write fault, run the vCPU again. The guest then repeats the instruction.
     ///
+    /// While the vCPUs are [paused](Vm::pause), this returns [`Exit::Canceled`] without running the
+    /// guest.
+    ///
+    /// With the framework's interrupt controller, a guest that executes WFI waits inside this call,
+    /// until an interrupt is signalled to it or another thread [cancels](Canceller::cancel) the call.
+    /// Without one, WFI is an exit.
+    ///
     /// # Errors
     /// Returns the [`HvError`] of the call.
     pub fn run(&mut self) -> Result<Exit, HvError> {
+        if self.is_pausing() {
+            return Ok(Exit::Canceled);
+        }
         // SAFETY: the vCPU exists and belongs to this thread, because `Vcpu` is not Send. The guest
         // can only write its RAM, which no reference covers.
         let code = unsafe { hv_vcpu_run(self.id) };
@@ -196,8 +205,13 @@ impl Vcpu {
 impl Canceller {
     /// Makes the vCPU leave its guest with [`Exit::Canceled`].
     ///
-    /// If the vCPU is not running, its next run exits at once. If it no longer exists, this has no
-    /// effect.
+    /// A vCPU that waits for an interrupt inside [`Vcpu::run`] leaves too. Its program counter is at
+    /// or after the WFI, and either continues correctly.
+    ///
+    /// If the vCPU is not running, its next run exits at once. Requests are not counted: several are
+    /// answered by one exit. A vCPU may also leave for another reason, and answer in its next run, so
+    /// [`Exit::Canceled`] can come when nothing is left to do. If the vCPU no longer exists, this has
+    /// no effect. [`Vm::pause`] cancels all vCPUs of a machine.
     ///
     /// # Errors
     /// Returns the [`HvError`] of the call.
@@ -215,6 +229,7 @@ impl Canceller {
 impl Drop for Vcpu {
     fn drop(&mut self) {
         *lock(&self.live_id) = None;
+        self.vm.vcpus.remove(self.id);
         // SAFETY: the vCPU exists, belongs to this thread and is not running. If the call fails,
         // the machine continues to exist, and creating the next machine returns an error.
         let _ = unsafe { hv_vcpu_destroy(self.id) };

@@ -125,7 +125,7 @@ impl Vm {
     /// Checks that the vCPUs can be created in the captured order, and that each has an affinity of
     /// its own.
     fn check_order(&self, states: &[VcpuState]) -> Result<(), VcpuTurnsError> {
-        let created = *self.vcpus_created();
+        let created = self.vcpus.lock().created;
         if created > 0 {
             return Err(VcpuTurnsError::VcpusExist { created });
         }

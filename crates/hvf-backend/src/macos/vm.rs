@@ -1,7 +1,7 @@
 //! The virtual machine of this process.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use applevisor::vm::{GicDisabled, VirtualMachine, VirtualMachineInstance};
 use applevisor_sys::hv_error_t;
@@ -10,6 +10,7 @@ use thiserror::Error;
 use super::errors::HvError;
 #[cfg(feature = "macos-15")]
 use super::gic_place::{GicPlace, MsiRegion};
+use super::pause::VcpuSet;
 use super::sys;
 
 /// The default page size of stage 2 in bytes. It is also the page size of the host.
@@ -34,8 +35,7 @@ pub struct Vm {
     #[cfg_attr(not(feature = "macos-15"), expect(dead_code))]
     pub(crate) instance: Instance,
     granule: u64,
-    /// The number of vCPUs that were created.
-    vcpus_created: Arc<Mutex<u32>>,
+    pub(crate) vcpus: Arc<VcpuSet>,
 }
 
 #[derive(Clone, Debug)]
@@ -86,12 +86,6 @@ impl Vm {
     pub fn granule(&self) -> u64 {
         self.granule
     }
-
-    /// Locks the number of vCPUs that were created. A panic can't leave it inconsistent.
-    pub(crate) fn vcpus_created(&self) -> MutexGuard<'_, u32> {
-        let created = self.vcpus_created.lock();
-        created.unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl VmOptions {
@@ -139,7 +133,7 @@ impl VmOptions {
         Ok(Vm {
             instance,
             granule,
-            vcpus_created: Arc::default(),
+            vcpus: Arc::default(),
         })
     }
 
