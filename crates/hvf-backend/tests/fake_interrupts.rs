@@ -45,7 +45,7 @@ const HVC: u32 = 0xd400_0002 | 2 << 5;
 const UNMASKED: u64 = 0x345;
 const HVC_AT_IRQ: u32 = 0xd400_0002 | 0x280 << 5;
 
-/// Creates a machine whose guest waits for interrupts for ever, and its vCPU.
+/// Creates a machine whose guest only waits for interrupts, and its vCPU.
 fn waiting() -> (Stage2, Vcpu) {
     let vm = Vm::options().gic(PLACE).gic_msis(MSIS).create().unwrap();
     let ram = Arc::new(GuestRam::new(RamLayout::single(RAM, 1 << 20).unwrap()).unwrap());

@@ -125,8 +125,8 @@ pub enum RestoreError {
     /// The machine has an interrupt controller, and this vCPU was created in another order than the
     /// captured one.
     #[error(
-        "the state is of vCPU {captured} in the order of creation, but this vCPU is number {found}, \
-         which has the redistributor of another vCPU: create the vCPUs in the order of \
+        "the state is of vCPU {captured} in the order of creation, but this vCPU is number \
+         {found}, which has the redistributor of another vCPU: create the vCPUs in the order of \
          `creation_index` (`Vm::restore_vcpus`)"
     )]
     CreationOrder {

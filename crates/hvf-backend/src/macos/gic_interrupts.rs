@@ -9,12 +9,12 @@ use super::vm::{Instance, Vm};
 impl Vm {
     /// Sets the level of the line of a shared interrupt. Any thread may call this.
     ///
-    /// `intid` is the number in the interrupt controller, from 32 on. An interrupt that is triggered
-    /// by edges becomes pending at each call with `true`.
+    /// `intid` is the number in the interrupt controller, from 32 on. An interrupt that is
+    /// triggered by edges becomes pending at each call with `true`.
     ///
-    /// A pending interrupt is part of the [captured state](Vm::capture_gic). After a restore, set the
-    /// level of each level-triggered line again: Apple does not document whether the state has the
-    /// levels, and a level that is set twice is the same level.
+    /// A pending interrupt is part of the [captured state](Vm::capture_gic). After a restore, set
+    /// the level of each level-triggered line again: Apple does not document whether the state has
+    /// the levels, and a level that is set twice is the same level.
     ///
     /// # Errors
     /// Returns [`GicError`] if the machine has no interrupt controller, or if `intid` is not in

@@ -45,8 +45,8 @@ struct Member {
     parked: bool,
 }
 
-/// A pause, returned by [`Vm::pause`]: until the value is dropped, no vCPU is in the guest, and none
-/// enters.
+/// A pause, returned by [`Vm::pause`]: until the value is dropped, no vCPU is in the guest, and
+/// none enters.
 #[derive(Debug)]
 #[must_use = "the vCPUs continue when this is dropped"]
 pub struct Paused(Vm);
@@ -89,7 +89,10 @@ impl Vm {
     ///     }
     /// }
     ///
-    /// fn save(vm: &Vm, tracker: &Stage2Tracker<Stage2>) -> Result<(), Box<dyn std::error::Error>> {
+    /// fn save(
+    ///     vm: &Vm,
+    ///     tracker: &Stage2Tracker<Stage2>,
+    /// ) -> Result<(), Box<dyn std::error::Error>> {
     ///     let paused = vm.pause()?; // the states of all vCPUs are sent
     ///     let epoch = tracker.checkpoint()?;
     ///     // ... capture the interrupt controller, write the pages of `epoch.bitmap()` ...
@@ -128,8 +131,8 @@ fn request_exits(ids: &[hv_vcpu_t]) -> Result<(), HvError> {
 }
 
 impl Vcpu {
-    /// Returns whether another thread [pauses](Vm::pause) the vCPUs. [`run`](Self::run) then returns
-    /// [`Exit::Canceled`](crate::Exit::Canceled) at once.
+    /// Returns whether another thread [pauses](Vm::pause) the vCPUs. [`run`](Self::run) then
+    /// returns [`Exit::Canceled`](crate::Exit::Canceled) at once.
     #[must_use]
     pub fn is_pausing(&self) -> bool {
         self.vm.vcpus.is_pausing()

@@ -105,8 +105,8 @@ impl Vcpu {
     /// guest.
     ///
     /// With the framework's interrupt controller, a guest that executes WFI waits inside this call,
-    /// until an interrupt is signalled to it or another thread [cancels](Canceller::cancel) the call.
-    /// Without one, WFI is an exit.
+    /// until an interrupt is signalled to it or another thread [cancels](Canceller::cancel) the
+    /// call. Without one, WFI is an exit.
     ///
     /// # Errors
     /// Returns the [`HvError`] of the call.
@@ -205,13 +205,13 @@ impl Vcpu {
 impl Canceller {
     /// Makes the vCPU leave its guest with [`Exit::Canceled`].
     ///
-    /// A vCPU that waits for an interrupt inside [`Vcpu::run`] leaves too. Its program counter is at
-    /// or after the WFI, and either continues correctly.
+    /// A vCPU that waits for an interrupt inside [`Vcpu::run`] leaves too. Its program counter is
+    /// at or after the WFI, and either continues correctly.
     ///
-    /// If the vCPU is not running, its next run exits at once. Requests are not counted: several are
-    /// answered by one exit. A vCPU may also leave for another reason, and answer in its next run, so
-    /// [`Exit::Canceled`] can come when nothing is left to do. If the vCPU no longer exists, this has
-    /// no effect. [`Vm::pause`] cancels all vCPUs of a machine.
+    /// If the vCPU is not running, its next run exits at once. Requests are not counted: several
+    /// are answered by one exit. A vCPU may also leave for another reason, and answer in its next
+    /// run, so [`Exit::Canceled`] can come when nothing is left to do. If the vCPU no longer
+    /// exists, this has no effect. [`Vm::pause`] cancels all vCPUs of a machine.
     ///
     /// # Errors
     /// Returns the [`HvError`] of the call.

@@ -56,8 +56,8 @@ impl Vm {
     /// Begins to restore all vCPUs of a machine, and its interrupt controller. Returns a turn for
     /// each vCPU, in the order in which they were created.
     ///
-    /// Each vCPU belongs to its own thread, which calls [`VcpuTurn::restore`]. The threads may do so
-    /// in any order. The calls wait for each other, and these steps follow:
+    /// Each vCPU belongs to its own thread, which calls [`VcpuTurn::restore`]. The threads may do
+    /// so in any order. The calls wait for each other, and these steps follow:
     /// 1. The vCPUs are created one at a time, in the order of
     ///    [`creation_index`](VcpuState::creation_index), and each gets its affinity (MPIDR_EL1).
     /// 2. The state of the interrupt controller is restored, once.
@@ -155,10 +155,11 @@ impl VcpuTurn {
         &self.restore.states[self.number]
     }
 
-    /// Creates the vCPU and restores its state, on this thread. Waits until all vCPUs of the machine
-    /// are restored.
+    /// Creates the vCPU and restores its state, on this thread. Waits until all vCPUs of the
+    /// machine are restored.
     ///
-    /// Each turn needs a thread of its own: a call waits until the other turns are taken or dropped.
+    /// Each turn needs a thread of its own: a call waits until the other turns are taken or
+    /// dropped.
     ///
     /// # Errors
     /// Returns [`RestoreVcpuError`] if this or any other vCPU can't be restored. No vCPU has run,
@@ -281,7 +282,7 @@ pub enum VcpuTurnsError {
         /// The number that was found.
         found: Option<u32>,
     },
-    /// Two vCPUs have the same affinity, which tells the interrupt controller one from the other.
+    /// Two vCPUs have the same affinity, by which the interrupt controller identifies them.
     #[error(
         "vCPUs {first} and {second} have the same affinity: set MPIDR_EL1 of each vCPU before the \
          guest first runs"

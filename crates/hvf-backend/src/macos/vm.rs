@@ -105,8 +105,8 @@ impl VmOptions {
         self
     }
 
-    /// Adds a region for message-signaled interrupts to the interrupt controller (macOS 15). Without
-    /// [`gic`](Self::gic), it has no effect.
+    /// Adds a region for message-signaled interrupts to the interrupt controller (macOS 15).
+    /// Without [`gic`](Self::gic), it has no effect.
     #[cfg(feature = "macos-15")]
     pub fn gic_msis(mut self, region: MsiRegion) -> Self {
         self.msis = Some(region);
