@@ -54,17 +54,17 @@ impl Start {
             (0xc082, 0b11 << 20),      // CPACR_EL1.FPEN: no trap of vector registers
             (0xc080, sctlr),           // SCTLR_EL1
         ];
-        let mut state = VcpuState::default();
-        state.system = registers
-            .map(|(register, value)| SystemRegister {
-                register: Encoding(register),
-                value,
-            })
-            .to_vec();
-        state.pc = self.entry;
-        // EL1 with SP_EL1; D, A, I and F masked.
-        state.cpsr = 0b1111 << 6 | 0b0101;
-        state
+        let system = registers.map(|(register, value)| SystemRegister {
+            register: Encoding(register),
+            value,
+        });
+        VcpuState {
+            system: system.to_vec(),
+            pc: self.entry,
+            // EL1 with SP_EL1; D, A, I and F masked.
+            cpsr: 0b1111 << 6 | 0b0101,
+            ..VcpuState::default()
+        }
     }
 }
 

@@ -113,13 +113,20 @@
 //! - **End**: independent of the order of drops, `hv_vm_unmap` precedes `munmap`, and
 //!   `hv_vcpu_destroy` and `hv_vm_unmap` precede `hv_vm_destroy`.
 //! - **State**: `hv_vcpu_get_*` and `hv_vcpu_set_*`, where each register is read back after it was
-//!   written; `hv_gic_state_*` and `hv_gic_set_state`. The state of the interrupt controller has no
-//!   CPU interface, so those registers are part of each vCPU's state.
+//!   written; `hv_gic_state_*` and `hv_gic_set_state`. A file has the names of system registers.
+//!   The state of the interrupt controller has no CPU interface, so those registers are part of
+//!   each vCPU's state.
 //! - **Order of a restore with an interrupt controller**: `hv_vcpu_create` of all vCPUs in the
 //!   captured order, each with its MPIDR_EL1, then `hv_gic_set_state`, then each vCPU's state, then
 //!   the first `hv_vcpu_run`.
 //! - **Timers**: the virtual counter continues from its captured value. The physical timer compares
 //!   with the host's counter (`mach_absolute_time`), so the time until it fires is captured.
+//! - **SME** of an M4 or later: first the modes (`hv_vcpu_set_sme_state`), which reset other
+//!   registers, then Q0 to Q31, then Z, P, ZA and ZT0, then FPSR. Guests see SME only if the
+//!   machine was created with `Vm::options().sme(true)`.
+//! - **Address bits**: a new vCPU reports no more in ID_AA64MMFR0_EL1 than its machine has.
+//! - **Forks**: guest RAM is not inherited (`minherit`), because a copy-on-write page would be
+//!   replaced at the host's next write, and the guest keeps the old one.
 //!
 //! No Rust reference covers guest memory. It is accessed word by word with atomic operations, or by
 //! address by the kernel.
@@ -127,7 +134,27 @@
 //! Some calls use the declarations of `applevisor-sys` instead of the methods of `applevisor`. That
 //! crate passes permissions as the numbers of its enum variants, protects only whole allocations,
 //! and reads the reason of an exit as a Rust enum. On stable Rust it declares a vector argument as
-//! an integer, which is passed in another register.
+//! an integer, which is passed in another register. Its IRQ and FIQ are interchanged. Each number
+//! that this crate takes from it is compared at compile time with that of Apple's headers.
+//!
+//! # Versions of macOS
+//! The functions that are newer than macOS 12 are looked up when they are called (`dlsym`). A
+//! program that imported them would not start on older systems. Where one is missing, the error
+//! [`UnsupportedFunction`] names it and the first macOS that has it. The macOS is that of
+//! `API_AVAILABLE` in the headers of `Hypervisor.framework`:
+//!
+//! | for | functions | since | header |
+//! |---|---|---|---|
+//! | address bits | `hv_vm_config_*_ipa_size` | 13.0 | `hv_vm_config.h` |
+//! | interrupt controller | `hv_gic_*` | 15.0 | `hv_gic.h`, `hv_gic_config.h`, `hv_gic_state.h` |
+//! | ACTLR_EL1 | `hv_sys_reg_t` | 15.0 | `hv_vcpu_types.h` |
+//! | SME | `hv_vcpu_*_sme_*`, `hv_sme_config_*` | 15.2 | `hv_vcpu.h`, `hv_sme_config.h` |
+//! | SMCR_EL1, TPIDR2_EL0, SCXTNUM_* | `hv_sys_reg_t` | 15.2 | `hv_vcpu_types.h` |
+//! | pages of 4 KiB | `hv_vm_config_set_ipa_granule` | 26.0 | `hv_vm_config.h` |
+//!
+//! A register that the system or the CPU does not have is not captured. With the feature
+//! `macos-15`, a program imports `hv_gic_get_icc_reg` and `hv_gic_set_icc_reg`, and requires macOS
+//! 15 to start.
 //!
 //! # Limitations
 //! - **The macOS part is compiled for a Mac, but was never run on one.** It runs on Linux over a
@@ -137,18 +164,16 @@
 //! - A process has one virtual machine at a time. This is a limit of the framework.
 //! - The VMM saves the state of its devices. It must call
 //!   [`GuestRam::mark`](guest_ram::GuestRam::mark) for every write of a device to guest memory.
-//! - Some state is not captured: SME (a guest that has switched it on is [an
-//!   error](CaptureError::Sme)), exception level 2 of a guest with nested virtualization, and the
-//!   registers that need macOS 15.2 (SCXTNUM, TPIDR2).
-//! - The guest's instruction caches are not invalidated after host writes. Load code before the
-//!   guest first runs at that address.
+//! - The state of exception level 2 of a guest with nested virtualization is not captured. Before
+//!   macOS 15.2, a guest that has switched SME on is [an error](CaptureError::Sme).
+//! - The guest's instruction caches are not invalidated after host writes. After code was replaced
+//!   that the guest may have executed, call [`Stage2::invalidate_instructions`].
 //!
 //! # Features
-//! Each feature requires that version of macOS when the program starts, and includes the features
-//! before it.
+//! Each feature adds options, which require that version of macOS, and includes the features before
+//! it.
 //! - `macos-13`: guest-physical addresses of more than 36 bits.
-//! - `macos-15`: the framework's interrupt controller and its state, and the memory model of
-//!   translated x86 programs.
+//! - `macos-15`: the framework's interrupt controller and its state.
 //! - `macos-26`: stage 2 in pages of 4 KiB.
 
 // On other systems, the text above names items that do not exist.
@@ -168,6 +193,7 @@ mod exit;
 #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 mod macos;
 mod ram;
+mod register_names;
 mod state;
 mod syndrome;
 mod tracker;
@@ -181,7 +207,8 @@ pub use exit::{Exception, Exit};
 #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 pub use macos::{
     Canceller, CaptureError, CreateVmError, HvError, MapError, PAGE_SIZE, Paused, ProtectError,
-    Register, RestoreError, Restored, Stage2, SysReg, Vcpu, Vm, VmOptions, has_hypervisor,
+    Register, RestoreError, Restored, Stage2, SysReg, UnsupportedFunction, Vcpu, Vm, VmOptions,
+    has_hypervisor,
 };
 #[cfg(all(
     any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake),
@@ -191,7 +218,10 @@ pub use macos::{
     GicError, GicPlace, GicSizes, MsiRegion, RestoreVcpuError, VcpuTurn, VcpuTurnsError,
 };
 pub use ram::GuestRam;
-pub use state::{Encoding, GicState, PhysicalTimer, SystemRegister, VcpuState, VirtualTimer};
+pub use state::{
+    Encoding, GicState, PhysicalTimer, SmeState, StreamingRegisters, SystemRegister, UnknownName,
+    VcpuState, VirtualTimer, ZaRegisters,
+};
 pub use syndrome::Access;
 pub use tracker::{
     ExitAction, RunGuard, Stage2CheckpointError, Stage2FaultError, Stage2Tracker,

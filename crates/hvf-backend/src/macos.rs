@@ -12,8 +12,13 @@ mod gic_cpu;
 mod gic_interrupts;
 #[cfg(feature = "macos-15")]
 mod gic_place;
+mod identification;
+mod machine;
+mod newer;
+mod numbers;
 mod pause;
 mod registers;
+mod sme;
 mod stage2;
 mod sys;
 mod vcpu;
@@ -31,6 +36,7 @@ pub use errors::{CaptureError, HvError, RestoreError};
 pub use gic::GicError;
 #[cfg(feature = "macos-15")]
 pub use gic_place::{GicPlace, GicSizes, MsiRegion};
+pub use newer::UnsupportedFunction;
 pub use pause::Paused;
 pub use stage2::{MapError, ProtectError, Stage2};
 pub use vcpu::{Canceller, Vcpu};

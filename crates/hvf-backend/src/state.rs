@@ -1,11 +1,14 @@
 //! The state of a vCPU and of an interrupt controller, as data.
 
 mod physical_timer;
+mod stored;
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+use crate::register_names;
 
 pub use physical_timer::PhysicalTimer;
 
@@ -13,7 +16,8 @@ pub use physical_timer::PhysicalTimer;
 ///
 /// The state is captured from a vCPU that is not running, and restored into a vCPU that has never
 /// run. It can be serialized in any serde format, on any machine. The first field is the number of
-/// the format, so state of another format is an error instead of being misread.
+/// the format, so state of another format is an error instead of being misread. System registers
+/// are serialized by their names.
 ///
 /// # Examples
 /// ```
@@ -26,10 +30,10 @@ pub use physical_timer::PhysicalTimer;
 /// # Ok::<(), postcard::Error>(())
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "stored::VcpuState", into = "stored::VcpuState")]
 #[non_exhaustive]
 #[must_use = "the state is lost unless it is saved"]
 pub struct VcpuState {
-    format: FormatVersion<1>,
     /// X0 to X30.
     pub x: [u64; 31],
     /// The program counter.
@@ -66,6 +70,40 @@ pub struct VcpuState {
     pub creation_index: Option<u32>,
     /// The physical timer. None if the machine has no interrupt controller of the framework.
     pub physical_timer: Option<PhysicalTimer>,
+    /// The state of the scalable matrix extension. None if the vCPU does not have it, or if the
+    /// guest uses neither streaming mode nor ZA.
+    pub sme: Option<SmeState>,
+    /// The system registers of a file whose names this version of the crate does not know. They
+    /// are kept when the state is serialized again.
+    pub(crate) unknown: Vec<UnknownRegister>,
+}
+
+/// The state of the scalable matrix extension (SME) of one vCPU (macOS 15.2).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct SmeState {
+    /// The registers of streaming mode, if the vCPU is in it (PSTATE.SM).
+    pub streaming: Option<StreamingRegisters>,
+    /// The registers ZA and ZT0, if they are in use (PSTATE.ZA).
+    pub za: Option<ZaRegisters>,
+}
+
+/// The registers of streaming mode.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamingRegisters {
+    /// Z0 to Z31, each of the longest vector length of the CPU.
+    pub z: Vec<Vec<u8>>,
+    /// P0 to P15, each of an eighth of that length.
+    pub p: Vec<Vec<u8>>,
+}
+
+/// The registers ZA and ZT0.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ZaRegisters {
+    /// ZA, of the square of the longest vector length.
+    pub za: Vec<u8>,
+    /// ZT0, 64 bytes.
+    pub zt0: Vec<u8>,
 }
 
 /// A system register and its value.
@@ -77,31 +115,89 @@ pub struct SystemRegister {
     pub value: u64,
 }
 
+/// A system register that this version of the crate does not know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct UnknownRegister {
+    pub(crate) name: String,
+    value: u64,
+}
+
 /// The encoding of a system register, as in an `MRS` instruction and in `hv_sys_reg_t`.
 ///
-/// It consists of op0, op1, CRn, CRm and op2, with op0 in the highest bits, from bit 14 on.
+/// It consists of op0, op1, CRn, CRm and op2, with op0 in the highest bits, from bit 14 on. It is
+/// displayed and serialized as the name of the register in the Arm ARM, or in the syntax of
+/// assemblers if this crate does not know the name.
 ///
 /// # Examples
 /// ```
-/// let sctlr_el1 = hvf_backend::Encoding(0xc080);
-/// assert_eq!(sctlr_el1.to_string(), "S3_0_C1_C0_0"); // the syntax of assemblers
+/// use hvf_backend::Encoding;
+///
+/// assert_eq!(Encoding(0xc080).to_string(), "SCTLR_EL1");
+/// assert_eq!(Encoding(0xffff).to_string(), "S3_7_C15_C15_7");
+/// assert_eq!(Encoding::from_name("TPIDR_EL1"), Some(Encoding(0xc684)));
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Encoding(pub u16);
+
+impl Encoding {
+    /// Returns the encoding of the register with this name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        let known = register_names::encoding(name).map(Self);
+        known.or_else(|| Self::from_fields(name))
+    }
+
+    /// Reads the syntax of assemblers.
+    fn from_fields(name: &str) -> Option<Self> {
+        let (op0, rest) = name.strip_prefix('S')?.split_once('_')?;
+        let (op1, rest) = rest.split_once("_C")?;
+        let (crn, rest) = rest.split_once("_C")?;
+        let (crm, op2) = rest.split_once('_')?;
+        let fields = [(op0, 14), (op1, 11), (crn, 7), (crm, 3), (op2, 0)];
+        let mut encoding = 0;
+        for (field, from) in fields {
+            encoding |= field.parse::<u16>().ok()?.checked_shl(from)?;
+        }
+        // A field that is too large or written in another way has another text.
+        let encoding = Self(encoding);
+        (encoding.fields() == name).then_some(encoding)
+    }
+
+    fn fields(self) -> String {
+        let field = |from: u32, bits: u32| self.0 >> from & ((1 << bits) - 1);
+        let (op0, op1, crn) = (field(14, 2), field(11, 3), field(7, 4));
+        format!("S{op0}_{op1}_C{crn}_C{}_{}", field(3, 4), field(0, 3))
+    }
+}
 
 impl fmt::Display for Encoding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let field = |from: u32, bits: u32| self.0 >> from & ((1 << bits) - 1);
-        let (op0, op1, crn, crm, op2) = (
-            field(14, 2),
-            field(11, 3),
-            field(7, 4),
-            field(3, 4),
-            field(0, 3),
-        );
-        write!(f, "S{op0}_{op1}_C{crn}_C{crm}_{op2}")
+        match register_names::name(self.0) {
+            Some(name) => f.write_str(name),
+            None => f.write_str(&self.fields()),
+        }
     }
 }
+
+impl From<Encoding> for String {
+    fn from(encoding: Encoding) -> Self {
+        encoding.to_string()
+    }
+}
+
+impl TryFrom<String> for Encoding {
+    type Error = UnknownName;
+
+    fn try_from(name: String) -> Result<Self, UnknownName> {
+        Self::from_name(&name).ok_or(UnknownName(name))
+    }
+}
+
+/// An error for a name of a system register that this version of the crate does not know.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("the name of the system register {0:?} is unknown to this version of hvf-backend")]
+pub struct UnknownName(String);
 
 /// The state of a virtual timer that is not in a register of the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -184,20 +280,23 @@ mod tests {
             n += 1;
             n
         };
-        let register = |value: u64| SystemRegister {
-            register: Encoding(0xc080),
+        let register = |encoding, value: u64| SystemRegister {
+            register: Encoding(encoding),
             value,
         };
         VcpuState {
-            format: FormatVersion,
             x: std::array::from_fn(|_| next()),
             pc: next(),
             cpsr: next(),
             fpcr: next(),
             fpsr: next(),
             q: std::array::from_fn(|_| u128::from(next()) << 64 | u128::from(next())),
-            system: vec![register(next()), register(u64::MAX)],
-            gic_cpu: vec![register(next())],
+            system: vec![
+                register(0xc080, next()),
+                register(0xc684, u64::MAX),
+                register(0xffff, 1),
+            ],
+            gic_cpu: vec![register(0xc230, next())],
             vtimer: VirtualTimer {
                 counter: next(),
                 masked: true,
@@ -211,6 +310,20 @@ mod tests {
                 control: 1,
                 fires_in: -5,
             }),
+            sme: Some(SmeState {
+                streaming: Some(StreamingRegisters {
+                    z: vec![vec![1, 2, 3, 4]],
+                    p: vec![vec![5]],
+                }),
+                za: Some(ZaRegisters {
+                    za: vec![6, 7],
+                    zt0: vec![8; 3],
+                }),
+            }),
+            unknown: vec![UnknownRegister {
+                name: "NEW_EL1".to_owned(),
+                value: 9,
+            }],
         }
     }
 
@@ -228,27 +341,58 @@ mod tests {
     }
 
     #[test]
-    fn files_of_format_1_are_readable() {
-        let binary = include_bytes!("../tests/golden/vcpu-state-1.postcard");
+    fn files_of_format_2_are_readable() {
+        let binary = include_bytes!("../tests/golden/vcpu-state-2.postcard");
         assert_eq!(
             postcard::from_bytes::<VcpuState>(binary).unwrap(),
             every_field_set()
         );
-        let text = include_str!("../tests/golden/vcpu-state-1.json");
+        let text = include_str!("../tests/golden/vcpu-state-2.json");
         assert_eq!(
             serde_json::from_str::<VcpuState>(text).unwrap(),
             every_field_set()
         );
+        let written = serde_json::to_string_pretty(&every_field_set()).unwrap();
+        assert_eq!(written + "\n", text);
     }
 
     #[test]
     fn state_of_another_format_is_an_error() {
         let state = serde_json::to_string(&every_field_set()).unwrap();
-        let later = state.replacen("\"format\":1", "\"format\":2", 1);
+        let later = state.replacen("\"format\":2", "\"format\":3", 1);
         let error = serde_json::from_str::<VcpuState>(&later).unwrap_err();
         assert!(
-            error.to_string().contains("the state has format 2"),
+            error.to_string().contains("the state has format 3"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn registers_are_stored_by_name() {
+        let state = serde_json::to_string(&every_field_set()).unwrap();
+        // The last name is one that this version does not know. It is kept.
+        for name in ["TPIDR_EL1", "S3_7_C15_C15_7", "ICC_PMR_EL1", "NEW_EL1"] {
+            let stored = format!("{{\"register\":\"{name}\",\"value\":");
+            assert!(state.contains(&stored), "{name}: {state}");
+        }
+    }
+
+    #[test]
+    fn every_encoding_is_read_from_its_text() {
+        for number in 0..=u16::MAX {
+            let encoding = Encoding(number);
+            assert_eq!(Encoding::from_name(&encoding.to_string()), Some(encoding));
+        }
+        for text in [
+            "",
+            "S",
+            "S3_0",
+            "S3_0_C1_C0_8",
+            "S3_0_C01_C0_0",
+            "S4_0_C1_C0_0",
+            "tpidr_el1",
+        ] {
+            assert_eq!(Encoding::from_name(text), None, "{text}");
+        }
     }
 }

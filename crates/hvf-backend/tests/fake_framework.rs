@@ -11,7 +11,7 @@ use dirty_bitmap::{Policy, TakenBitmap};
 use fake_hvf::control;
 use hvf_backend::el1::{self, Start};
 use hvf_backend::{
-    CaptureError, Encoding, Exit, ExitAction, GuestRam, PAGE_SIZE, Register, RestoreError, Stage2,
+    Encoding, Exit, ExitAction, GuestRam, MapError, PAGE_SIZE, Register, RestoreError, Stage2,
     Stage2Tracker, SysReg, SystemRegister, Vcpu, VcpuState, Vm,
 };
 use page_reader::{PageReader, RamLayout};
@@ -132,6 +132,66 @@ fn a_guest_sees_no_time_pass_while_it_is_saved() {
     assert!(state.vtimer.counter >= counter);
 }
 
+#[test]
+fn code_that_the_host_replaced_is_executed() {
+    let _turn = turn();
+    let (vm, stage2) = machine(&[0xd280_0020, hvc(0), 0x17ff_fffe]); // mov x0, #1; hvc #0; b .-8
+    let mut vcpu = vm.create_vcpu().unwrap();
+    start(&vcpu);
+    let mut run = || {
+        hypercall(vcpu.run().unwrap());
+        vcpu.register(Register::X0).unwrap()
+    };
+    assert_eq!((run(), run()), (1, 1));
+    let replaced = 0xd280_0040_u32; // mov x0, #2
+    let code = replaced.to_le_bytes();
+    stage2.ram().write(PROGRAM, &code).unwrap();
+    let program = PROGRAM - RAM..PROGRAM - RAM + 8;
+    stage2.invalidate_instructions(program).unwrap();
+    assert_eq!(run(), 2);
+    let error = stage2
+        .invalidate_instructions(SIZE - 4..SIZE + 4)
+        .unwrap_err();
+    assert!(error.to_string().contains("RAM"), "{error}");
+}
+
+const REGIONS: [(u64, u64); 2] = [(RAM, SIZE), (RAM + 2 * SIZE, SIZE)];
+
+#[test]
+fn ram_that_children_would_inherit_is_an_error() {
+    let _turn = turn();
+    control::fail("minherit", 2, fake_hvf::Code::FAULT);
+    let vm = Vm::new().unwrap();
+    let ram = Arc::new(GuestRam::new(RamLayout::new(REGIONS).unwrap()).unwrap());
+    let error = Stage2::map(&vm, &ram).unwrap_err();
+    assert!(matches!(error, MapError::Inherit(_)), "{error:?}");
+    assert_eq!(control::mapped(), []);
+}
+
+/// `dc` (do not copy) in the flags of `smaps`: the memory is not in the copy of a forked process.
+#[test]
+fn forked_processes_do_not_inherit_the_ram() {
+    let _turn = turn();
+    let vm = Vm::new().unwrap();
+    let ram = Arc::new(GuestRam::new(RamLayout::new(REGIONS).unwrap()).unwrap());
+    let _stage2 = Stage2::map(&vm, &ram).unwrap();
+    let mut kept = BTreeSet::new();
+    // The kernel joins neighbors.
+    let mut area = 0..0;
+    for line in std::fs::read_to_string("/proc/self/smaps").unwrap().lines() {
+        let first = line.split_once(' ').map_or(line, |(first, _)| first);
+        if let Some((start, end)) = first.split_once('-') {
+            let parse = |address| usize::from_str_radix(address, 16).unwrap();
+            area = parse(start)..parse(end);
+        } else if first == "VmFlags:" && line.split(' ').any(|flag| flag == "dc") {
+            let mapped = control::mapped().into_iter();
+            let inside = mapped.filter(|mapped| area.contains(&mapped.host_start));
+            kept.extend(inside.map(|mapped| mapped.guest_start));
+        }
+    }
+    assert_eq!(kept, REGIONS.map(|(start, _)| start).into());
+}
+
 const VCPUS: u64 = 4;
 const PAGES: u64 = 64;
 const PASSES: u64 = 8;
@@ -237,17 +297,6 @@ fn no_write_of_four_vcpus_is_lost(#[values(Policy::Pages, Policy::default())] po
 }
 
 #[test]
-fn a_guest_with_sme_on_is_not_captured() {
-    let _turn = turn();
-    let vm = Vm::new().unwrap();
-    let vcpu = vm.create_vcpu().unwrap();
-    vcpu.set_system_register(SysReg::CPACR_EL1, 1 << 24)
-        .unwrap();
-    let error = VcpuState::capture(&vcpu).unwrap_err();
-    assert!(matches!(error, CaptureError::Sme), "{error:?}");
-}
-
-#[test]
 fn a_register_of_another_build_is_an_error() {
     let _turn = turn();
     let vm = Vm::new().unwrap();
@@ -293,33 +342,6 @@ fn a_register_that_is_ignored_is_reported() {
     let affinity = *affinity;
     let restored = state.restore(&vcpu, 0).unwrap();
     assert_eq!(restored.differing, [affinity]);
-}
-
-#[test]
-fn a_value_that_the_vcpu_does_not_take_is_an_error() {
-    let _turn = turn();
-    let vm = Vm::new().unwrap();
-    let vcpu = vm.create_vcpu().unwrap();
-    assert_eq!(vcpu.vm().granule(), PAGE_SIZE);
-    let mut state = VcpuState::capture(&vcpu).unwrap();
-    // PSTATE has 32 bits.
-    state.cpsr |= 1 << 40;
-    let error = state.restore(&vcpu, 0).unwrap_err();
-    let not_taken = matches!(&error, RestoreError::NotTaken { register, .. } if register == "CPSR");
-    assert!(not_taken, "{error:?}");
-}
-
-#[cfg(feature = "macos-13")]
-#[test]
-fn more_address_bits_than_the_mac_has_are_an_error() {
-    let _turn = turn();
-    control::set_max_address_bits(36);
-    let error = Vm::options().address_bits(40).create().unwrap_err();
-    assert!(
-        matches!(error, hvf_backend::CreateVmError::Unsupported(_)),
-        "{error:?}"
-    );
-    assert!(Vm::options().address_bits(36).create().is_ok());
 }
 
 #[cfg(feature = "macos-26")]

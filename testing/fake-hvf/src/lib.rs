@@ -70,7 +70,7 @@ pub use gic::{
 };
 pub use interrupts::{hv_vcpu_get_pending_interrupt, hv_vcpu_set_pending_interrupt};
 pub use macos::{
-    dlsym, mach_absolute_time, mmap, mmap64, os_release, sys_icache_invalidate, sysconf,
+    dlsym, mach_absolute_time, minherit, mmap, mmap64, os_release, sys_icache_invalidate, sysconf,
     sysctlbyname,
 };
 pub use memory::{hv_vm_allocate, hv_vm_deallocate, hv_vm_map, hv_vm_protect, hv_vm_unmap};

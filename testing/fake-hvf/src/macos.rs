@@ -74,6 +74,19 @@ pub extern "C" fn sys_icache_invalidate(_start: *mut c_void, _len: usize) {
     vcpu::forget_code();
 }
 
+/// Keeps memory from processes that this one forks. On Linux, `madvise` does.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn minherit(start: *mut c_void, size: usize, inherit: c_int) -> c_int {
+    const NONE: c_int = 2;
+    if crate::calls::answer("minherit", || Ok(())) != 0 || inherit != NONE {
+        // SAFETY: the address is of this thread's variable.
+        unsafe { *libc::__errno_location() = libc::EINVAL };
+        return -1;
+    }
+    // SAFETY: the caller's range.
+    unsafe { libc::madvise(start, size, libc::MADV_DONTFORK) }
+}
+
 /// Finds the framework's functions that the system has, and what libc finds otherwise.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void {

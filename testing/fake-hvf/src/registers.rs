@@ -17,6 +17,10 @@ const CPSR: u32 = 34;
 const LEVEL: u64 = 0b11 << 2;
 const OWN_STACK_POINTER: u64 = 1;
 
+/// The bits of PSTATE that a CPU without memory tagging keeps (Arm ARM, C5.2): not TCO, and no bit
+/// that is RES0.
+const KEPT: u64 = 0xf1f0_1fdf;
+
 /// Returns Unicorn's number of X0 to X30. 31 is the zero register.
 pub(crate) fn general(number: u32) -> Option<i32> {
     match number {
@@ -77,7 +81,7 @@ fn set(id: u64, number: u32, value: u64) -> Outcome {
     vcpu::own(id, |vcpu| {
         let engine = &vcpu.emulation.engine;
         let set = match number {
-            CPSR => set_pstate(engine, value),
+            CPSR => set_pstate(engine, value & KEPT),
             _ => engine.write(to, value),
         };
         set.map_err(unexpected)

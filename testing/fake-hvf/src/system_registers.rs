@@ -11,7 +11,7 @@ use crate::emulation::State;
 use crate::registers::{stack_pointer, unexpected};
 use crate::systems::{self, System};
 use crate::unicorn::{Engine, UnicornError, register};
-use crate::{gic, timer, vcpu};
+use crate::{control, gic, timer, vcpu};
 
 pub(crate) const CPACR_EL1: u16 = 0xc082;
 pub(crate) const SPSR_EL1: u16 = 0xc200;
@@ -23,6 +23,7 @@ pub(crate) const VBAR_EL1: u16 = 0xc600;
 pub(crate) const CNTV_CTL_EL0: u16 = 0xdf19;
 pub(crate) const CNTV_CVAL_EL0: u16 = 0xdf1a;
 const MPIDR_EL1: u16 = 0xc005;
+const ID_AA64PFR1_EL1: u16 = 0xc021;
 const ID_AA64DFR0_EL1: u16 = 0xc028;
 const CNTV_TVAL_EL0: u16 = 0xdf18;
 const CNTFRQ_EL0: u16 = 0xdf00;
@@ -33,17 +34,17 @@ const IN_ENGINE: [u16; 4] = [SPSR_EL1, ELR_EL1, SP_EL0, SP_EL1];
 
 /// Registers that identify the CPU, with the values of an M4, where known.
 const IDENTIFICATION: [(u16, u64); 11] = [
-    (0xc000, 0x610f_0000),           // MIDR_EL1: Apple
-    (MPIDR_EL1, 1 << 31),            // MPIDR_EL1
-    (0xc020, 0x1101_0000_1101_1111), // ID_AA64PFR0_EL1
-    (0xc021, 0x2_0200_0001),         // ID_AA64PFR1_EL1: SME2
-    (ID_AA64DFR0_EL1, 0x1030_5006),  // 6 breakpoints, 4 watchpoints
-    (0xc029, 0),                     // ID_AA64DFR1_EL1
-    (0xc030, 0x0221_1110_1121_2120), // ID_AA64ISAR0_EL1
-    (0xc031, 0x0000_0111_0021_1402), // ID_AA64ISAR1_EL1
-    (0xc038, 0x0000_0100_0f10_0022), // ID_AA64MMFR0_EL1: 40 address bits
-    (0xc039, 0x1121_2000),           // ID_AA64MMFR1_EL1
-    (0xc03a, 0x1001_0110_0001_1011), // ID_AA64MMFR2_EL1
+    (0xc000, 0x610f_0000),            // MIDR_EL1: Apple
+    (MPIDR_EL1, 1 << 31),             // MPIDR_EL1
+    (0xc020, 0x1101_0000_1101_1111),  // ID_AA64PFR0_EL1
+    (ID_AA64PFR1_EL1, 0x2_0200_0001), // SME2 in bits 27 to 24
+    (ID_AA64DFR0_EL1, 0x1030_5006),   // 6 breakpoints, 4 watchpoints
+    (0xc029, 0),                      // ID_AA64DFR1_EL1
+    (0xc030, 0x0221_1110_1121_2120),  // ID_AA64ISAR0_EL1
+    (0xc031, 0x0000_0111_0021_1402),  // ID_AA64ISAR1_EL1
+    (0xc038, 0x0000_0100_0f10_0022),  // ID_AA64MMFR0_EL1: 40 address bits
+    (0xc039, 0x1121_2000),            // ID_AA64MMFR1_EL1
+    (0xc03a, 0x1001_0110_0001_1011),  // ID_AA64MMFR2_EL1
 ];
 
 /// The other registers of every vCPU.
@@ -95,6 +96,10 @@ const LATER: [(u16, System); 8] = [
     (0xde87, System::MacOs15_2), // SCXTNUM_EL0
 ];
 
+/// The registers of a CPU with the scalable matrix extension: ID_AA64ZFR0_EL1, ID_AA64SMFR0_EL1,
+/// SMPRI_EL1, SMCR_EL1 and TPIDR2_EL0.
+const OF_SME: [u16; 5] = [0xc024, 0xc025, 0xc094, 0xc096, 0xde85];
+
 /// The physical timer, of a machine with an interrupt controller: CNTP_TVAL_EL0, CNTP_CTL_EL0 and
 /// CNTP_CVAL_EL0.
 const PHYSICAL_TIMER: [u16; 3] = [0xdf10, CNTP_CTL_EL0, CNTP_CVAL_EL0];
@@ -109,13 +114,13 @@ impl Default for SystemRegisters {
     fn default() -> Self {
         let plain = PLAIN.map(|register| (register, 0));
         let later = LATER.map(|(register, _)| (register, 0));
-        Self(
-            IDENTIFICATION
-                .into_iter()
-                .chain(plain)
-                .chain(later)
-                .collect(),
-        )
+        let all = IDENTIFICATION.into_iter().chain(plain).chain(later);
+        let mut registers: BTreeMap<_, _> = all.collect();
+        if !control::has_sme() {
+            registers.insert(ID_AA64PFR1_EL1, 1);
+            registers.retain(|register, _| !OF_SME.contains(register));
+        }
+        Self(registers)
     }
 }
 

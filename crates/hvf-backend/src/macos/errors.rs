@@ -1,9 +1,11 @@
 //! The errors of the framework's calls, and of capturing and restoring a vCPU.
 
+#[cfg(feature = "macos-15")]
 use applevisor::error::HypervisorError;
 use applevisor_sys::{hv_error_t, hv_return_t};
 use thiserror::Error;
 
+use super::newer::UnsupportedFunction;
 use crate::state::Encoding;
 
 /// An error of a call to the framework.
@@ -41,6 +43,7 @@ impl HvError {
 
     /// Returns a function that converts an error of `applevisor`, for a call made through that
     /// crate.
+    #[cfg(feature = "macos-15")]
     pub(crate) fn in_call(call: &'static str) -> impl Fn(HypervisorError) -> Self {
         move |error| Self {
             call,
@@ -72,12 +75,12 @@ pub enum CaptureError {
         #[source]
         source: HvError,
     },
-    /// The guest uses the scalable matrix extension.
+    /// The guest uses the scalable matrix extension, whose state this macOS can't save.
     #[error(
-        "the guest uses SME (CPACR_EL1.SMEN), whose registers can't be captured: hide SME in \
-         ID_AA64PFR1_EL1 before the guest starts"
+        "the guest uses SME (CPACR_EL1.SMEN), whose registers this macOS can't save: update \
+         macOS, or create the machine without `Vm::options().sme(true)`: {0}"
     )]
-    Sme,
+    Sme(#[source] UnsupportedFunction),
     /// The framework refused.
     #[error("failed to capture the state of a vCPU: {0}")]
     Refused(#[from] HvError),
@@ -93,6 +96,40 @@ pub enum RestoreError {
          hvf-backend that captured it, or the feature `macos-15`"
     )]
     UnknownRegister(Encoding),
+    /// The state has a register whose name is unknown to this version of the crate.
+    #[error(
+        "the state has the register {0:?}, whose name is unknown: use the version of hvf-backend \
+         that captured it"
+    )]
+    UnknownName(String),
+    /// The state has registers of the scalable matrix extension in another number than the CPU.
+    #[error(
+        "the SME state has too few or too many Z or P registers: restore it as it was captured"
+    )]
+    SmeRegisters,
+    /// A register of the scalable matrix extension has another size on this CPU.
+    #[error(
+        "the state has {captured} bytes of {register}, but it has {size} bytes on this Mac: \
+         restore the guest on a Mac with the vector length of the captured one"
+    )]
+    SmeSize {
+        /// The name of the register.
+        register: String,
+        /// The number of bytes in the state.
+        captured: usize,
+        /// The number of bytes on this CPU.
+        size: usize,
+    },
+    /// A register of the scalable matrix extension that was read back differs from the written
+    /// value.
+    #[error("{register} reads another value than was written: restore into a new vCPU")]
+    SmeNotTaken {
+        /// The name of the register.
+        register: String,
+    },
+    /// The state needs a function that this macOS does not have.
+    #[error("failed to restore the state of a vCPU: {0}")]
+    Unsupported(#[from] UnsupportedFunction),
     /// The framework refused a register, or its value.
     #[error("failed to restore {register} to its captured value: {source}")]
     Register {

@@ -1,9 +1,8 @@
 //! Interrupts of devices, and the reset of the framework's interrupt controller.
 
-use applevisor::vm::{GicEnabled, VirtualMachineInstance};
-
 use super::errors::HvError;
 use super::gic::GicError;
+use super::machine::GicInstance;
 use super::vm::{Instance, Vm};
 
 impl Vm {
@@ -47,7 +46,7 @@ impl Vm {
         Ok(reset.map_err(HvError::in_call("hv_gic_reset"))?)
     }
 
-    pub(super) fn with_gic(&self) -> Result<&VirtualMachineInstance<GicEnabled>, GicError> {
+    pub(super) fn with_gic(&self) -> Result<&GicInstance, GicError> {
         match &self.instance {
             Instance::Gic(instance) => Ok(instance),
             Instance::Plain(_) => Err(GicError::NoGic),

@@ -53,27 +53,6 @@ pub struct GicSizes {
     pub spis: Range<u32>,
 }
 
-impl GicPlace {
-    pub(crate) fn config(self, msis: Option<MsiRegion>) -> Result<GicConfig, HvError> {
-        let mut config = GicConfig::new();
-        config
-            .set_distributor_base(self.distributor)
-            .map_err(HvError::in_call("hv_gic_config_set_distributor_base"))?;
-        config
-            .set_redistributor_base(self.redistributors)
-            .map_err(HvError::in_call("hv_gic_config_set_redistributor_base"))?;
-        if let Some(region) = msis {
-            config
-                .set_msi_region_base(region.address)
-                .map_err(HvError::in_call("hv_gic_config_set_msi_region_base"))?;
-            config
-                .set_msi_interrupt_range(region.first_intid, region.count)
-                .map_err(HvError::in_call("hv_gic_config_set_msi_interrupt_range"))?;
-        }
-        Ok(config)
-    }
-}
-
 impl MsiRegion {
     /// Returns the address to which a device writes the number of an interrupt: that of the
     /// register GICM_SETSPI_NSR.

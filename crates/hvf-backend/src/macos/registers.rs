@@ -1,6 +1,6 @@
 //! The registers of a vCPU.
 
-use applevisor_sys::{hv_reg_t as G, hv_simd_fp_reg_t as Q, hv_sys_reg_t as R};
+use applevisor_sys::{hv_error_t, hv_reg_t as G, hv_simd_fp_reg_t as Q, hv_sys_reg_t as R};
 
 use super::errors::HvError;
 use super::vcpu::Vcpu;
@@ -139,12 +139,19 @@ const SYSTEM: &[R] = &[
     R::CNTV_CTL_EL0,
 ];
 
-/// The registers that need macOS 15: the memory model of the guest (ACTLR_EL1.EnTSO, for translated
-/// x86 programs).
-#[cfg(feature = "macos-15")]
-const SYSTEM_MACOS_15: &[R] = &[R::ACTLR_EL1];
-#[cfg(not(feature = "macos-15"))]
-const SYSTEM_MACOS_15: &[R] = &[];
+/// The registers that not every system or CPU has: since macOS 15 the memory model of the guest
+/// (ACTLR_EL1.EnTSO, for translated x86 programs), and since macOS 15.2 those of the scalable
+/// matrix extension and the software context numbers (`Hypervisor/hv_vcpu_types.h`).
+const LATER: &[R] = &[
+    R::ID_AA64ZFR0_EL1,
+    R::ID_AA64SMFR0_EL1,
+    R::ACTLR_EL1,
+    R::SMPRI_EL1,
+    R::SMCR_EL1,
+    R::TPIDR2_EL0,
+    R::SCXTNUM_EL0,
+    R::SCXTNUM_EL1,
+];
 
 /// The value and control registers of each breakpoint of the architecture.
 const BREAKPOINTS: [[R; 2]; 16] = [
@@ -190,7 +197,7 @@ const WATCHPOINTS: [[R; 2]; 16] = [
 pub(crate) fn by_encoding(encoding: u16) -> Option<R> {
     let mut known = SYSTEM
         .iter()
-        .chain(SYSTEM_MACOS_15)
+        .chain(LATER)
         .chain(BREAKPOINTS.as_flattened())
         .chain(WATCHPOINTS.as_flattened());
     known
@@ -206,18 +213,44 @@ pub(crate) fn system(vcpu: &Vcpu) -> Result<impl Iterator<Item = R>, HvError> {
     let (breakpoints, watchpoints) = (count(12), count(20));
     Ok(SYSTEM
         .iter()
-        .chain(SYSTEM_MACOS_15)
+        .chain(LATER)
         .chain(BREAKPOINTS[..breakpoints].as_flattened())
         .chain(WATCHPOINTS[..watchpoints].as_flattened())
         .copied())
 }
 
-/// Returns the bits of a register that only the CPU sets: ISTATUS of CNTV_CTL_EL0, which is set
-/// when the timer condition is met.
+/// Returns whether the result of reading a register means that this system or CPU does not have it.
+pub(crate) fn is_missing(register: R, read: &Result<u64, HvError>) -> bool {
+    let missing = [hv_error_t::HV_BAD_ARGUMENT, hv_error_t::HV_UNSUPPORTED];
+    LATER.contains(&register)
+        && read
+            .as_ref()
+            .is_err_and(|error| missing.into_iter().any(|code| error.is(code)))
+}
+
+/// Returns the bits of a register that only the CPU sets: ISTATUS of CNTV_CTL_EL0 and CNTP_CTL_EL0,
+/// which is set when the timer condition is met (Arm ARM, D24.10).
 pub(crate) fn read_only_bits(register: R) -> u64 {
     match register {
-        R::CNTV_CTL_EL0 => 1 << 2,
+        R::CNTV_CTL_EL0 | R::CNTP_CTL_EL0 => 1 << 2,
         _ => 0,
+    }
+}
+
+/// Returns the bits of a register that a CPU may keep. The others are RES0, and read as 0 or as
+/// they were written.
+pub(crate) fn kept_bits(register: G) -> u64 {
+    match register {
+        // Arm ARM, C5.2, SPSR_EL1 in AArch64: N, Z, C, V in 31 to 28, TCO, DIT, UAO, PAN, SS and IL
+        // in 25 to 20, ALLINT, SSBS and BTYPE in 13 to 10, D, A, I, F in 9 to 6, M in 4 to 0.
+        G::CPSR => 0xf3f0_3fdf,
+        // Arm ARM, C5.2.8: AHP, DN, FZ and RMode in 26 to 22, FZ16 in 19, IDE in 15, EBF in 13, the
+        // enables of traps in 12 to 8, NEP, AH and FIZ in 2 to 0. Len and Stride are of AArch32.
+        G::FPCR => 0x07c8_bf07,
+        // Arm ARM, C5.2.9: QC in 27, IDC in 7, and the cumulative exceptions in 4 to 0. N, Z, C and
+        // V are of AArch32.
+        G::FPSR => 0x0800_009f,
+        _ => u64::MAX,
     }
 }
 
@@ -225,4 +258,16 @@ pub(crate) fn read_only_bits(register: R) -> u64 {
 pub(crate) fn is_identification(register: R) -> bool {
     // Op0 3, op1 0, CRn 0: the identification registers, MIDR_EL1 and MPIDR_EL1 among them.
     register as u16 >> 7 == 0xc000 >> 7
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_status_of_both_timers_is_not_compared() {
+        assert_eq!(read_only_bits(R::CNTV_CTL_EL0), 0b100);
+        assert_eq!(read_only_bits(R::CNTP_CTL_EL0), 0b100);
+        assert_eq!(read_only_bits(R::CNTV_CVAL_EL0), 0);
+    }
 }

@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -18,6 +19,7 @@ use page_reader::{OutsideRam, RamRange};
 use thiserror::Error;
 
 use super::errors::HvError;
+use super::sys;
 use super::vm::Vm;
 use crate::ram::GuestRam;
 use crate::tracker::{Stage2Tracker, Stage2TrackerError};
@@ -70,6 +72,9 @@ pub struct Stage2 {
 impl Stage2 {
     /// Maps the RAM into the guest, readable, writable and executable.
     ///
+    /// Processes that this one forks do not inherit the RAM. Otherwise a fork would make it
+    /// copy-on-write, and the next write of the host would replace a page that the guest keeps.
+    ///
     /// # Errors
     /// Returns [`MapError`]. The regions that were already mapped are unmapped again.
     pub fn map(vm: &Vm, ram: &Arc<GuestRam>) -> Result<Self, MapError> {
@@ -84,7 +89,10 @@ impl Stage2 {
             vm: vm.clone(),
         };
         for region in ram.layout().regions() {
-            let host = ram.host_address(region.region).as_ptr().cast_const().cast();
+            let host = ram.host_address(region.region).as_ptr().cast();
+            // SAFETY: the region is mapped at this address.
+            unsafe { sys::keep_from_children(host, region.size as usize) }
+                .map_err(MapError::Inherit)?;
             // SAFETY: the address is that of the region's mapping, which is as large as the region
             // (checked when the RAM was created, or by the contract of `adopt`). `stage2.ram`
             // keeps it mapped, and `drop` releases it only after the framework has.
@@ -93,6 +101,7 @@ impl Stage2 {
             HvError::check("hv_vm_map", code).map_err(|source| MapError::Refused {
                 guest_start: region.guest_start,
                 size: region.size,
+                address_bits: vm.address_bits(),
                 source,
             })?;
             stage2.mapped += 1;
@@ -110,6 +119,27 @@ impl Stage2 {
     pub fn track(self, policy: Policy) -> Result<Stage2Tracker<Self>, Stage2TrackerError> {
         let ram = Arc::clone(&self.ram);
         Stage2Tracker::new(ram.layout().clone(), ram.dirty_bitmap(), policy, self)
+    }
+
+    /// Makes the guest execute the code that the host has written to these offsets in the memory
+    /// file.
+    ///
+    /// Call this after code was replaced that the guest may have executed, as by a restore into the
+    /// RAM of a machine that has run, and before a vCPU runs again. Macs have instruction caches
+    /// that are not coherent with writes (CTR_EL0.DIC is 0).
+    ///
+    /// # Errors
+    /// Returns [`OutsideRam`] if the range is not inside the RAM. Nothing was invalidated.
+    pub fn invalidate_instructions(&self, range: Range<u64>) -> Result<(), OutsideRam> {
+        let size = range.end.saturating_sub(range.start);
+        for piece in self.ram.layout().offset_pieces(range.start, size)? {
+            let region = self.ram.layout().regions()[piece.region];
+            let host = self.ram.host_address(piece.region).as_ptr();
+            let host = host.wrapping_add((piece.guest_start - region.guest_start) as usize);
+            // SAFETY: the piece is inside the mapping of its region.
+            unsafe { sys::sys_icache_invalidate(host.cast(), piece.size as usize) };
+        }
+        Ok(())
     }
 
     /// Returns the RAM.
@@ -198,17 +228,22 @@ pub enum MapError {
         /// The page size of stage 2 in bytes.
         granule: u64,
     },
+    /// The RAM could not be kept from processes that this one forks.
+    #[error("failed to keep guest RAM from forked processes (minherit): {0}")]
+    Inherit(#[source] io::Error),
     /// The framework refused.
     #[error(
         "failed to map {size} bytes of RAM at guest-physical address {guest_start:#x}: choose \
-         addresses without another mapping and within the machine's address bits \
-         (`Vm::options().address_bits(..)`; by default 36 bits, 64 GiB): {source}"
+         addresses without another mapping and below 2^{address_bits}, because the machine has \
+         {address_bits} address bits (`Vm::options().address_bits(..)`): {source}"
     )]
     Refused {
         /// The guest-physical start of the region.
         guest_start: u64,
         /// Its size in bytes.
         size: u64,
+        /// The number of bits of the machine's guest-physical addresses.
+        address_bits: u32,
         /// The error of the framework.
         #[source]
         source: HvError,

@@ -55,6 +55,32 @@ pub(crate) fn host_counter() -> u64 {
     mach_absolute_time()
 }
 
+// libSystem, <libkern/OSCacheControl.h>
+unsafe extern "C" {
+    /// Makes code in memory of this process visible to instruction fetches of all CPUs.
+    ///
+    /// # Safety
+    /// The range is mapped.
+    pub(crate) fn sys_icache_invalidate(start: *mut c_void, size: usize);
+}
+
+/// Keeps memory from processes that this one forks.
+///
+/// # Safety
+/// The range is mapped, and its start is a multiple of the host's page size.
+pub(crate) unsafe fn keep_from_children(start: *mut c_void, size: usize) -> io::Result<()> {
+    // libSystem, <sys/mman.h>, and VM_INHERIT_NONE of <mach/vm_inherit.h>
+    unsafe extern "C" {
+        fn minherit(start: *mut c_void, size: usize, inherit: c_int) -> c_int;
+    }
+    const VM_INHERIT_NONE: c_int = 2;
+    // SAFETY: the caller passes mapped memory, whose contents and mapping stay.
+    match unsafe { minherit(start, size, VM_INHERIT_NONE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Returns whether the host offers a hypervisor to processes (`sysctl kern.hv_support`).
 pub(crate) fn hypervisor_support() -> io::Result<bool> {
     #[cfg(not(hvf_fake))]

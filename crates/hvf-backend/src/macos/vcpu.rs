@@ -13,6 +13,8 @@ use applevisor_sys::{
 };
 
 use super::errors::HvError;
+use super::identification;
+use super::numbers::{EXIT_CANCELED, EXIT_EXCEPTION, EXIT_VTIMER_ACTIVATED};
 use super::vm::Vm;
 use crate::exit::{Exception, Exit};
 
@@ -70,6 +72,10 @@ pub struct Canceller(Arc<Mutex<Option<hv_vcpu_t>>>);
 impl Vm {
     /// Creates a vCPU, which belongs to this thread.
     ///
+    /// It reports no more physical address bits than the machine has (ID_AA64MMFR0_EL1.PARange),
+    /// and no scalable matrix extension (ID_AA64PFR1_EL1.SME), unless the machine was created with
+    /// `Vm::options().sme(true)`.
+    ///
     /// # Errors
     /// Returns [`HvError`] if the framework has no more vCPUs (`HV_NO_RESOURCES`), or if this
     /// thread already has one (`HV_BUSY`).
@@ -85,14 +91,18 @@ impl Vm {
             unreachable!("hv_vcpu_create succeeded without an exit structure");
         };
         let creation_index = vcpus.add(id);
-        Ok(Vcpu {
+        // Dropping the vCPU locks them.
+        drop(vcpus);
+        let vcpu = Vcpu {
             id,
             creation_index,
             exit: exit.cast(),
             live_id: Arc::new(Mutex::new(Some(id))),
             _not_send: PhantomData,
             vm: self.clone(),
-        })
+        };
+        identification::limit(&vcpu)?;
+        Ok(vcpu)
     }
 }
 
@@ -122,15 +132,14 @@ impl Vcpu {
         // 32-bit number, then three of 64 bits), of which any bits are a valid value. It is written
         // only while the vCPU runs.
         let RawExit { reason, exception } = unsafe { self.exit.read() };
-        // Hypervisor/hv_vcpu_types.h: hv_exit_reason_t
         Ok(match reason {
-            0 => Exit::Canceled,
-            1 => Exit::Exception(Exception {
+            EXIT_CANCELED => Exit::Canceled,
+            EXIT_EXCEPTION => Exit::Exception(Exception {
                 syndrome: exception.syndrome,
                 virtual_address: exception.virtual_address,
                 physical_address: exception.physical_address,
             }),
-            2 => Exit::VtimerActivated,
+            EXIT_VTIMER_ACTIVATED => Exit::VtimerActivated,
             other => Exit::Unknown(other),
         })
     }

@@ -2,8 +2,10 @@
 
 #![allow(unsafe_code)]
 
+use std::fmt;
+
 use applevisor_sys::{
-    hv_interrupt_type_t, hv_reg_t, hv_simd_fp_reg_t, hv_sys_reg_t, hv_vcpu_get_pending_interrupt,
+    hv_interrupt_type_t, hv_reg_t, hv_simd_fp_reg_t, hv_vcpu_get_pending_interrupt,
     hv_vcpu_get_simd_fp_reg, hv_vcpu_get_trap_debug_exceptions,
     hv_vcpu_get_trap_debug_reg_accesses, hv_vcpu_get_vtimer_mask, hv_vcpu_get_vtimer_offset,
     hv_vcpu_set_pending_interrupt, hv_vcpu_set_trap_debug_exceptions,
@@ -11,19 +13,10 @@ use applevisor_sys::{
 };
 
 use super::errors::{CaptureError, HvError, RestoreError};
+use super::numbers::{FIQ, IRQ};
 use super::vcpu::Vcpu;
-use super::{gic_cpu, registers, sys};
+use super::{gic_cpu, registers, sme, sys};
 use crate::state::{Encoding, SystemRegister, VcpuState, VirtualTimer};
-
-/// The lower bit of CPACR_EL1.SMEN: the guest has switched on the scalable matrix extension (Arm
-/// ARM, CPACR_EL1).
-const SME_ON: u64 = 1 << 24;
-
-/// The kinds of interrupts as the framework numbers them (`Hypervisor/hv_vcpu_types.h`): IRQ is 0,
-/// FIQ is 1. `applevisor-sys` has the names the other way round.
-const IRQ: hv_interrupt_type_t = hv_interrupt_type_t::FIQ;
-const FIQ: hv_interrupt_type_t = hv_interrupt_type_t::IRQ;
-const _: () = assert!(IRQ as u32 == 0 && FIQ as u32 == 1);
 
 /// The differences of a restored vCPU from the captured one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -58,11 +51,10 @@ impl VcpuState {
     /// Returns [`CaptureError`], which names the register that could not be read, or the state that
     /// this crate can't capture.
     pub fn capture(vcpu: &Vcpu) -> Result<Self, CaptureError> {
-        let cpacr = vcpu.system_register(hv_sys_reg_t::CPACR_EL1)?;
-        if cpacr & SME_ON != 0 {
-            return Err(CaptureError::Sme);
-        }
-        let mut state = Self::default();
+        let mut state = Self {
+            sme: sme::capture(vcpu)?,
+            ..Self::default()
+        };
         for (value, register) in state.x.iter_mut().zip(registers::GENERAL) {
             *value = vcpu.register(register)?;
         }
@@ -75,6 +67,9 @@ impl VcpuState {
         }
         for register in registers::system(vcpu)? {
             let value = vcpu.system_register(register);
+            if registers::is_missing(register, &value) {
+                continue;
+            }
             state.system.push(SystemRegister {
                 register: Encoding(register as u16),
                 value: value.map_err(|source| CaptureError::Register {
@@ -118,6 +113,9 @@ impl VcpuState {
     /// Returns [`RestoreError`], which names the register. The vCPU is then unusable: restore into
     /// a new one.
     pub fn restore(&self, vcpu: &Vcpu, vtimer_offset: u64) -> Result<Restored, RestoreError> {
+        if let Some(unknown) = self.unknown.first() {
+            return Err(RestoreError::UnknownName(unknown.name.clone()));
+        }
         gic_cpu::check(vcpu, self)?;
         set(
             vcpu,
@@ -127,6 +125,22 @@ impl VcpuState {
         )?;
         let differing = self.restore_system(vcpu)?;
         gic_cpu::restore(vcpu, self)?;
+        // The order of `Hypervisor/hv_vcpu.h`: the modes reset the vector registers and FPSR.
+        if let Some(sme) = &self.sme {
+            sme::restore_modes(vcpu, sme)?;
+        }
+        for (register, value) in registers::SIMD.into_iter().zip(self.q) {
+            // SAFETY: the vCPU exists and belongs to this thread.
+            let code = unsafe { sys::set_simd_fp_reg(vcpu.id, register, value) };
+            HvError::check("hv_vcpu_set_simd_fp_reg", code)?;
+            let found = simd(vcpu, register)?;
+            if found != value {
+                return Err(not_taken(register, value, found));
+            }
+        }
+        if let Some(sme) = &self.sme {
+            sme::restore_registers(vcpu, sme)?;
+        }
         let others = [
             (hv_reg_t::PC, self.pc),
             (hv_reg_t::CPSR, self.cpsr),
@@ -136,13 +150,10 @@ impl VcpuState {
         for (register, value) in registers::GENERAL.into_iter().zip(self.x).chain(others) {
             vcpu.set_register(register, value)?;
             let found = vcpu.register(register)?;
-            check_read_back(|| format!("{register:?}"), value.into(), found.into())?;
-        }
-        for (register, value) in registers::SIMD.into_iter().zip(self.q) {
-            // SAFETY: the vCPU exists and belongs to this thread.
-            let code = unsafe { sys::set_simd_fp_reg(vcpu.id, register, value) };
-            HvError::check("hv_vcpu_set_simd_fp_reg", code)?;
-            check_read_back(|| format!("{register:?}"), value, simd(vcpu, register)?)?;
+            let kept = registers::kept_bits(register);
+            if (found ^ value) & kept != 0 {
+                return Err(not_taken(register, value.into(), found.into()));
+            }
         }
         for (interrupt, pending) in [(IRQ, self.pending_irq), (FIQ, self.pending_fiq)] {
             // SAFETY: the vCPU exists and belongs to this thread.
@@ -180,11 +191,16 @@ impl VcpuState {
                 register: format!("{register:?}"),
                 source,
             };
+            // A register that this system or CPU does not have, and that was not in use.
+            let found = vcpu.system_register(register);
+            if registers::is_missing(register, &found) && saved.value == 0 {
+                continue;
+            }
             let differs = |found: u64| {
                 let compared = !registers::read_only_bits(register);
                 found & compared != saved.value & compared
             };
-            if !differs(vcpu.system_register(register).map_err(refused)?) {
+            if !differs(found.map_err(refused)?) {
                 continue;
             }
             let set = vcpu.set_system_register(register, saved.value);
@@ -241,18 +257,11 @@ fn set<T>(
     HvError::check(call, unsafe { function(vcpu.id, value) })
 }
 
-/// Checks the value of a register that was read back.
-fn check_read_back(
-    register: impl Fn() -> String,
-    written: u128,
-    found: u128,
-) -> Result<(), RestoreError> {
-    if written == found {
-        return Ok(());
-    }
-    Err(RestoreError::NotTaken {
-        register: register(),
+/// Returns the error for a register that reads another value than was written.
+fn not_taken(register: impl fmt::Debug, written: u128, found: u128) -> RestoreError {
+    RestoreError::NotTaken {
+        register: format!("{register:?}"),
         written,
         found,
-    })
+    }
 }

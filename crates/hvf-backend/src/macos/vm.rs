@@ -1,20 +1,29 @@
 //! The virtual machine of this process.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::sync::Arc;
 
-use applevisor::vm::{GicDisabled, VirtualMachine, VirtualMachineInstance};
-use applevisor_sys::hv_error_t;
+use applevisor_sys::{hv_error_t, hv_ipa_granule_t};
 use thiserror::Error;
 
 use super::errors::HvError;
 #[cfg(feature = "macos-15")]
 use super::gic_place::{GicPlace, MsiRegion};
+#[cfg(feature = "macos-15")]
+use super::machine::GicInstance;
+pub(crate) use super::machine::Instance;
+use super::machine::{Machine, Object};
+use super::newer::{self, UnsupportedFunction};
 use super::pause::VcpuSet;
 use super::sys;
 
 /// The default page size of stage 2 in bytes. It is also the page size of the host.
 pub const PAGE_SIZE: u64 = applevisor_sys::PAGE_SIZE as u64;
+
+/// The bits of guest-physical addresses before macOS 13, which made them configurable.
+const ADDRESS_BITS_BEFORE_13: u32 = 36;
 
 /// The virtual machine of this process.
 ///
@@ -35,17 +44,10 @@ pub struct Vm {
     #[cfg_attr(not(feature = "macos-15"), expect(dead_code))]
     pub(crate) instance: Instance,
     granule: u64,
+    address_bits: u32,
+    /// Whether new vCPUs keep the scalable matrix extension.
+    pub(super) sme: bool,
     pub(crate) vcpus: Arc<VcpuSet>,
-}
-
-#[derive(Clone, Debug)]
-pub(crate) enum Instance {
-    Plain(
-        #[allow(dead_code, reason = "held until it is dropped")]
-        VirtualMachineInstance<GicDisabled>,
-    ),
-    #[cfg(feature = "macos-15")]
-    Gic(VirtualMachineInstance<applevisor::vm::GicEnabled>),
 }
 
 /// A builder for a virtual machine, returned by [`Vm::options`].
@@ -60,6 +62,7 @@ pub struct VmOptions {
     msis: Option<MsiRegion>,
     #[cfg(feature = "macos-26")]
     small_pages: bool,
+    sme: bool,
 }
 
 impl Vm {
@@ -86,11 +89,32 @@ impl Vm {
     pub fn granule(&self) -> u64 {
         self.granule
     }
+
+    /// Returns the number of bits of guest-physical addresses.
+    #[must_use]
+    pub fn address_bits(&self) -> u32 {
+        self.address_bits
+    }
+
+    /// Returns the largest number of bits of guest-physical addresses on this Mac, which differs
+    /// between Macs. Before macOS 13, it is 36.
+    ///
+    /// # Errors
+    /// Returns the [`HvError`] of the call.
+    pub fn max_address_bits() -> Result<u32, HvError> {
+        let Ok(get) = newer::hv_vm_config_get_max_ipa_size() else {
+            return Ok(ADDRESS_BITS_BEFORE_13);
+        };
+        let mut bits = 0;
+        // SAFETY: the address is of a variable.
+        let code = unsafe { get(&raw mut bits) };
+        HvError::check("hv_vm_config_get_max_ipa_size", code).map(|()| bits)
+    }
 }
 
 impl VmOptions {
     /// Sets the number of bits of guest-physical addresses (macOS 13). RAM above 64 GiB needs more
-    /// than the default of 36.
+    /// than the default of 36. The limit is [`Vm::max_address_bits`].
     #[cfg(feature = "macos-13")]
     pub fn address_bits(mut self, bits: u32) -> Self {
         self.address_bits = Some(bits);
@@ -121,54 +145,117 @@ impl VmOptions {
         self
     }
 
+    /// Sets whether guests see the scalable matrix extension (SME) of an M4 or later. By default,
+    /// it is hidden in ID_AA64PFR1_EL1 of each new vCPU.
+    ///
+    /// The state of a guest that uses it can be captured on macOS 15.2 or later, and restored on
+    /// Macs with the same vector length.
+    pub fn sme(mut self, sme: bool) -> Self {
+        self.sme = sme;
+        self
+    }
+
     /// Creates the machine.
     ///
     /// # Errors
-    /// Returns the same errors as [`Vm::new`].
+    /// Returns the same errors as [`Vm::new`], and
+    /// [`UnsupportedFunction`](CreateVmError::UnsupportedFunction) for an option that this macOS
+    /// does not have.
     pub fn create(&self) -> Result<Vm, CreateVmError> {
         if !sys::hypervisor_support().map_err(CreateVmError::Sysctl)? {
             return Err(CreateVmError::NoHypervisor);
         }
-        let (instance, granule) = self.instance()?;
+        let address_bits = self.checked_address_bits()?;
+        let granule = self.granule();
+        let machine = Machine::create(self.config()?.as_ref())?;
         Ok(Vm {
-            instance,
+            instance: self.instance(machine)?,
             granule,
+            address_bits,
+            sme: self.sme,
             vcpus: Arc::default(),
         })
     }
 
-    #[cfg(not(feature = "macos-13"))]
-    fn instance(&self) -> Result<(Instance, u64), CreateVmError> {
-        let instance = VirtualMachine::new().map_err(HvError::in_call("hv_vm_create"))?;
-        Ok((Instance::Plain(instance), PAGE_SIZE))
+    #[cfg(feature = "macos-13")]
+    fn requested_bits(&self) -> Option<u32> {
+        self.address_bits
     }
 
-    #[cfg(feature = "macos-13")]
-    fn instance(&self) -> Result<(Instance, u64), CreateVmError> {
-        let mut config = applevisor::vm::VirtualMachineConfig::new();
-        if let Some(bits) = self.address_bits {
-            let set = config.set_ipa_size(bits);
-            set.map_err(HvError::in_call("hv_vm_config_set_ipa_size"))?;
-        }
-        #[cfg_attr(not(feature = "macos-26"), allow(unused_mut))]
-        let mut granule = PAGE_SIZE;
-        #[cfg(feature = "macos-26")]
-        if self.small_pages {
-            let set = config.set_ipa_granule(applevisor::vm::IpaGranule::HV_IPA_GRANULE_4KB);
-            set.map_err(HvError::in_call("hv_vm_config_set_ipa_granule"))?;
-            granule = 4096;
-        }
-        #[cfg(feature = "macos-15")]
-        if let Some(place) = self.gic {
-            let gic = place.config(self.msis)?;
-            let instance = VirtualMachine::with_gic(config, gic);
-            let instance = instance.map_err(HvError::in_call("hv_vm_create or hv_gic_create"))?;
-            return Ok((Instance::Gic(instance), granule));
-        }
-        let instance =
-            VirtualMachine::with_config(config).map_err(HvError::in_call("hv_vm_create"))?;
-        Ok((Instance::Plain(instance), granule))
+    #[cfg(not(feature = "macos-13"))]
+    fn requested_bits(&self) -> Option<u32> {
+        None
     }
+
+    #[cfg(feature = "macos-26")]
+    fn granule(&self) -> u64 {
+        if self.small_pages { 4096 } else { PAGE_SIZE }
+    }
+
+    #[cfg(not(feature = "macos-26"))]
+    fn granule(&self) -> u64 {
+        PAGE_SIZE
+    }
+
+    /// Returns the bits of guest-physical addresses, of which this Mac has enough.
+    fn checked_address_bits(&self) -> Result<u32, CreateVmError> {
+        let Some(requested) = self.requested_bits() else {
+            return Ok(default_address_bits()?);
+        };
+        let max = Vm::max_address_bits()?;
+        if requested > max {
+            return Err(CreateVmError::AddressBits { requested, max });
+        }
+        Ok(requested)
+    }
+
+    /// Returns the configuration, unless all settings are the defaults.
+    fn config(&self) -> Result<Option<Object>, CreateVmError> {
+        let bits = self.requested_bits();
+        if bits.is_none() && self.granule() == PAGE_SIZE {
+            return Ok(None);
+        }
+        let create = newer::hv_vm_config_create()?;
+        // SAFETY: the function returns a new object.
+        let config = unsafe { Object::create("hv_vm_config_create", create) }?;
+        if let Some(bits) = bits {
+            let set = newer::hv_vm_config_set_ipa_size()?;
+            // SAFETY: the configuration exists.
+            let code = unsafe { set(config.as_ptr(), bits) };
+            HvError::check("hv_vm_config_set_ipa_size", code)?;
+        }
+        if self.granule() != PAGE_SIZE {
+            let set = newer::hv_vm_config_set_ipa_granule()?;
+            // SAFETY: the configuration exists.
+            let code = unsafe { set(config.as_ptr(), hv_ipa_granule_t::HV_IPA_GRANULE_4KB) };
+            HvError::check("hv_vm_config_set_ipa_granule", code)?;
+        }
+        Ok(Some(config))
+    }
+
+    #[cfg(feature = "macos-15")]
+    fn instance(&self, machine: Arc<Machine>) -> Result<Instance, CreateVmError> {
+        match self.gic {
+            Some(place) => GicInstance::create(machine, place, self.msis).map(Instance::Gic),
+            None => Ok(Instance::Plain(machine)),
+        }
+    }
+
+    #[cfg(not(feature = "macos-15"))]
+    #[allow(clippy::unnecessary_wraps, reason = "the signature with the feature")]
+    fn instance(&self, machine: Arc<Machine>) -> Result<Instance, CreateVmError> {
+        Ok(Instance::Plain(machine))
+    }
+}
+
+fn default_address_bits() -> Result<u32, HvError> {
+    let Ok(get) = newer::hv_vm_config_get_default_ipa_size() else {
+        return Ok(ADDRESS_BITS_BEFORE_13);
+    };
+    let mut bits = 0;
+    // SAFETY: the address is of a variable.
+    let code = unsafe { get(&raw mut bits) };
+    HvError::check("hv_vm_config_get_default_ipa_size", code).map(|()| bits)
 }
 
 /// Returns whether the host offers a hypervisor to processes (`sysctl kern.hv_support`).
@@ -208,6 +295,20 @@ pub enum CreateVmError {
          own: {0}"
     )]
     Exists(#[source] HvError),
+    /// This Mac has fewer bits of guest-physical addresses.
+    #[error(
+        "this Mac has guest-physical addresses of at most {max} bits, but {requested} were \
+         requested: place the RAM below 2^{max}, and use at most {max} address bits"
+    )]
+    AddressBits {
+        /// The requested number of bits.
+        requested: u32,
+        /// The largest number of bits on this Mac.
+        max: u32,
+    },
+    /// This macOS does not have the function of an option.
+    #[error("this macOS lacks a function of an option: omit the option, or update macOS: {0}")]
+    UnsupportedFunction(#[from] UnsupportedFunction),
     /// This Mac or this version of macOS does not support an option.
     #[error(
         "this Mac does not support such a virtual machine: use fewer address bits, or omit options \
