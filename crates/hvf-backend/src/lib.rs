@@ -146,15 +146,13 @@
 //! | for | functions | since | header |
 //! |---|---|---|---|
 //! | address bits | `hv_vm_config_*_ipa_size` | 13.0 | `hv_vm_config.h` |
-//! | interrupt controller | `hv_gic_*` | 15.0 | `hv_gic.h`, `hv_gic_config.h`, `hv_gic_state.h` |
+//! | interrupt controller | `hv_gic_*` | 15.0 | `hv_gic.h` and `hv_gic_*.h` |
 //! | ACTLR_EL1 | `hv_sys_reg_t` | 15.0 | `hv_vcpu_types.h` |
 //! | SME | `hv_vcpu_*_sme_*`, `hv_sme_config_*` | 15.2 | `hv_vcpu.h`, `hv_sme_config.h` |
 //! | SMCR_EL1, TPIDR2_EL0, SCXTNUM_* | `hv_sys_reg_t` | 15.2 | `hv_vcpu_types.h` |
 //! | pages of 4 KiB | `hv_vm_config_set_ipa_granule` | 26.0 | `hv_vm_config.h` |
 //!
-//! A register that the system or the CPU does not have is not captured. With the feature
-//! `macos-15`, a program imports `hv_gic_get_icc_reg` and `hv_gic_set_icc_reg`, and requires macOS
-//! 15 to start.
+//! A register that the system or the CPU does not have is not captured.
 //!
 //! # Limitations
 //! - **The macOS part is compiled for a Mac, but was never run on one.** It runs on Linux over a
@@ -215,7 +213,8 @@ pub use macos::{
     feature = "macos-15"
 ))]
 pub use macos::{
-    GicError, GicPlace, GicSizes, MsiRegion, RestoreVcpuError, VcpuTurn, VcpuTurnsError,
+    GicError, GicPlace, GicSizes, GicSizesError, MsiRegion, RestoreVcpuError, VcpuTurn,
+    VcpuTurnsError,
 };
 pub use ram::GuestRam;
 pub use state::{

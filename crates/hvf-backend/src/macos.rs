@@ -35,7 +35,7 @@ pub use errors::{CaptureError, HvError, RestoreError};
 #[cfg(feature = "macos-15")]
 pub use gic::GicError;
 #[cfg(feature = "macos-15")]
-pub use gic_place::{GicPlace, GicSizes, MsiRegion};
+pub use gic_place::{GicPlace, GicSizes, GicSizesError, MsiRegion};
 pub use newer::UnsupportedFunction;
 pub use pause::Paused;
 pub use stage2::{MapError, ProtectError, Stage2};

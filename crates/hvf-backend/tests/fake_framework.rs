@@ -95,6 +95,16 @@ fn a_pending_interrupt_is_of_the_captured_kind(
 }
 
 #[test]
+fn an_exit_of_a_later_system_is_reported_by_its_number() {
+    let _turn = turn();
+    let vm = Vm::new().unwrap();
+    let mut vcpu = vm.create_vcpu().unwrap();
+    control::exit_with(7);
+    assert_eq!(vcpu.run().unwrap(), Exit::Unknown(7));
+    drop((vcpu, vm));
+}
+
+#[test]
 fn a_timer_that_fires_exits_and_is_masked() {
     let _turn = turn();
     let (vm, _stage2) = machine(&[0x1400_0000]); // b .

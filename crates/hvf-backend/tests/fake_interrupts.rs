@@ -224,8 +224,8 @@ fn sizes_are_those_of_the_framework() {
     ];
     assert_eq!(alignments, [64 << 10; 3]);
     control::fail("hv_gic_get_msi_region_size", 1, Code::FAULT);
-    let error = Vm::gic_sizes().unwrap_err();
-    assert_eq!(error.call, "hv_gic_get_msi_region_size");
+    let error = Vm::gic_sizes().unwrap_err().to_string();
+    assert!(error.contains("hv_gic_get_msi_region_size"), "{error}");
 }
 
 #[test]
@@ -381,4 +381,13 @@ fn pause_that_is_refused_ends() {
         assert_eq!(error.call, "hv_vcpus_exit");
         checked.wait();
     });
+}
+
+#[test]
+fn before_macos_15_there_are_no_sizes() {
+    let _turn = turn();
+    control::set_system(control::System::MacOs13);
+    let error = Vm::gic_sizes().unwrap_err().to_string();
+    let text = "this macOS has no hv_gic_get_spi_interrupt_range, which macOS 15.0 and later have";
+    assert!(error.contains(text), "{error}");
 }

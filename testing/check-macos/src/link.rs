@@ -39,8 +39,7 @@ const SELECTIONS: [Linked; 2] = [
     },
     Linked {
         arguments: "--package ramsnap-hvf-backend --example snapshot --example own_memory --all-features",
-        // The registers of the interrupt controller are imported.
-        oldest: MacOs(15, 0),
+        oldest: MacOs(11, 0),
     },
 ];
 

@@ -81,6 +81,9 @@ pub enum CaptureError {
          macOS, or create the machine without `Vm::options().sme(true)`: {0}"
     )]
     Sme(#[source] UnsupportedFunction),
+    /// The state needs a function that this macOS does not have.
+    #[error("failed to capture the state of a vCPU: {0}")]
+    Unsupported(#[from] UnsupportedFunction),
     /// The framework refused.
     #[error("failed to capture the state of a vCPU: {0}")]
     Refused(#[from] HvError),

@@ -2,11 +2,10 @@
 
 #![allow(unsafe_code)]
 
-use applevisor_sys::{
-    hv_error_t, hv_gic_get_icc_reg, hv_gic_icc_reg_t as Icc, hv_gic_set_icc_reg, hv_sys_reg_t as R,
-};
+use applevisor_sys::{hv_error_t, hv_gic_icc_reg_t as Icc, hv_sys_reg_t as R};
 
 use super::errors::{CaptureError, HvError, RestoreError};
+use super::newer;
 use super::sys;
 use super::vcpu::Vcpu;
 use super::vm::Instance;
@@ -33,10 +32,11 @@ pub(super) fn capture(vcpu: &Vcpu) -> Result<Vec<SystemRegister>, CaptureError> 
     if !has_gic(vcpu) {
         return Ok(Vec::new());
     }
+    let get = newer::hv_gic_get_icc_reg()?;
     let read = |register: Icc| {
         let mut value = 0;
         // SAFETY: the vCPU exists and belongs to this thread. The address is of a variable.
-        let code = unsafe { hv_gic_get_icc_reg(vcpu.id, register, &raw mut value) };
+        let code = unsafe { get(vcpu.id, register, &raw mut value) };
         let read = HvError::check("hv_gic_get_icc_reg", code);
         read.map_err(|source| CaptureError::Register {
             register: name(register),
@@ -106,8 +106,9 @@ pub(super) fn restore(vcpu: &Vcpu, state: &VcpuState) -> Result<(), RestoreError
             .into_iter()
             .find(known)
             .ok_or(RestoreError::UnknownRegister(saved.register))?;
+        let set = newer::hv_gic_set_icc_reg()?;
         // SAFETY: the vCPU exists and belongs to this thread.
-        let code = unsafe { hv_gic_set_icc_reg(vcpu.id, register, saved.value) };
+        let code = unsafe { set(vcpu.id, register, saved.value) };
         let set = HvError::check("hv_gic_set_icc_reg", code);
         set.map_err(|source| RestoreError::Register {
             register: name(register),

@@ -1,10 +1,14 @@
 //! The addresses and sizes of the framework's interrupt controller.
 
+#![allow(unsafe_code)]
+
 use std::ops::Range;
 
-use applevisor::gic::GicConfig;
+use applevisor_sys::hv_return_t;
+use thiserror::Error;
 
 use super::errors::HvError;
+use super::newer::{self, UnsupportedFunction};
 use super::vm::Vm;
 
 /// The guest-physical addresses of the interrupt controller.
@@ -67,41 +71,66 @@ impl Vm {
     /// exist.
     ///
     /// # Errors
-    /// Returns the [`HvError`] of the call.
-    pub fn gic_sizes() -> Result<GicSizes, HvError> {
-        let size = |call, get: fn() -> applevisor::error::Result<usize>| {
-            let size = get().map_err(HvError::in_call(call))?;
-            Ok(size as u64)
-        };
-        let (first, count) = GicConfig::get_spi_interrupt_range()
-            .map_err(HvError::in_call("hv_gic_get_spi_interrupt_range"))?;
+    /// Returns [`GicSizesError`] if this macOS has no interrupt controller or the framework
+    /// refuses.
+    pub fn gic_sizes() -> Result<GicSizes, GicSizesError> {
+        let (mut first, mut count) = (0, 0);
+        let range = newer::hv_gic_get_spi_interrupt_range()?;
+        // SAFETY: both addresses are of variables.
+        let code = unsafe { range(&raw mut first, &raw mut count) };
+        HvError::check("hv_gic_get_spi_interrupt_range", code)?;
         Ok(GicSizes {
             distributor: size(
                 "hv_gic_get_distributor_size",
-                GicConfig::get_distributor_size,
+                newer::hv_gic_get_distributor_size()?,
             )?,
             distributor_alignment: size(
                 "hv_gic_get_distributor_base_alignment",
-                GicConfig::get_distributor_base_alignment,
+                newer::hv_gic_get_distributor_base_alignment()?,
             )?,
             redistributor: size(
                 "hv_gic_get_redistributor_size",
-                GicConfig::get_redistributor_size,
+                newer::hv_gic_get_redistributor_size()?,
             )?,
             redistributors: size(
                 "hv_gic_get_redistributor_region_size",
-                GicConfig::get_redistributor_region_size,
+                newer::hv_gic_get_redistributor_region_size()?,
             )?,
             redistributors_alignment: size(
                 "hv_gic_get_redistributor_base_alignment",
-                GicConfig::get_redistributor_base_alignment,
+                newer::hv_gic_get_redistributor_base_alignment()?,
             )?,
-            msi_region: size("hv_gic_get_msi_region_size", GicConfig::get_msi_region_size)?,
+            msi_region: size(
+                "hv_gic_get_msi_region_size",
+                newer::hv_gic_get_msi_region_size()?,
+            )?,
             msi_region_alignment: size(
                 "hv_gic_get_msi_region_base_alignment",
-                GicConfig::get_msi_region_base_alignment,
+                newer::hv_gic_get_msi_region_base_alignment()?,
             )?,
             spis: first..first + count,
         })
     }
+}
+
+/// Calls a function of the framework that writes a size.
+fn size(
+    call: &'static str,
+    get: unsafe extern "C" fn(*mut usize) -> hv_return_t,
+) -> Result<u64, HvError> {
+    let mut size = 0;
+    // SAFETY: the address is of a variable of the type that the function writes.
+    HvError::check(call, unsafe { get(&raw mut size) }).map(|()| size as u64)
+}
+
+/// An error for reading the sizes of the interrupt controller.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum GicSizesError {
+    /// This macOS has no interrupt controller.
+    #[error("failed to read the sizes of the interrupt controller: {0}")]
+    Unsupported(#[from] UnsupportedFunction),
+    /// The framework refused.
+    #[error("failed to read the sizes of the interrupt controller: {0}")]
+    Refused(#[from] HvError),
 }

@@ -9,7 +9,7 @@
 use std::ffi::{CStr, c_void};
 
 #[cfg(feature = "macos-15")]
-use applevisor_sys::{hv_gic_config_t, hv_gic_state_t, hv_ipa_t};
+use applevisor_sys::{hv_gic_config_t, hv_gic_icc_reg_t, hv_gic_state_t, hv_ipa_t};
 use applevisor_sys::{
     hv_ipa_granule_t, hv_return_t, hv_vcpu_sme_state_t, hv_vcpu_t, hv_vm_config_t,
 };
@@ -97,10 +97,22 @@ functions! {
 
     #[header = "hv_gic.h", since = "15.0"]
     fn hv_gic_create(hv_gic_config_t) -> hv_return_t;
+    fn hv_gic_get_icc_reg(hv_vcpu_t, hv_gic_icc_reg_t, *mut u64) -> hv_return_t;
+    fn hv_gic_set_icc_reg(hv_vcpu_t, hv_gic_icc_reg_t, u64) -> hv_return_t;
     fn hv_gic_set_spi(u32, bool) -> hv_return_t;
     fn hv_gic_send_msi(hv_ipa_t, u32) -> hv_return_t;
     fn hv_gic_reset() -> hv_return_t;
     fn hv_gic_set_state(*const c_void, usize) -> hv_return_t;
+
+    #[header = "hv_gic_parameters.h", since = "15.0"]
+    fn hv_gic_get_distributor_size(*mut usize) -> hv_return_t;
+    fn hv_gic_get_distributor_base_alignment(*mut usize) -> hv_return_t;
+    fn hv_gic_get_redistributor_size(*mut usize) -> hv_return_t;
+    fn hv_gic_get_redistributor_region_size(*mut usize) -> hv_return_t;
+    fn hv_gic_get_redistributor_base_alignment(*mut usize) -> hv_return_t;
+    fn hv_gic_get_msi_region_size(*mut usize) -> hv_return_t;
+    fn hv_gic_get_msi_region_base_alignment(*mut usize) -> hv_return_t;
+    fn hv_gic_get_spi_interrupt_range(*mut u32, *mut u32) -> hv_return_t;
 
     #[header = "hv_gic_state.h", since = "15.0"]
     fn hv_gic_state_create() -> hv_gic_state_t;
