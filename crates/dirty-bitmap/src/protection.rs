@@ -17,8 +17,8 @@ pub trait WriteProtection {
     /// is already protected stays protected.
     ///
     /// Discarding a page (`MADV_DONTNEED`, `MADV_REMOVE`, a hole in its file) may remove its
-    /// protection: userfaultfd's is removed, and that of stage 2 or `mprotect` is not. The VMM marks
-    /// each page after it was discarded, see
+    /// protection: userfaultfd's is removed, and that of stage 2 or `mprotect` is not. The VMM
+    /// marks each page after it was discarded, see
     /// [`WriteTracker`](crate::WriteTracker#discarded-pages).
     ///
     /// # Errors

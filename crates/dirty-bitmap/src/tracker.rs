@@ -56,11 +56,11 @@ const MAX_BRIDGED_PAGES: u64 = 16;
 /// [`checkpoint`](Self::checkpoint) takes and protects. The caller copies and releases.
 ///
 /// # Discarded pages
-/// A discard (a balloon, free page reporting, `MADV_DONTNEED`, `MADV_REMOVE`, hole punching) turns a
-/// page into zeros without a write fault. With userfaultfd it also removes the protection, so that
-/// later writes do not fault either. Mark each page *after* it was discarded, for example by
-/// [`mark_range`](crate::DirtyBitmap::mark_range): the next checkpoint then saves it and protects it
-/// again. An unmarked one is missing from the diffs, and a restore has its old bytes.
+/// A discard (a balloon, free page reporting, `MADV_DONTNEED`, `MADV_REMOVE`, hole punching) turns
+/// a page into zeros without a write fault. With userfaultfd it also removes the protection, so
+/// that later writes do not fault either. Mark each page *after* it was discarded, for example by
+/// [`mark_range`](crate::DirtyBitmap::mark_range): the next checkpoint then saves it and protects
+/// it again. An unmarked one is missing from the diffs, and a restore has its old bytes.
 ///
 /// The types enforce this order. The bitmap is a [`TrackedBitmap`], which other code can mark and
 /// read. Only the tracker takes its marks, and it has one tracker at a time.

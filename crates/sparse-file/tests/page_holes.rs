@@ -108,8 +108,8 @@ fn file_with_reserved_blocks_is_refused(#[values(Fs::Ext4, Fs::Xfs)] fs: Fs) {
     );
 }
 
-/// Writes a page of a small reserved extent, whose rest becomes zeros that count as written. This is
-/// the reason for refusals: written pages are not distinguishable from the zeros.
+/// Writes a page of a small reserved extent, whose rest becomes zeros that count as written. This
+/// is the reason for refusals: written pages are not distinguishable from the zeros.
 fn assert_zeros_count_as_written(dir: &Path) -> File {
     let file = tempfile::tempfile_in(dir).expect("file");
     reserve(&file, 4 * PAGE).expect("reserved");
