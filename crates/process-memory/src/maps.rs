@@ -128,8 +128,9 @@ impl ProcessMaps {
     ///
     /// The kernel splits a mapping when a part of it gets other permissions or advice. A VMM that
     /// tracks writes by `mprotect(2)` splits its RAM this way. Adjacent regions count if they are
-    /// consecutive parts of one file, or both anonymous with one name. Their permissions may differ.
-    /// Anonymous memory that cannot be read, such as the guard page of a stack, does not count.
+    /// consecutive parts of one file, or both anonymous with one name. Their permissions may
+    /// differ. Anonymous memory that cannot be read, such as the guard page of a stack, does not
+    /// count.
     #[must_use]
     pub fn around(&self, address: u64) -> Option<Range<u64>> {
         let index = self
