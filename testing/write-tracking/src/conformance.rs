@@ -110,6 +110,7 @@ macro_rules! log_conformance {
                 $crate::suite::logs::next_write::<$backend>();
             }
 
+            #[cfg(target_os = "linux")]
             #[test]
             fn a_discarded_page_that_is_marked_becomes_zeros() {
                 $crate::suite::logs::discarded_page::<$backend>();
