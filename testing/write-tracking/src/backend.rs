@@ -1,5 +1,6 @@
 //! What a hypervisor, or what stands for one, has to provide.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -67,6 +68,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Writes as the host does, without a fault. The caller marks the pages.
     fn host_write(&self, guest_start: u64, bytes: &[u8]);
+
+    /// Returns the memory file of the RAM, for discards.
+    fn file(&self) -> &File;
 }
 
 /// Passes a write fault at an offset of the memory file to the tracker, as the exit of a store on

@@ -39,6 +39,12 @@ macro_rules! conformance {
             $crate::suite::faults::partly_failed_protection::<$backend>(extends);
         }
 
+        #[cfg(target_os = "linux")]
+        #[test]
+        fn a_discarded_page_that_is_marked_becomes_zeros() {
+            $crate::suite::saves::discarded_page::<$backend>();
+        }
+
         #[test]
         fn a_refused_page_is_unprotected_with_its_block() {
             $crate::suite::faults::refused_page::<$backend>();

@@ -67,6 +67,11 @@ impl<B: Backend> Machine<B> {
         self.backend.ram()
     }
 
+    #[cfg(target_os = "linux")]
+    pub(crate) fn file(&self) -> &std::fs::File {
+        self.backend.file()
+    }
+
     pub(crate) fn vcpus(&self) -> usize {
         self.backend.vcpus()
     }

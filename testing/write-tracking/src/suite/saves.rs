@@ -159,3 +159,33 @@ pub fn precopy_save<B: Backend>(page_size: u64) {
         assert!(machine.bitmap().is_clean() || B::LATE_FAULTS);
     }
 }
+
+/// Checks that a page that the VMM discards and marks is zeros in the images, and that its next
+/// write is found: userfaultfd drops the protection of a discarded page.
+#[cfg(target_os = "linux")]
+pub fn discarded_page<B: Backend>() {
+    use nix::fcntl::{FallocateFlags, fallocate};
+
+    let test = "a_discarded_page_that_is_marked_becomes_zeros";
+    let Some(machine) = Machine::<B>::new(4096, Policy::Pages, test) else {
+        return;
+    };
+    let mut images = saved_whole(&machine);
+    let (page, page_size) = (machine.pages()[1], machine.bitmap().page_size());
+    let mut save_and_compare = |when: &str| {
+        let epoch = machine.checkpoint().unwrap();
+        images.save(&machine, epoch);
+        images.assert_same_as(&machine, when);
+    };
+    machine.write_pages(0, [page]);
+    machine.wait_until_marked();
+    save_and_compare("before the discard");
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let (file, offset) = (machine.file(), machine.offset_of(page));
+    fallocate(file, hole, offset as i64, page_size as i64).unwrap();
+    machine.tracker.mark_host_write(page, page_size).unwrap();
+    save_and_compare("after the discard");
+    machine.write_pages(0, [page]);
+    machine.wait_until_marked();
+    save_and_compare("after the next write");
+}

@@ -90,6 +90,10 @@ impl Backend for UserfaultedVm {
     fn host_write(&self, guest_start: u64, bytes: &[u8]) {
         self.vm.host_write(guest_start, bytes);
     }
+
+    fn file(&self) -> &File {
+        &self.vm.file
+    }
 }
 
 impl Backend for ReadOnlyVm {
@@ -125,6 +129,10 @@ impl Backend for ReadOnlyVm {
 
     fn host_write(&self, guest_start: u64, bytes: &[u8]) {
         self.vm.host_write(guest_start, bytes);
+    }
+
+    fn file(&self) -> &File {
+        &self.vm.file
     }
 }
 

@@ -100,4 +100,8 @@ impl<P: Protects> Backend for Threads<P> {
         let offset = self.layout.offset_of(guest_start).unwrap();
         self.file.write_all_at(bytes, offset).unwrap();
     }
+
+    fn file(&self) -> &File {
+        &self.file
+    }
 }
