@@ -7,8 +7,11 @@ use crate::kind::Markable;
 use crate::ranges::runs_of_word;
 
 impl<K: Markable> DirtyBitmap<K> {
-    /// Marks the page that holds the guest-physical `address`. Returns whether its granule was
-    /// clean.
+    /// Marks the page that holds `address`, in the address space of the bitmap. Returns whether its
+    /// granule was clean.
+    ///
+    /// The bitmap of RAM with gaps, such as that of a `GuestRam`, starts at 0 and takes offsets in
+    /// the memory file.
     ///
     /// # Errors
     /// Returns [`OutOfRange`] if `address` is outside the RAM. Nothing was marked.
@@ -45,8 +48,8 @@ impl<K: Markable> DirtyBitmap<K> {
             .mark_offsets(start..self.marks.ram.size.min(start + page_size)))
     }
 
-    /// Marks every page that overlaps the `len` bytes from the guest-physical `address` on. Returns
-    /// whether any of them was clean.
+    /// Marks every page that overlaps the `len` bytes from `address` on, in the address space of
+    /// the bitmap (see [`mark`](Self::mark)). Returns whether any of them was clean.
     ///
     /// A length of 0 marks no page.
     ///

@@ -20,7 +20,8 @@ use crate::ranges::runs_of_word;
 /// Not marked are writes that do not go through the methods of `vm-memory`: by a pointer from
 /// `get_host_address` or `as_ptr`, by the kernel (vhost, io_uring into guest memory), and by
 /// another process that maps the memory (vhost-user). Mark these by
-/// [`mark_range`](DirtyBitmap::mark_range).
+/// [`mark_range`](DirtyBitmap::mark_range), which takes offsets in the memory file if there are
+/// several regions.
 ///
 /// `vm-memory`'s `NewBitmap` is not implemented, so `GuestMemoryMmap::from_ranges` is not
 /// available: it would create a bitmap for each region. Create the regions as in the example.

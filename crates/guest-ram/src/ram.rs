@@ -88,6 +88,9 @@ impl<K: BitmapKind> GuestRam<K> {
 
     /// Returns the bitmap of the pages that the host wrote, and that were marked for the guest: by
     /// a dirty log or by a write tracker.
+    ///
+    /// Its addresses are offsets in the memory file. [`mark`](Self::mark) takes guest-physical
+    /// addresses.
     #[must_use]
     pub fn dirty_bitmap(&self) -> &Arc<DirtyBitmap<K>> {
         &self.dirty

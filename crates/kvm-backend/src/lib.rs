@@ -116,7 +116,8 @@
 //! [`DirtyBitmap`](dirty_bitmap::DirtyBitmap). The page size of the bitmap is free. The guest may
 //! run.
 //!
-//! **Save a guest**, in the order that the types enforce ([`Vcpus`](Vcpus#order-at-a-pause)):
+//! **Save a guest**, in this order. The types enforce it up to the harvest
+//! ([`Vcpus`](Vcpus#order-at-a-pause)); an epoch that begins earlier lacks the harvested pages:
 //!
 //! 1. make the vCPUs leave the guest, and complete their I/O ([`Vcpu::complete_io`]);
 //! 2. pause them ([`Vcpus::pause`]);

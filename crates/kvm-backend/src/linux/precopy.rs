@@ -28,7 +28,9 @@ use super::vcpus::Paused;
 ///
 /// The closures may fail with any error `E` that a [`PrecopyError`] converts to, such as
 /// `Box<dyn Error>`. Every device that writes guest memory must
-/// [mark its writes](crate#writes-of-the-host), and stop in `pause`.
+/// [mark its writes](crate#writes-of-the-host), and stop in `pause`. With an `AtomicBitmap` of
+/// `vm-memory`, call `DirtyBitmap::mark_guest_memory` in `pause`, after the devices have stopped:
+/// marks that are taken before the last step only are missing from the image.
 ///
 /// # Examples
 /// ```
