@@ -4,7 +4,7 @@
 #![cfg(hvf_fake)]
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier};
 use std::thread;
 
 use dirty_bitmap::{Policy, TakenBitmap};
@@ -22,14 +22,6 @@ const SIZE: u64 = 8 << 20;
 const PROGRAM: u64 = RAM + PAGE_SIZE;
 const VECTORS: u64 = PROGRAM + 0x800;
 const DATA: u64 = RAM + (4 << 20);
-
-/// Serializes the tests: there is one machine in a process.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    control::reset();
-    turn
-}
 
 fn hvc(number: u32) -> u32 {
     0xd400_0002 | number << 5
@@ -73,7 +65,7 @@ fn a_pending_interrupt_is_of_the_captured_kind(
     #[case] fiq: bool,
     #[case] vector: u16,
 ) {
-    let _turn = turn();
+    let _turn = control::turn();
     let (vm, stage2) = machine(&[0xd503_43ff, 0x1400_0000]); // msr daifclr, #3; b .
     for handler in [0x280, 0x300] {
         let code = hvc(handler).to_le_bytes();
@@ -96,7 +88,7 @@ fn a_pending_interrupt_is_of_the_captured_kind(
 
 #[test]
 fn an_exit_of_a_later_system_is_reported_by_its_number() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::new().unwrap();
     let mut vcpu = vm.create_vcpu().unwrap();
     control::exit_with(7);
@@ -106,7 +98,7 @@ fn an_exit_of_a_later_system_is_reported_by_its_number() {
 
 #[test]
 fn a_timer_that_fires_exits_and_is_masked() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (vm, _stage2) = machine(&[0x1400_0000]); // b .
     let mut vcpu = vm.create_vcpu().unwrap();
     start(&vcpu);
@@ -126,7 +118,7 @@ fn a_timer_that_fires_exits_and_is_masked() {
 
 #[test]
 fn a_guest_sees_no_time_pass_while_it_is_saved() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (vm, _stage2) = machine(&[0xd53b_e040, hvc(0)]); // mrs x0, cntvct_el0
     let mut vcpu = vm.create_vcpu().unwrap();
     start(&vcpu);
@@ -144,7 +136,7 @@ fn a_guest_sees_no_time_pass_while_it_is_saved() {
 
 #[test]
 fn code_that_the_host_replaced_is_executed() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (vm, stage2) = machine(&[0xd280_0020, hvc(0), 0x17ff_fffe]); // mov x0, #1; hvc #0; b .-8
     let mut vcpu = vm.create_vcpu().unwrap();
     start(&vcpu);
@@ -169,7 +161,7 @@ const REGIONS: [(u64, u64); 2] = [(RAM, SIZE), (RAM + 2 * SIZE, SIZE)];
 
 #[test]
 fn ram_that_children_would_inherit_is_an_error() {
-    let _turn = turn();
+    let _turn = control::turn();
     control::fail("minherit", 2, fake_hvf::Code::FAULT);
     let vm = Vm::new().unwrap();
     let ram = Arc::new(GuestRam::new(RamLayout::new(REGIONS).unwrap()).unwrap());
@@ -181,7 +173,7 @@ fn ram_that_children_would_inherit_is_an_error() {
 /// `dc` (do not copy) in the flags of `smaps`: the memory is not in the copy of a forked process.
 #[test]
 fn forked_processes_do_not_inherit_the_ram() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::new().unwrap();
     let ram = Arc::new(GuestRam::new(RamLayout::new(REGIONS).unwrap()).unwrap());
     let _stage2 = Stage2::map(&vm, &ram).unwrap();
@@ -250,7 +242,7 @@ fn fill(vm: &Vm, tracker: &Stage2Tracker<Stage2>, number: u64) {
 /// Four vCPUs write pages next to each other's while checkpoints are taken and their pages copied.
 #[rstest]
 fn no_write_of_four_vcpus_is_lost(#[values(Policy::Pages, Policy::default())] policy: Policy) {
-    let _turn = turn();
+    let _turn = control::turn();
     let (vm, stage2) = machine(&FILL);
     let ram = Arc::clone(stage2.ram());
     let exact = matches!(policy, Policy::Pages);
@@ -308,7 +300,7 @@ fn no_write_of_four_vcpus_is_lost(#[values(Policy::Pages, Policy::default())] po
 
 #[test]
 fn a_register_of_another_build_is_an_error() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::new().unwrap();
     let vcpu = vm.create_vcpu().unwrap();
     let mut state = VcpuState::capture(&vcpu).unwrap();
@@ -323,7 +315,7 @@ fn a_register_of_another_build_is_an_error() {
 
 #[test]
 fn a_state_with_interrupt_controller_needs_one() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::new().unwrap();
     let vcpu = vm.create_vcpu().unwrap();
     let mut state = VcpuState::capture(&vcpu).unwrap();
@@ -338,7 +330,7 @@ fn a_state_with_interrupt_controller_needs_one() {
 
 #[test]
 fn a_register_that_is_ignored_is_reported() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::new().unwrap();
     let vcpu = vm.create_vcpu().unwrap();
     let mut state = VcpuState::capture(&vcpu).unwrap();
@@ -357,7 +349,7 @@ fn a_register_that_is_ignored_is_reported() {
 #[cfg(feature = "macos-26")]
 #[test]
 fn small_pages_are_tracked_one_by_one() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::options().small_pages(true).create().unwrap();
     assert_eq!(vm.granule(), 4096);
     let bitmap = dirty_bitmap::TrackedBitmap::tracked(0, SIZE, 4096).unwrap();

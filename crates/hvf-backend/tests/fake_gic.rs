@@ -3,18 +3,8 @@
 //! The framework is that of `testing/fake-hvf`: `cargo xtask fake-hvf`.
 #![cfg(all(hvf_fake, feature = "macos-15"))]
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use fake_hvf::control;
 use hvf_backend::{Encoding, GicError, GicPlace, GicState, RestoreError, VcpuState, Vm};
-
-/// Serializes the tests: there is one machine in a process.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    control::reset();
-    turn
-}
 
 const PLACE: GicPlace = GicPlace {
     distributor: 0x800_0000,
@@ -23,7 +13,7 @@ const PLACE: GicPlace = GicPlace {
 
 #[test]
 fn a_machine_without_a_controller_has_no_state_of_it() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::new().unwrap();
     let error = vm.capture_gic().unwrap_err();
     assert!(matches!(error, GicError::NoGic), "{error:?}");
@@ -33,7 +23,7 @@ fn a_machine_without_a_controller_has_no_state_of_it() {
 
 #[test]
 fn a_state_after_the_first_run_is_refused() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::options().gic(PLACE).create().unwrap();
     let mut vcpu = vm.create_vcpu().unwrap();
     let gic = vm.capture_gic().unwrap();
@@ -48,7 +38,7 @@ fn a_state_after_the_first_run_is_refused() {
 
 #[test]
 fn a_state_without_controller_needs_none() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::options().gic(PLACE).create().unwrap();
     let vcpu = vm.create_vcpu().unwrap();
     let mut state = VcpuState::capture(&vcpu).unwrap();
@@ -60,7 +50,7 @@ fn a_state_without_controller_needs_none() {
 
 #[test]
 fn an_unknown_register_of_the_controller_is_an_error() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::options().gic(PLACE).create().unwrap();
     let vcpu = vm.create_vcpu().unwrap();
     let mut state = VcpuState::capture(&vcpu).unwrap();

@@ -8,7 +8,7 @@
     reason = "the framework's functions, with variables of the test"
 )]
 
-use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 
 use fake_hvf::{Code, control};
@@ -17,14 +17,6 @@ use hvf_backend::{
     SysReg, Vcpu, VcpuState, Vm,
 };
 use page_reader::RamLayout;
-
-/// Serializes the tests: there is one machine in a process.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    control::reset();
-    turn
-}
 
 const PLACE: GicPlace = GicPlace {
     distributor: 0x800_0000,
@@ -112,7 +104,7 @@ fn while_it_waits(vcpu: &mut Vcpu, function: impl FnOnce() + Send) -> Exit {
 
 #[test]
 fn vcpu_that_waits_is_cancelled_and_waits_again() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (_stage2, mut vcpu) = waiting();
     for _ in 0..2 {
         let canceller = vcpu.canceller();
@@ -126,7 +118,7 @@ fn vcpu_that_waits_is_cancelled_and_waits_again() {
 
 #[test]
 fn request_before_a_run_ends_that_run_only() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (_stage2, mut vcpu) = waiting();
     let canceller = vcpu.canceller();
     canceller.cancel().unwrap();
@@ -137,7 +129,7 @@ fn request_before_a_run_ends_that_run_only() {
 
 #[test]
 fn line_that_is_raised_wakes_the_vcpu() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (stage2, mut vcpu) = waiting();
     enable(40);
     let vm = stage2.vm();
@@ -147,7 +139,7 @@ fn line_that_is_raised_wakes_the_vcpu() {
 
 #[test]
 fn level_of_a_line_is_that_of_the_last_call() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (stage2, mut vcpu) = waiting();
     let vm = stage2.vm();
     enable(40);
@@ -172,7 +164,7 @@ fn level_of_a_line_is_that_of_the_last_call() {
 
 #[test]
 fn message_signals_its_interrupt() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (stage2, mut vcpu) = waiting();
     let vm = stage2.vm();
     enable(65);
@@ -188,7 +180,7 @@ fn message_signals_its_interrupt() {
 
 #[test]
 fn region_for_messages_has_shared_interrupts() {
-    let _turn = turn();
+    let _turn = control::turn();
     let region = MsiRegion {
         first_intid: 1015,
         ..MSIS
@@ -200,7 +192,7 @@ fn region_for_messages_has_shared_interrupts() {
 
 #[test]
 fn interrupts_need_a_controller() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::new().unwrap();
     for result in [vm.set_spi(40, true), vm.send_msi(0, 65), vm.reset_gic()] {
         let error = result.unwrap_err();
@@ -210,7 +202,7 @@ fn interrupts_need_a_controller() {
 
 #[test]
 fn sizes_are_those_of_the_framework() {
-    let _turn = turn();
+    let _turn = control::turn();
     let sizes = Vm::gic_sizes().unwrap();
     assert_eq!(sizes.distributor, 64 << 10);
     assert_eq!(sizes.redistributor, 128 << 10);
@@ -230,7 +222,7 @@ fn sizes_are_those_of_the_framework() {
 
 #[test]
 fn physical_timer_fires_after_the_same_time() {
-    let _turn = turn();
+    let _turn = control::turn();
     control::stop_clock(1 << 40);
     let (stage2, vcpu) = waiting();
     let compare = (1 << 40) + 1_000;
@@ -258,7 +250,7 @@ fn physical_timer_fires_after_the_same_time() {
 
 #[test]
 fn vcpu_without_physical_timer_has_none() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::new().unwrap();
     let vcpu = vm.create_vcpu().unwrap();
     let state = VcpuState::capture(&vcpu).unwrap();
@@ -280,7 +272,7 @@ fn vcpu_without_physical_timer_has_none() {
 
 #[test]
 fn refused_physical_timer_is_an_error() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (_stage2, vcpu) = waiting();
     let state = VcpuState::capture(&vcpu).unwrap();
     control::fail_from("hv_vcpu_set_sys_reg", 1, Code::UNSUPPORTED);
@@ -311,7 +303,7 @@ const THREADS: usize = 4;
 
 #[test]
 fn pause_waits_until_all_vcpus_are_parked() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (stage2, own) = waiting();
     let vm = stage2.vm();
     let states = Mutex::new(Vec::new());
@@ -350,7 +342,7 @@ fn pause_waits_until_all_vcpus_are_parked() {
 
 #[test]
 fn paused_vcpu_does_not_enter_the_guest() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (stage2, mut vcpu) = waiting();
     // The vCPU is of this thread.
     let paused = stage2.vm().pause().unwrap();
@@ -363,7 +355,7 @@ fn paused_vcpu_does_not_enter_the_guest() {
 
 #[test]
 fn pause_that_is_refused_ends() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (stage2, _own) = waiting();
     let vm = stage2.vm();
     let (created, checked) = (Barrier::new(2), Barrier::new(2));
@@ -385,7 +377,7 @@ fn pause_that_is_refused_ends() {
 
 #[test]
 fn before_macos_15_there_are_no_sizes() {
-    let _turn = turn();
+    let _turn = control::turn();
     control::set_system(control::System::MacOs13);
     let error = Vm::gic_sizes().unwrap_err().to_string();
     let text = "this macOS has no hv_gic_get_spi_interrupt_range, which macOS 15.0 and later have";

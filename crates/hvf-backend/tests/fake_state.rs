@@ -3,8 +3,6 @@
 //! The framework is that of `testing/fake-hvf`: `cargo xtask fake-hvf`.
 #![cfg(hvf_fake)]
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use fake_hvf::control::{self, System};
 use fake_hvf::{SmeState, hv_vcpu_set_sme_state};
 use hvf_backend::{
@@ -18,14 +16,6 @@ const SME_ON: u64 = 0b11 << 24 | 0b11 << 20;
 const SME: u64 = 0xf << 24;
 /// The longest vector length of the fake in bytes.
 const LENGTH: usize = 64;
-
-/// Serializes the tests: there is one machine in a process.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    control::reset();
-    turn
-}
 
 fn vcpu(sme: bool) -> Vcpu {
     let vm = Vm::options().sme(sme).create().unwrap();
@@ -54,7 +44,7 @@ fn value(state: &VcpuState, register: SysReg) -> Option<u64> {
 #[case::hidden(false, 0)]
 #[case::kept(true, 0x200_0000)]
 fn sme_is_hidden_unless_it_is_requested(#[case] sme: bool, #[case] visible: u64) {
-    let _turn = turn();
+    let _turn = control::turn();
     let vcpu = vcpu(sme);
     let features = vcpu.system_register(SysReg::ID_AA64PFR1_EL1).unwrap();
     assert_eq!(features & SME, visible);
@@ -64,7 +54,7 @@ fn sme_is_hidden_unless_it_is_requested(#[case] sme: bool, #[case] visible: u64)
 
 #[test]
 fn a_vcpu_that_can_not_hide_sme_is_an_error() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::new().unwrap();
     // The first call limits the address bits.
     control::fail("hv_vcpu_set_sys_reg", 2, fake_hvf::Code::DENIED);
@@ -75,7 +65,7 @@ fn a_vcpu_that_can_not_hide_sme_is_an_error() {
 
 #[test]
 fn a_guest_that_switched_sme_on_is_captured() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vcpu = vcpu(true);
     vcpu.set_system_register(SysReg::CPACR_EL1, SME_ON).unwrap();
     let state = VcpuState::capture(&vcpu).unwrap();
@@ -88,7 +78,7 @@ fn sme_state_is_restored_with_fpsr(
     #[values(false, true)] streaming: bool,
     #[values(false, true)] za: bool,
 ) {
-    let _turn = turn();
+    let _turn = control::turn();
     let vcpu = vcpu(true);
     vcpu.set_system_register(SysReg::CPACR_EL1, SME_ON).unwrap();
     vcpu.set_system_register(SysReg::SMCR_EL1, 3).unwrap();
@@ -134,7 +124,7 @@ fn sme_state_is_restored_with_fpsr(
 
 #[test]
 fn sme_state_of_another_vector_length_is_an_error() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vcpu = vcpu(true);
     set_modes(&vcpu, true, true);
     let state = VcpuState::capture(&vcpu).unwrap();
@@ -155,7 +145,7 @@ fn sme_state_of_another_vector_length_is_an_error() {
 
 #[test]
 fn sme_needs_macos_15_2_only_if_the_guest_uses_it() {
-    let _turn = turn();
+    let _turn = control::turn();
     control::set_system(System::MacOs15);
     let vcpu = vcpu(true);
     let state = VcpuState::capture(&vcpu).unwrap();
@@ -174,7 +164,7 @@ fn sme_needs_macos_15_2_only_if_the_guest_uses_it() {
 
 #[test]
 fn sme_state_on_an_older_system_is_an_error() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vcpu = vcpu(true);
     set_modes(&vcpu, false, true);
     let mut state = VcpuState::capture(&vcpu).unwrap();
@@ -197,7 +187,7 @@ fn sme_state_on_an_older_system_is_an_error() {
 
 #[test]
 fn a_mac_without_sme_has_no_state_of_it() {
-    let _turn = turn();
+    let _turn = control::turn();
     control::set_sme(false);
     let vcpu = vcpu(true);
     let state = VcpuState::capture(&vcpu).unwrap();
@@ -218,7 +208,7 @@ fn a_guest_is_saved_and_restored_on_every_system(
     )]
     system: System,
 ) {
-    let _turn = turn();
+    let _turn = control::turn();
     control::set_system(system);
     let vcpu = vcpu(false);
     assert_eq!(vcpu.vm().address_bits(), 36);
@@ -232,7 +222,7 @@ fn a_guest_is_saved_and_restored_on_every_system(
 
 #[test]
 fn an_unknown_name_of_a_file_is_an_error_of_the_restore() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vcpu = vcpu(false);
     let state = VcpuState::capture(&vcpu).unwrap();
     let text = serde_json::to_string(&state).unwrap();
@@ -248,7 +238,7 @@ fn an_unknown_name_of_a_file_is_an_error_of_the_restore() {
 
 #[test]
 fn bits_that_no_cpu_keeps_are_not_compared() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vcpu = vcpu(false);
     let mut state = VcpuState::capture(&vcpu).unwrap();
     state.cpsr |= 1 << 40 | 1 << 19 | 1 << 5;
@@ -259,7 +249,7 @@ fn bits_that_no_cpu_keeps_are_not_compared() {
 
 #[test]
 fn a_bit_that_this_cpu_does_not_keep_is_an_error() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vcpu = vcpu(false);
     let mut state = VcpuState::capture(&vcpu).unwrap();
     // PSTATE.TCO, of a CPU with memory tagging.
@@ -271,7 +261,7 @@ fn a_bit_that_this_cpu_does_not_keep_is_an_error() {
 
 #[test]
 fn the_status_of_the_timer_is_not_compared() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vcpu = vcpu(false);
     let compare = 1 << 60;
     let at_least_compare = 0_u64.wrapping_sub(compare);
@@ -291,7 +281,7 @@ fn the_status_of_the_timer_is_not_compared() {
 
 #[test]
 fn a_vcpu_reports_the_address_bits_of_its_machine() {
-    let _turn = turn();
+    let _turn = control::turn();
     let range = |vcpu: &Vcpu| vcpu.system_register(SysReg::ID_AA64MMFR0_EL1).unwrap() & 0xf;
     let of_default = vcpu(false);
     assert_eq!(of_default.vm().address_bits(), 36);
@@ -313,7 +303,7 @@ mod options {
 
     #[test]
     fn more_address_bits_than_the_mac_has_are_an_error() {
-        let _turn = turn();
+        let _turn = control::turn();
         control::set_max_address_bits(39);
         assert_eq!(Vm::max_address_bits().unwrap(), 39);
         let error = Vm::options().address_bits(40).create().unwrap_err();
@@ -332,7 +322,7 @@ mod options {
 
     #[test]
     fn before_macos_13_a_machine_has_36_address_bits() {
-        let _turn = turn();
+        let _turn = control::turn();
         control::set_system(System::MacOs12_1);
         assert_eq!(Vm::max_address_bits().unwrap(), 36);
         let error = Vm::options().address_bits(40).create().unwrap_err();
@@ -358,7 +348,7 @@ mod options {
     #[cfg(feature = "macos-26")]
     #[test]
     fn an_option_of_a_newer_system_names_the_function() {
-        let _turn = turn();
+        let _turn = control::turn();
         control::set_system(System::MacOs13);
         let place = hvf_backend::GicPlace {
             distributor: 0x800_0000,

@@ -9,7 +9,7 @@
 )]
 
 use std::ops::Range;
-use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 
 use fake_hvf::{Code, control};
@@ -19,14 +19,6 @@ use hvf_backend::{
 };
 use page_reader::RamLayout;
 use rstest::rstest;
-
-/// Serializes the tests: there is one machine in a process.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    control::reset();
-    turn
-}
 
 const PLACE: GicPlace = GicPlace {
     distributor: 0x800_0000,
@@ -189,7 +181,7 @@ fn continue_guest(vcpu: &mut Vcpu) -> Continued {
 
 #[rstest]
 fn vcpus_continue_with_their_interrupts(#[values(1, 2, 4)] count: u32) {
-    let _turn = turn();
+    let _turn = control::turn();
     let (mut states, gic) = capture(count);
     // The order of the states does not matter, nor that of the threads.
     states.reverse();
@@ -250,7 +242,7 @@ fn restore_errors(
 
 #[rstest]
 fn turn_that_is_dropped_fails_the_others(#[values(0, 1, 2)] dropped: usize) {
-    let _turn = turn();
+    let _turn = control::turn();
     let (states, gic) = capture(3);
     let errors = restore_errors(states, gic, dropped..dropped + 1);
     assert_eq!(errors.len(), 2);
@@ -266,7 +258,7 @@ fn turn_that_is_dropped_fails_the_others(#[values(0, 1, 2)] dropped: usize) {
 #[case::controller("hv_gic_set_state", 1)]
 #[case::state("hv_gic_set_icc_reg", 5)]
 fn vcpu_that_fails_fails_the_others(#[case] call: &str, #[case] number: u64) {
-    let _turn = turn();
+    let _turn = control::turn();
     let (states, gic) = capture(4);
     control::fail(call, number, Code::FAULT);
     let errors = restore_errors(states, gic, 0..0);
@@ -279,7 +271,7 @@ fn vcpu_that_fails_fails_the_others(#[case] call: &str, #[case] number: u64) {
 
 #[test]
 fn states_that_are_not_of_one_machine_are_refused() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (states, gic) = capture(2);
     let (vm, _stage2) = machine();
     let refused = |states: &[VcpuState]| {
@@ -331,7 +323,7 @@ fn states_that_are_not_of_one_machine_are_refused() {
 
 #[test]
 fn vcpus_without_controller_get_their_states() {
-    let _turn = turn();
+    let _turn = control::turn();
     let vm = Vm::new().unwrap();
     let mut states = vec![VcpuState::default(), VcpuState::default()];
     (states[0].x[0], states[1].x[0]) = (1, 2);
@@ -354,7 +346,7 @@ fn vcpus_without_controller_get_their_states() {
 
 #[test]
 fn state_of_another_vcpu_is_refused() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (states, _gic) = capture(2);
     let (vm, _stage2) = machine();
     let vcpu = vm.create_vcpu().unwrap();

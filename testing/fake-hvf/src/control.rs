@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use crate::memory::Mapped;
 use crate::systems;
@@ -21,6 +22,16 @@ static EXIT_REASON: AtomicU64 = AtomicU64::new(NONE);
 static HAS_SME: AtomicBool = AtomicBool::new(true);
 static HAS_HYPERVISOR: AtomicBool = AtomicBool::new(true);
 static MAX_ADDRESS_BITS: AtomicU32 = AtomicU32::new(40);
+
+/// Serializes the tests of a program, because a process has one machine. [Resets](reset) what an
+/// earlier test has set.
+#[must_use]
+pub fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    reset();
+    turn
+}
 
 /// Makes call `number` of the function `name` fail with `code`, counted from now on. The first call
 /// is 1.

@@ -57,13 +57,19 @@ fn takes(vcpu: &Vcpu) -> bool {
     }
 }
 
+/// Returns RAM whose program and interrupt vector each make a hypercall.
+fn hypercalls() -> Ram {
+    let ram = Ram::new();
+    ram.write(RAM, &[hvc(0)]);
+    ram.write(RAM + 0x800 + 0x280, &[hvc(0x280)]);
+    ram
+}
+
 #[test]
 fn each_setting_decides_whether_an_interrupt_is_signalled() {
     let _turn = turn();
     let _machine = Machine::with_gic();
-    let ram = Ram::new();
-    ram.write(RAM, &[hvc(0)]);
-    ram.write(RAM + 0x800 + 0x280, &[hvc(0x280)]);
+    let _ram = hypercalls();
     let vcpu = vcpu();
     assert!(!takes(&vcpu));
     done(unsafe { hv_gic_set_spi(INTID, true) }).unwrap();
@@ -102,9 +108,7 @@ fn each_setting_decides_whether_an_interrupt_is_signalled() {
 fn an_interrupt_goes_to_the_affinity_of_its_route() {
     let _turn = turn();
     let _machine = Machine::with_gic();
-    let ram = Ram::new();
-    ram.write(RAM, &[hvc(0)]);
-    ram.write(RAM + 0x800 + 0x280, &[hvc(0x280)]);
+    let _ram = hypercalls();
     let vcpu = vcpu();
     vcpu.set_system(MPIDR_EL1, 1 << 31 | 3).unwrap();
     done(unsafe { hv_gic_set_spi(INTID, true) }).unwrap();

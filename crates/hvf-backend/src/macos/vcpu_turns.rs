@@ -71,14 +71,18 @@ impl Vm {
     ///
     /// # Examples
     /// ```no_run
-    /// # fn run(vcpu: hvf_backend::Vcpu) {}
-    /// # fn read() -> (Vec<hvf_backend::VcpuState>, hvf_backend::GicState) { todo!() }
+    /// # use hvf_backend::{GicState, Vcpu, VcpuState};
+    /// # fn run(vcpu: Vcpu) {}
+    /// # fn start(
+    /// #     vcpus: Vec<VcpuState>,
+    /// #     gic: GicState,
+    /// # ) -> Result<(), Box<dyn std::error::Error>> {
     /// use hvf_backend::{GicPlace, Vm};
     ///
     /// let place = GicPlace { distributor: 0x800_0000, redistributors: 0x1000_0000 };
     /// let vm = Vm::options().gic(place).create()?;
     /// // ... map the RAM and write the snapshot to it ...
-    /// let (vcpus, gic) = read();
+    /// // `vcpus` and `gic` are the states that were captured.
     /// std::thread::scope(|scope| {
     ///     for turn in vm.restore_vcpus(vcpus, Some(gic))? {
     ///         scope.spawn(move || match turn.restore() {
@@ -88,7 +92,8 @@ impl Vm {
     ///     }
     ///     Ok::<(), hvf_backend::VcpuTurnsError>(())
     /// })?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// # Ok(())
+    /// # }
     /// ```
     pub fn restore_vcpus(
         &self,

@@ -9,8 +9,8 @@
 
 use std::ffi::c_void;
 use std::ptr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
+pub(crate) use fake_hvf::control::turn;
 use fake_hvf::*;
 
 pub(crate) const PAGE: u64 = 16 << 10;
@@ -27,14 +27,6 @@ pub(crate) const FPSR: u32 = 33;
 pub(crate) const CPSR: u32 = 34;
 pub(crate) const CPACR_EL1: u16 = 0xc082;
 pub(crate) const VBAR_EL1: u16 = 0xc600;
-
-/// Serializes the tests of a program: a process has one machine.
-pub(crate) fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    control::reset();
-    turn
-}
 
 /// Converts the return code of a call.
 pub(crate) fn done(code: i32) -> Result<(), Code> {
