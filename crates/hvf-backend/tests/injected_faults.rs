@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::error::Error;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 
 use dirty_bitmap::{Policy, WriteProtection};
@@ -43,12 +43,6 @@ const OBJECTS: [&str; 3] = [
     "hv_gic_state_create",
     "hv_vm_config_create",
 ];
-
-/// Serializes the tests: there is one machine in a process.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 #[cfg(feature = "macos-15")]
 const MSIS: hvf_backend::MsiRegion = hvf_backend::MsiRegion {
@@ -160,15 +154,6 @@ fn on_own_thread(work: fn() -> Done) -> Result<(), String> {
     thread.join().expect("no panic")
 }
 
-/// Returns the name of a call in an error.
-fn named(name: &'static str, number: u64) -> &'static str {
-    match (name, number) {
-        // The second call is made by `applevisor`, in its method that reads the data.
-        ("hv_gic_state_get_size", 2) => "hv_gic_state_get_data",
-        _ => name,
-    }
-}
-
 /// Returns the calls of a run without failures, and how often each is made.
 fn calls() -> Vec<(&'static str, u64)> {
     control::reset();
@@ -202,7 +187,7 @@ fn called_functions() -> BTreeSet<String> {
 #[cfg(feature = "macos-26")]
 #[test]
 fn the_scenario_makes_every_call_of_the_crate() {
-    let _turn = turn();
+    let _turn = control::turn();
     let made: BTreeSet<_> = calls().into_iter().map(|(name, _)| name.into()).collect();
     let missing: Vec<_> = called_functions().difference(&made).cloned().collect();
     assert_eq!(missing, [""; 0]);
@@ -210,7 +195,7 @@ fn the_scenario_makes_every_call_of_the_crate() {
 
 #[test]
 fn each_failing_call_is_an_error_that_names_it() {
-    let _turn = turn();
+    let _turn = control::turn();
     for (name, count) in calls() {
         if WITHOUT_ERROR.contains(&name) || OF_THE_SYSTEM.contains(&name) {
             continue;
@@ -225,7 +210,7 @@ fn each_failing_call_is_an_error_that_names_it() {
             let text = on_own_thread(save_and_restore).expect_err(&what);
             let code = format!("HV_FAULT ({:#x})", INJECTED.0);
             let of_code = text.contains(&code) || OBJECTS.contains(&name);
-            let named = text.contains(named(name, number)) && of_code;
+            let named = text.contains(name) && of_code;
             assert!(named, "{what}: {text}");
             assert_eq!(control::mapped(), [], "{what}");
             assert_eq!(control::objects(), 0, "{what}");
@@ -237,7 +222,7 @@ fn each_failing_call_is_an_error_that_names_it() {
 
 #[test]
 fn after_each_failing_call_a_machine_can_be_created() {
-    let _turn = turn();
+    let _turn = control::turn();
     for (name, count) in calls() {
         if WITHOUT_ERROR.contains(&name) {
             continue;
@@ -254,7 +239,7 @@ fn after_each_failing_call_a_machine_can_be_created() {
 
 #[test]
 fn an_unreadable_sysctl_is_an_error() {
-    let _turn = turn();
+    let _turn = control::turn();
     control::reset();
     control::fail("sysctlbyname", 1, INJECTED);
     let error = Vm::new().unwrap_err();
@@ -264,7 +249,7 @@ fn an_unreadable_sysctl_is_an_error() {
 
 #[test]
 fn a_mac_without_hypervisor_is_an_error() {
-    let _turn = turn();
+    let _turn = control::turn();
     control::reset();
     control::set_hypervisor(false);
     assert!(!has_hypervisor().unwrap());
@@ -275,7 +260,7 @@ fn a_mac_without_hypervisor_is_an_error() {
 
 #[test]
 fn codes_for_creating_a_machine_are_distinguished() {
-    let _turn = turn();
+    let _turn = control::turn();
     let create = |code| {
         control::reset();
         control::fail("hv_vm_create", 1, code);
@@ -324,7 +309,7 @@ fn is_mapped(range: Range<usize>) -> bool {
 
 #[test]
 fn ram_that_stage_2_keeps_stays_mapped() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (vm, stage2) = mapped_machine();
     control::fail("hv_vm_unmap", 2, INJECTED);
     drop((stage2, vm));
@@ -340,7 +325,7 @@ fn ram_that_stage_2_keeps_stays_mapped() {
 
 #[test]
 fn a_vcpu_that_stays_keeps_the_machine() {
-    let _turn = turn();
+    let _turn = control::turn();
     control::reset();
     control::fail("hv_vcpu_destroy", 1, INJECTED);
     on_own_thread(|| {
@@ -357,7 +342,7 @@ fn a_vcpu_that_stays_keeps_the_machine() {
 
 #[test]
 fn a_machine_that_stays_is_an_error_for_the_next() {
-    let _turn = turn();
+    let _turn = control::turn();
     control::reset();
     control::fail("hv_vm_destroy", 1, INJECTED);
     drop(Vm::new().unwrap());
@@ -368,7 +353,7 @@ fn a_machine_that_stays_is_an_error_for_the_next() {
 
 #[test]
 fn protection_that_fails_names_the_range() {
-    let _turn = turn();
+    let _turn = control::turn();
     let (vm, stage2) = mapped_machine();
     control::fail("hv_vm_protect", 2, INJECTED);
     // The range crosses the gap: the part above it fails.
@@ -386,7 +371,7 @@ fn protection_that_fails_names_the_range() {
 
 #[test]
 fn a_second_vcpu_of_a_thread_is_an_error() {
-    let _turn = turn();
+    let _turn = control::turn();
     control::reset();
     let vm = Vm::new().unwrap();
     let vcpu = vm.create_vcpu().unwrap();

@@ -1,7 +1,5 @@
 //! The errors of the framework's calls, and of capturing and restoring a vCPU.
 
-#[cfg(feature = "macos-15")]
-use applevisor::error::HypervisorError;
 use applevisor_sys::{hv_error_t, hv_return_t};
 use thiserror::Error;
 
@@ -41,13 +39,13 @@ impl HvError {
         }
     }
 
-    /// Returns a function that converts an error of `applevisor`, for a call made through that
-    /// crate.
+    /// Returns the error for a function that this system lacks, although it has what the function
+    /// belongs to.
     #[cfg(feature = "macos-15")]
-    pub(crate) fn in_call(call: &'static str) -> impl Fn(HypervisorError) -> Self {
-        move |error| Self {
-            call,
-            code: error.into(),
+    pub(crate) fn missing(missing: UnsupportedFunction) -> Self {
+        Self {
+            call: missing.function,
+            code: hv_error_t::HV_UNSUPPORTED as hv_return_t,
         }
     }
 

@@ -1,8 +1,12 @@
 //! The state of the framework's interrupt controller.
 
+#![allow(unsafe_code)]
+
 use thiserror::Error;
 
 use super::errors::HvError;
+use super::machine::Object;
+use super::newer;
 use super::vm::Vm;
 use crate::state::GicState;
 
@@ -14,17 +18,20 @@ impl Vm {
     /// # Errors
     /// Returns [`GicError`] if the machine has no interrupt controller or the framework refuses.
     pub fn capture_gic(&self) -> Result<GicState, GicError> {
-        let instance = self.with_gic()?;
-        let mut state = instance
-            .gic_state_create()
-            .map_err(HvError::in_call("hv_gic_state_create"))?;
-        let size = state
-            .size()
-            .map_err(HvError::in_call("hv_gic_state_get_size"))?;
+        self.check_gic()?;
+        let create = newer::hv_gic_state_create().map_err(HvError::missing)?;
+        // SAFETY: the machine exists, and the function returns a new object.
+        let state = unsafe { Object::create("hv_gic_state_create", create) }?;
+        let get = newer::hv_gic_state_get_size().map_err(HvError::missing)?;
+        let mut size = 0;
+        // SAFETY: the object exists, and the address is of a variable.
+        let code = unsafe { get(state.as_ptr(), &raw mut size) };
+        HvError::check("hv_gic_state_get_size", code)?;
         let mut data = vec![0; size];
-        state
-            .get(&mut data)
-            .map_err(HvError::in_call("hv_gic_state_get_data"))?;
+        let get = newer::hv_gic_state_get_data().map_err(HvError::missing)?;
+        // SAFETY: the object exists, and the buffer has the size of its state.
+        let code = unsafe { get(state.as_ptr(), data.as_mut_ptr().cast()) };
+        HvError::check("hv_gic_state_get_data", code)?;
         Ok(GicState::new(data))
     }
 
@@ -39,13 +46,14 @@ impl Vm {
     /// # Errors
     /// Returns [`GicError`]. The machine is then unusable.
     pub fn restore_gic(&self, state: &GicState) -> Result<(), GicError> {
-        let instance = self.with_gic()?;
-        // `applevisor` offers `hv_gic_set_state` only as a method of a captured state.
-        let own = instance
-            .gic_state_create()
-            .map_err(HvError::in_call("hv_gic_state_create"))?;
-        own.set(state.data())
-            .map_err(HvError::in_call("hv_gic_set_state"))?;
+        self.check_gic()?;
+        let (set, data) = (
+            newer::hv_gic_set_state().map_err(HvError::missing)?,
+            state.data(),
+        );
+        // SAFETY: the address and the size are those of the slice.
+        let code = unsafe { set(data.as_ptr().cast(), data.len()) };
+        HvError::check("hv_gic_set_state", code)?;
         Ok(())
     }
 }

@@ -1,8 +1,10 @@
 //! Interrupts of devices, and the reset of the framework's interrupt controller.
 
+#![allow(unsafe_code)]
+
 use super::errors::HvError;
 use super::gic::GicError;
-use super::machine::GicInstance;
+use super::newer;
 use super::vm::{Instance, Vm};
 
 impl Vm {
@@ -19,8 +21,12 @@ impl Vm {
     /// Returns [`GicError`] if the machine has no interrupt controller, or if `intid` is not in
     /// [`GicSizes::spis`](crate::GicSizes::spis) or is a message's.
     pub fn set_spi(&self, intid: u32, level: bool) -> Result<(), GicError> {
-        let set = self.with_gic()?.gic_set_spi(intid, level);
-        Ok(set.map_err(HvError::in_call("hv_gic_set_spi"))?)
+        self.check_gic()?;
+        let set = newer::hv_gic_set_spi().map_err(HvError::missing)?;
+        // SAFETY: the machine exists. Any thread may make this call.
+        Ok(HvError::check("hv_gic_set_spi", unsafe {
+            set(intid, level)
+        })?)
     }
 
     /// Sends a message-signaled interrupt. Any thread may call this.
@@ -32,8 +38,12 @@ impl Vm {
     /// Returns [`GicError`] if the machine has no interrupt controller or no such
     /// [region](crate::VmOptions::gic_msis), or if `intid` is not in it.
     pub fn send_msi(&self, address: u64, intid: u32) -> Result<(), GicError> {
-        let sent = self.with_gic()?.gic_send_msi(address, intid);
-        Ok(sent.map_err(HvError::in_call("hv_gic_send_msi"))?)
+        self.check_gic()?;
+        let send = newer::hv_gic_send_msi().map_err(HvError::missing)?;
+        // SAFETY: the machine exists. Any thread may make this call.
+        Ok(HvError::check("hv_gic_send_msi", unsafe {
+            send(address, intid)
+        })?)
     }
 
     /// Resets the distributor and all redistributors, as part of a reset of the whole machine.
@@ -42,13 +52,16 @@ impl Vm {
     /// # Errors
     /// Returns [`GicError`] if the machine has no interrupt controller or the framework refuses.
     pub fn reset_gic(&self) -> Result<(), GicError> {
-        let reset = self.with_gic()?.gic_reset();
-        Ok(reset.map_err(HvError::in_call("hv_gic_reset"))?)
+        self.check_gic()?;
+        let reset = newer::hv_gic_reset().map_err(HvError::missing)?;
+        // SAFETY: the machine exists.
+        Ok(HvError::check("hv_gic_reset", unsafe { reset() })?)
     }
 
-    pub(super) fn with_gic(&self) -> Result<&GicInstance, GicError> {
+    /// Fails if the machine has no interrupt controller.
+    pub(super) fn check_gic(&self) -> Result<(), GicError> {
         match &self.instance {
-            Instance::Gic(instance) => Ok(instance),
+            Instance::Gic(_) => Ok(()),
             Instance::Plain(_) => Err(GicError::NoGic),
         }
     }

@@ -37,7 +37,7 @@ impl Drop for Machine {
 pub(crate) enum Instance {
     Plain(#[allow(dead_code, reason = "held until it is dropped")] Arc<Machine>),
     #[cfg(feature = "macos-15")]
-    Gic(GicInstance),
+    Gic(#[allow(dead_code, reason = "held until it is dropped")] GicInstance),
 }
 
 /// An object of the framework, which is released when this is dropped.
@@ -77,8 +77,6 @@ pub(crate) use gic::GicInstance;
 
 #[cfg(feature = "macos-15")]
 mod gic {
-    use applevisor::error::HypervisorError;
-
     use super::super::gic_place::{GicPlace, MsiRegion};
     use super::super::newer;
     use super::super::vm::CreateVmError;
@@ -87,23 +85,6 @@ mod gic {
     /// A machine with an interrupt controller of the framework.
     #[derive(Clone, Debug)]
     pub(crate) struct GicInstance(#[allow(dead_code, reason = "held until dropped")] Arc<Machine>);
-
-    /// The state of the interrupt controller, as an object of the framework.
-    #[derive(Debug)]
-    pub(crate) struct GicStateObject(Object);
-
-    fn checked(code: hv_return_t) -> Result<(), HypervisorError> {
-        match code {
-            0 => Ok(()),
-            code => Err(code.into()),
-        }
-    }
-
-    /// Converts the lack of a function. The machine has an interrupt controller, so its system has
-    /// all of these functions.
-    fn missing(_: newer::UnsupportedFunction) -> HypervisorError {
-        HypervisorError::Unsupported
-    }
 
     impl GicInstance {
         /// Adds the interrupt controller. The machine has no vCPU yet.
@@ -137,62 +118,6 @@ mod gic {
             // SAFETY: the machine and the configuration exist.
             HvError::check("hv_gic_create", unsafe { create(config.as_ptr()) })?;
             Ok(Self(machine))
-        }
-
-        /// Sets the level of the line of a shared interrupt.
-        pub(crate) fn gic_set_spi(&self, intid: u32, level: bool) -> Result<(), HypervisorError> {
-            let set = newer::hv_gic_set_spi().map_err(missing)?;
-            // SAFETY: the machine exists. Any thread may make this call.
-            checked(unsafe { set(intid, level) })
-        }
-
-        /// Sends a message-signaled interrupt.
-        pub(crate) fn gic_send_msi(&self, address: u64, intid: u32) -> Result<(), HypervisorError> {
-            let send = newer::hv_gic_send_msi().map_err(missing)?;
-            // SAFETY: the machine exists. Any thread may make this call.
-            checked(unsafe { send(address, intid) })
-        }
-
-        /// Resets the interrupt controller.
-        pub(crate) fn gic_reset(&self) -> Result<(), HypervisorError> {
-            let reset = newer::hv_gic_reset().map_err(missing)?;
-            // SAFETY: the machine exists.
-            checked(unsafe { reset() })
-        }
-
-        /// Captures the state of the interrupt controller.
-        pub(crate) fn gic_state_create(&self) -> Result<GicStateObject, HypervisorError> {
-            let create = newer::hv_gic_state_create().map_err(missing)?;
-            // SAFETY: the machine exists, and the function returns a new object.
-            let state = unsafe { Object::create("hv_gic_state_create", create) };
-            state.map(GicStateObject).map_err(|error| error.code.into())
-        }
-    }
-
-    impl GicStateObject {
-        /// Returns the size of the state in bytes.
-        pub(crate) fn size(&self) -> Result<usize, HypervisorError> {
-            let get = newer::hv_gic_state_get_size().map_err(missing)?;
-            let mut size = 0;
-            // SAFETY: the object exists, and the address is of a variable.
-            checked(unsafe { get(self.0.as_ptr(), &raw mut size) }).map(|()| size)
-        }
-
-        /// Copies the state.
-        pub(crate) fn get(&mut self, data: &mut [u8]) -> Result<(), HypervisorError> {
-            if data.len() < self.size()? {
-                return Err(HypervisorError::BadArgument);
-            }
-            let get = newer::hv_gic_state_get_data().map_err(missing)?;
-            // SAFETY: the object exists, and the buffer has room for the state (checked).
-            checked(unsafe { get(self.0.as_ptr(), data.as_mut_ptr().cast()) })
-        }
-
-        /// Sets the state of the interrupt controller.
-        pub(crate) fn set(&self, data: &[u8]) -> Result<(), HypervisorError> {
-            let set = newer::hv_gic_set_state().map_err(missing)?;
-            // SAFETY: the address and the size are those of the slice.
-            checked(unsafe { set(data.as_ptr().cast(), data.len()) })
         }
     }
 }
