@@ -25,7 +25,6 @@ static MAX_ADDRESS_BITS: AtomicU32 = AtomicU32::new(40);
 
 /// Serializes the tests of a program, because a process has one machine. [Resets](reset) what an
 /// earlier test has set.
-#[must_use]
 pub fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
