@@ -29,9 +29,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use memory_writer::CancelToken;
-#[cfg(target_os = "linux")]
-use nix::sys::signal::SigmaskHow;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use signal_hook::consts::{
     SIGALRM, SIGHUP, SIGINT, SIGPROF, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXCPU,
     SIGXFSZ,
@@ -170,13 +168,16 @@ impl Interrupt {
         let heeded = SIGNALS.iter().filter(|signal| !sys::is_ignored(**signal));
         let mut signals = Signals::new(heeded)?;
         let listener = interrupt.clone();
-        thread::Builder::new().spawn(move || {
-            // The main thread handles these, and may hold them back.
-            let _ = suspending().thread_block();
+        // The main thread handles these, and may hold them back. The listener inherits the block:
+        // one of its own would come too late for a signal that is sent while it starts.
+        let before = suspending().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+        let started = thread::Builder::new().spawn(move || {
             for signal in signals.forever() {
                 listener.signalled(signal);
             }
-        })?;
+        });
+        before.thread_set_mask()?;
+        started?;
         Ok(interrupt)
     }
 

@@ -164,10 +164,14 @@ impl Held {
     /// Returns the signals that every thread blocks, a bit each.
     pub(crate) fn blocked_by_all_threads(&self) -> u64 {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
-        let blocked = tasks.map(|task| {
-            let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
-            let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
-            u64::from_str_radix(blocked.unwrap().trim(), 16).unwrap()
+        let blocked = tasks.filter_map(|task| {
+            // A thread may end meanwhile. One that has ended states that it blocks nothing.
+            let status = fs::read_to_string(task.unwrap().path().join("status")).ok()?;
+            let field = |name| status.lines().find_map(|line| line.strip_prefix(name));
+            if field("State:").unwrap().trim().starts_with(['X', 'Z']) {
+                return None;
+            }
+            Some(u64::from_str_radix(field("SigBlk:").unwrap().trim(), 16).unwrap())
         });
         blocked.reduce(|all, one| all & one).unwrap()
     }
