@@ -1,7 +1,7 @@
 //! "Give me a mounted directory of this kind": the one thing that differs between Linux, the guest,
 //! and macOS.
 
-#[cfg(target_os = "macos")]
+#[cfg(any(target_os = "macos", test))]
 mod macos;
 #[cfg(target_os = "linux")]
 mod native;
@@ -37,6 +37,7 @@ pub(crate) struct Images {
 
 impl Images {
     /// A new, empty image file.
+    #[cfg(target_os = "linux")]
     fn file(&self, name: &str) -> anyhow::Result<NamedTempFile> {
         std::fs::create_dir_all(&self.dir)?;
         let mut options = tempfile::Builder::new();
@@ -44,6 +45,17 @@ impl Images {
         let mut file = options.tempfile_in(&self.dir)?;
         file.disable_cleanup(self.keep);
         Ok(file)
+    }
+
+    /// A new directory for one image.
+    #[cfg(any(target_os = "macos", test))]
+    fn dir_for(&self, name: &str) -> anyhow::Result<tempfile::TempDir> {
+        std::fs::create_dir_all(&self.dir)?;
+        let mut dir = tempfile::Builder::new()
+            .prefix(name)
+            .tempdir_in(&self.dir)?;
+        dir.disable_cleanup(self.keep);
+        Ok(dir)
     }
 }
 
