@@ -54,23 +54,24 @@ pub enum ProbeError {
     },
     /// A system call failed that succeeds on a working file system.
     #[error(
-        "failed to probe the file system of {dir:?}: could not {operation} a temporary file of 16 MiB: \
-         {source}"
+        "failed to probe the file system of {dir:?}: could not {operation} a temporary file of {} \
+         MiB: {source}",
+        sample::LEN >> 20
     )]
     Io {
         /// The directory that was to be probed.
         dir: PathBuf,
         /// The operation on the temporary file that failed.
         operation: &'static str,
-        /// The error of the system: `ENOSPC` if there is no space (0.5 MiB with holes, 16 MiB
-        /// without), `EFBIG` under a small `RLIMIT_FSIZE`.
+        /// The error of the system: `ENOSPC` if there is no space (0.5 MiB with holes, the size of
+        /// the file without), `EFBIG` under a small `RLIMIT_FSIZE`.
         source: io::Error,
     },
 }
 
 impl Capabilities {
     /// Probes the file system of `dir` by writing, syncing, punching and reading an unnamed file of
-    /// 16 MiB there, of which about 460 KiB are written.
+    /// 16 MiB there (128 MiB on macOS), of which about 460 KiB are written.
     ///
     /// The probe makes one or two `fsync` calls. Keep the result for as long as the directory stays
     /// on that mount. The file has no name, or is unlinked at once where the file system does not

@@ -33,7 +33,8 @@ pub enum AlignmentBasis {
     Reported,
     /// The smallest of 512 bytes to 64 KiB that worked, raised to the block size of the file
     /// system. Some file systems accept less by silently writing through the page cache: btrfs for
-    /// parts of a block.
+    /// parts of a block. macOS does so for any alignment below a page, and the value is raised to a
+    /// page there.
     Measured,
 }
 
@@ -77,7 +78,8 @@ fn alignment(file: &File, block: Option<u64>) -> io::Result<Option<DirectIo>> {
     let block = block
         .and_then(|block| usize::try_from(block).ok())
         .filter(|block| block.is_power_of_two() && *block <= MAX_ALIGN)
-        .unwrap_or(4096);
+        .unwrap_or(4096)
+        .max(sys::least_direct_alignment());
     Ok(Some(DirectIo {
         memory_align: memory.max(block),
         offset_align: offset.max(block),

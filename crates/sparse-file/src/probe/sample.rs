@@ -11,22 +11,28 @@ use super::behavior::{Punch, SeekHole, WrittenZeros};
 use crate::extents::{Extent, ExtentKind, ExtentSource, reported_extents};
 use crate::space::{SpaceError, allocated_bytes, grow, punch_hole};
 
-pub(super) const LEN: u64 = 16 << 20;
+/// APFS stores gaps as data up to about 16 MiB, so gaps of a quarter of this show whether it keeps
+/// any.
+pub(super) const LEN: u64 = if cfg!(target_os = "macos") {
+    128 << 20
+} else {
+    16 << 20
+};
 pub(super) const HALF: u64 = LEN / 2;
 /// The block of noise only: the single byte may be stored with the metadata.
 pub(super) const WRITTEN: u64 = 64 << 10;
 /// The range of the noise, at a multiple of every block size in use.
 pub(super) const NOISE: Range<u64> = HALF..HALF + WRITTEN;
-const BYTE_AT: u64 = 12 << 20;
+const BYTE_AT: u64 = LEN / 4 * 3;
 /// The range of written zeros, in blocks of their own.
 const ZEROS: Range<u64> = HALF / 2..HALF / 2 + (64 << 10);
 /// Gaps like those between the pages of a diff, with data of their size before and after each. A
-/// file system may keep large gaps and store small ones as zeros; APFS on macOS reportedly does.
+/// file system may keep large gaps and store small ones as zeros.
 const GAPS: [u64; 3] = [4 << 10, 16 << 10, 64 << 10];
 const STEPS: u64 = 4;
-const LADDERS_AT: u64 = 13 << 20;
+const LADDERS_AT: u64 = LEN / 16 * 13;
 /// Upper bound of the gaps of the sample that are not in `GAPS`.
-const LARGE_GAP: u64 = 4 << 20;
+const LARGE_GAP: u64 = LEN / 4;
 
 /// A synced sparse file that contains a block of noise, a block of zeros and a single byte.
 #[derive(Debug)]

@@ -66,6 +66,11 @@ pub(crate) fn share_blocks(from: &File, to: &File, len: u64) -> io::Result<()> {
     }
 }
 
+/// Returns 1: misaligned direct I/O fails, or the block size of the file system covers it.
+pub(crate) fn least_direct_alignment() -> usize {
+    1
+}
+
 /// Sets or clears `O_DIRECT`. Returns `EINVAL` if the file system does not support it.
 pub(crate) fn set_direct(file: &File, on: bool) -> io::Result<()> {
     let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);

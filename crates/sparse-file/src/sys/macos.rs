@@ -77,12 +77,23 @@ pub(crate) fn reserve(file: &File, len: u64) -> io::Result<()> {
             fst_length: (len - owned) as libc::off_t,
             fst_bytesalloc: 0,
         };
-        fcntl(file, FcntlArg::F_PREALLOCATE(&mut store))?;
+        match fcntl(file, FcntlArg::F_PREALLOCATE(&mut store)) {
+            // APFS returns this for valid arguments: for some new files, and where more is
+            // allocated than was asked for.
+            Err(Errno::EINVAL) => return Err(Errno::ENOTSUP.into()),
+            result => result?,
+        };
     }
     if len > metadata.len() {
         file.set_len(len)?;
     }
     Ok(())
+}
+
+/// Returns the page size: I/O that is not aligned to pages succeeds through the page cache, in spite
+/// of `F_NOCACHE`.
+pub(crate) fn least_direct_alignment() -> usize {
+    super::page_size()
 }
 
 /// Sets or clears `F_NOCACHE`: macOS has no `O_DIRECT`.
