@@ -90,8 +90,8 @@ pub(crate) fn reserve(file: &File, len: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns the page size: I/O that is not aligned to pages succeeds through the page cache, in spite
-/// of `F_NOCACHE`.
+/// Returns the page size: I/O that is not aligned to pages succeeds through the page cache, despite
+/// `F_NOCACHE`.
 pub(crate) fn least_direct_alignment() -> usize {
     super::page_size()
 }

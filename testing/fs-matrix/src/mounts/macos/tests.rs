@@ -1,7 +1,7 @@
 //! The mounts of macOS, with shell scripts in place of its programs.
 //!
-//! The scripts, in the directory `programs`, answer as the manual pages of macOS state, and log each
-//! call.
+//! The scripts, in the directory `programs`, answer as the manual pages of macOS state. They log
+//! each call.
 
 use std::fs;
 use std::os::unix::fs::symlink;
