@@ -10,6 +10,7 @@ use std::any::Any;
 use std::path::{Path, PathBuf};
 
 use harness::kernel;
+#[cfg(target_os = "linux")]
 use tempfile::NamedTempFile;
 
 #[cfg(target_os = "macos")]
