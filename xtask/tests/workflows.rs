@@ -9,7 +9,7 @@ use file_systems::FileSystem;
 use serde_json::Value;
 use yaml_rust2::{Yaml, YamlLoader};
 
-/// Crates whose tests need what a hosted machine with macOS lacks: KVM, userfaultfd or a hypervisor.
+/// Crates whose tests need KVM, userfaultfd or a hypervisor, which hosted machines with macOS lack.
 const NOT_PORTABLE: [&str; 3] = ["ramsnap-hvf-backend", "ramsnap-kvm-backend", "ramsnap-uffd"];
 
 fn root() -> PathBuf {

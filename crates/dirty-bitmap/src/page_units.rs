@@ -1,4 +1,4 @@
-//! Reading marks in pages of the page size, which [`DirtyBitmap::mark_page`] counts too.
+//! Reads marks by page number, in the units of [`DirtyBitmap::mark_page`].
 
 use std::ops::Range;
 

@@ -62,7 +62,8 @@ const MAX_BRIDGED_PAGES: u64 = 16;
 /// [`mark_range`](crate::DirtyBitmap::mark_range): the next checkpoint then saves it and protects
 /// it again. An unmarked one is missing from the diffs, and a restore has its old bytes.
 ///
-/// The types enforce this order. The bitmap is a [`TrackedBitmap`], which other code can mark and
+/// # Types
+/// The types enforce the order. The bitmap is a [`TrackedBitmap`], which other code can mark and
 /// read. Only the tracker takes its marks, and it has one tracker at a time.
 /// ```compile_fail,E0599
 /// # fn example(tracker: &dirty_bitmap::WriteTracker) {

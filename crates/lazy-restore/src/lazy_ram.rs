@@ -250,8 +250,8 @@ impl LazyRam {
         }
     }
 
-    /// Reads all pages on a thread that handles no signals: a handler that touches a missing page
-    /// would wait for a lock of the thread that it has interrupted.
+    /// Reads all pages on a thread that handles no signals. A signal handler that touched a missing
+    /// page would wait for a lock that its own thread holds.
     fn prefetch(&self, report: &mut (dyn FnMut() -> ControlFlow<()> + Send)) -> ControlFlow<()> {
         let mut fill = || {
             let _guard = AbortOnPanic(&self.pages);

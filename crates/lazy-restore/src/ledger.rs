@@ -36,8 +36,8 @@ pub(crate) struct Ledger {
 #[derive(Debug, Default)]
 pub(crate) struct LedgerLock {
     ledger: Mutex<Ledger>,
-    /// Set while the handler waits for the lock. The lock is not fair, so the prefetcher waits
-    /// until the handler has it.
+    /// Set while the handler waits for the lock. The lock is not fair, so the prefetcher does not
+    /// take it while this is set.
     handler_waits: AtomicBool,
     /// Set while the prefetcher waits for the lock, or for its turn. Cleared under the lock.
     prefetcher_waits: AtomicBool,

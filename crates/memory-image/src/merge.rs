@@ -170,7 +170,7 @@ impl Chain {
     /// share them. Then only the pages of newer images are written. Returns whether it does.
     fn shares_base(&self, writer: &mut MemoryWriter) -> Result<bool, MergeError> {
         let base = self.base();
-        // In larger pages, what became zeros need not be whole pages.
+        // A range that became zeros may cover a part of a larger page only.
         let pages_fit = writer.page_size() <= self.page_size();
         let is_raw_file = base.footer.is_none() && base.has_file();
         let shares = is_raw_file && pages_fit && writer.reflink_full(&*base.file()?)?;

@@ -50,7 +50,7 @@ pub enum Failure {
     )]
     OldPages { page_size: u64 },
     #[error(
-        "{path:?} has more than 16 MiB: metadata is kept in memory, so keep this beside the image"
+        "{path:?} has more than 16 MiB: metadata is kept in memory, so store it in a file beside the image"
     )]
     TooMuchMetadata { path: PathBuf },
     #[error("the regions overlap, or don't ascend: give them by ascending address and apart")]

@@ -6,20 +6,22 @@
 )]
 
 mod args;
-mod cause;
 mod cli;
 mod events;
 mod exit_status;
 mod failure;
+mod free_space;
+mod image_info;
 mod input;
 mod interrupt;
+mod library_errors;
 mod memory_reserve;
+mod numbers;
 mod print;
 #[cfg(target_os = "linux")]
 mod process;
 mod ram;
 mod ram_lock;
-mod room;
 mod save;
 mod session;
 mod stderr;
@@ -63,7 +65,7 @@ fn run() -> anyhow::Result<ExitStatus> {
 fn main() -> ExitCode {
     let status = run().unwrap_or_else(|error| {
         words::print_error(&error);
-        cause::exit_status(&error)
+        library_errors::exit_status(&error)
     });
     status.into()
 }

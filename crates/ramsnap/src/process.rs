@@ -20,9 +20,9 @@ use process_memory::{
 };
 use sparse_file::FileIdentity;
 
-use crate::args;
 use crate::failure::Failure;
 use crate::interrupt::NotSuspended;
+use crate::numbers;
 use crate::print;
 use crate::ram_lock;
 use crate::session::Session;
@@ -60,8 +60,8 @@ impl Region {
             return Ok(Self::Named(text.to_owned()));
         }
         match text.contains(':') {
-            true => args::range(text).map(Self::Range),
-            false => args::address(text).map(Self::At),
+            true => numbers::range(text).map(Self::Range),
+            false => numbers::address(text).map(Self::At),
         }
     }
 

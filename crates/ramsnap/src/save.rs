@@ -12,10 +12,10 @@ use memory_writer::{
 
 use crate::args::Output;
 use crate::failure::Failure;
+use crate::image_info::ImageInfo;
 use crate::session::Session;
-use crate::verbs::info::Info;
 use crate::zeros::without_zeros;
-use crate::{input, memory_reserve, print, room};
+use crate::{free_space, input, memory_reserve, print};
 
 /// Refuses an output that exists, or is an input by any name, or that cannot be replaced, or that
 /// there is too little memory to write, before anything is read.
@@ -74,7 +74,7 @@ fn stage_with(
     output: &Output,
     options: &MemoryWriterOptions,
 ) -> anyhow::Result<AtomicWriter> {
-    if room::is_on_hugetlbfs(dir_of(&output.path)) {
+    if free_space::is_on_hugetlbfs(dir_of(&output.path)) {
         let path = output.path.clone();
         return Err(Failure::NoWritesThere { path }.into());
     }
@@ -107,7 +107,7 @@ pub fn warn_of_lost(session: &Session, path: &Path, lost: &[NotPreserved]) {
 pub fn check_room(writer: &MemoryWriter, chain: &Chain) -> Result<(), Failure> {
     let raw_diff = writer.image_id().is_none() && !chain.is_full();
     let dir = dir_of(writer.staged_path());
-    room::check_new(writer.dest_path(), dir, chain, raw_diff)
+    free_space::check_new(writer.dest_path(), dir, chain, raw_diff)
 }
 
 /// Makes the same check for a file that is sparse where the RAM is zero. If the stored pages do not
@@ -123,7 +123,7 @@ pub fn check_room_but_zeros(
     let stored: Vec<_> = chain.stored_runs().collect();
     let needed = without_zeros(session, chain, &stored)?;
     let dir = dir_of(writer.staged_path());
-    Ok(room::check_runs(writer.dest_path(), dir, needed)?)
+    Ok(free_space::check_runs(writer.dest_path(), dir, needed)?)
 }
 
 /// Returns the page size of an image made of `chain`. The pages of `chain` may be smaller than
@@ -213,6 +213,6 @@ fn describe(path: &Path, raw: bool) -> anyhow::Result<String> {
         true => Image::open_raw(path)?,
         false => Image::open(path)?,
     };
-    let info = Info::of(&image)?;
+    let info = ImageInfo::of(&image)?;
     Ok(format!("{}: {}", print::path(path), info.summary()))
 }

@@ -18,7 +18,7 @@ use sparse_file::{FileIdentity, SpaceError, grow};
 use zstd::stream::read::Decoder;
 
 use crate::failure::Failure;
-use crate::room::Place;
+use crate::free_space::Place;
 use crate::session::Session;
 use crate::{print, sys};
 use compression::{WINDOW_LOG, encoder};

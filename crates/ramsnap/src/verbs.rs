@@ -1,4 +1,4 @@
-//! One file a verb.
+//! The subcommands, a module each.
 
 pub mod completions;
 pub mod convert;

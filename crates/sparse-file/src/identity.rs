@@ -37,7 +37,7 @@ pub struct FileIdentity {
     stored: Stored,
 }
 
-/// Attributes that overlayfs takes from the file that it stores (`ovl_getattr`).
+/// Attributes of the stored file that overlayfs reports as its own (`ovl_getattr`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Stored {
     kind: FileType,

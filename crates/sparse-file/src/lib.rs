@@ -44,11 +44,15 @@
 //!     }
 //! }
 //!
-//! let file = tempfile::tempfile()?; grow(&file, 1 << 30)?; let runs = [0..16384, 1 << 20..(1 <<
-//! 20) + 4096]; match write_runs(&file, runs, &Remote, &WriteOptions::new(), &mut |_|
-//! ControlFlow::Continue(())) { Ok(bytes) => assert_eq!(bytes, 20480), Err(WriteError::Source {
-//! offset, source }) => panic!("no memory at {offset}: {source}"), Err(error) => return
-//! Err(error.into()), }
+//! let file = tempfile::tempfile()?;
+//! grow(&file, 1 << 30)?;
+//! let runs = [0..16384, 1 << 20..(1 << 20) + 4096];
+//! let go_on = &mut |_| ControlFlow::Continue(());
+//! match write_runs(&file, runs, &Remote, &WriteOptions::new(), go_on) {
+//!     Ok(bytes) => assert_eq!(bytes, 20480),
+//!     Err(WriteError::Source { offset, source }) => panic!("no memory at {offset:#x}: {source}"),
+//!     Err(error) => return Err(error.into()),
+//! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
@@ -78,11 +82,15 @@
 //! use sparse_file::{Engine, WriteError, WriteOptions, write_runs};
 //! use std::ops::ControlFlow;
 //!
-//! let ram = vec![7; 4 << 20]; let file = tempfile::tempfile()?; let ring =
-//! WriteOptions::new().engine(Engine::IoUring); match write_runs(&file, [0..4 << 20],
-//! ram.as_slice(), &ring, &mut |_| ControlFlow::Continue(())) { Ok(bytes) => assert_eq!(bytes, 4 <<
-//! 20), Err(WriteError::Engine { engine, source }) => println!("{engine:?}: {source}"), Err(error)
-//! => return Err(error.into()), }
+//! let ram = vec![7; 4 << 20];
+//! let file = tempfile::tempfile()?;
+//! let ring = WriteOptions::new().engine(Engine::IoUring);
+//! let go_on = &mut |_| ControlFlow::Continue(());
+//! match write_runs(&file, [0..4 << 20], ram.as_slice(), &ring, go_on) {
+//!     Ok(bytes) => assert_eq!(bytes, 4 << 20),
+//!     Err(WriteError::Engine { engine, source }) => println!("{engine:?}: {source}"),
+//!     Err(error) => return Err(error.into()),
+//! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!

@@ -3,8 +3,8 @@
 #![allow(unsafe_code)]
 
 mod acl;
+mod fs_type;
 mod lease;
-mod magic;
 
 use std::ffi::{CStr, OsStr, OsString};
 use std::fs::File;
@@ -27,7 +27,7 @@ use crate::ids::UserId;
 use crate::retry::retry;
 use crate::stat::{FROM_HANDLE, FileId, Stat};
 
-use magic::magic_of;
+use fs_type::magic_of;
 
 pub(crate) use acl::{acl_of, copy_acl, is_acl, remove_acl};
 pub(crate) use lease::{is_exclusively_open, lease_for_reading, release_lease, supports_leases};

@@ -126,8 +126,8 @@ impl ImageOptions {
     /// Opens the image of `len` bytes that `reader` reads: bytes in memory, or any positioned
     /// reader.
     ///
-    /// The offsets that are passed to the reader are those of the image's file, which are those of
-    /// the RAM in a raw image only. The bytes must not change while the image is in use; see
+    /// The offsets that are passed to the reader are offsets in the image file. Only in a raw image
+    /// are they also offsets in the RAM. The bytes must not change while the image is in use; see
     /// [`Image::check_unchanged`]. Such an image cannot be mapped. The pages of a raw diff are
     /// passed to [`Chain::push_image_pages`](crate::Chain::push_image_pages), because a reader has
     /// no holes.

@@ -29,7 +29,7 @@ impl UnitSet {
     /// collected and sorted.
     pub(super) fn of(ranges: impl Iterator<Item = Range<u64>>) -> Self {
         let mut units = Self::default();
-        // The start of the last range in bytes, and the end of the units in the set.
+        // `last` is the start of the previous range in bytes, `end` the first unit after the set.
         let (mut last, mut end) = (0, 0);
         let mut ranges = ranges.filter(|range| !range.is_empty());
         while let Some(range) = ranges.next() {

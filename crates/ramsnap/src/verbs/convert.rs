@@ -18,7 +18,7 @@ use crate::failure::Failure;
 use crate::session::Session;
 use crate::stream::{self, Incoming, is_stream};
 use crate::verbs::merge::layout_of_first;
-use crate::{input, memory_reserve, room, save};
+use crate::{free_space, input, memory_reserve, save};
 
 /// Write an image in another layout, or as a stream
 ///
@@ -49,7 +49,7 @@ pub struct Convert {
     #[arg(long)]
     zstd: bool,
     /// The page size of the result; by default that of the image
-    #[arg(long, value_name = "SIZE", value_parser = crate::args::page_size)]
+    #[arg(long, value_name = "SIZE", value_parser = crate::numbers::page_size)]
     page_size: Option<u64>,
     /// The image is a raw diff
     #[arg(long, conflicts_with = "format")]
@@ -186,7 +186,7 @@ impl Convert {
         // Where it is written a second time, its pages are.
         let again = if as_it_is { 0 } else { header.present_bytes() };
         let needed = header.len().saturating_add(again);
-        room::check_bytes(&self.output.path, dir, needed)?;
+        free_space::check_bytes(&self.output.path, dir, needed)?;
         Ok(())
     }
 

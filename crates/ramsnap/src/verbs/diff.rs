@@ -15,10 +15,10 @@ use page_reader::{PageReader, Touched};
 
 use crate::args::{
     self, Extras, Format, Formats, ImageFile, InProcess, Output, RawImages, kept_seal, layouts,
-    text_of,
 };
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
+use crate::numbers::text_of;
 use crate::print::{self, count, size};
 use crate::ram::{Ram, RamFile};
 use crate::session::Session;

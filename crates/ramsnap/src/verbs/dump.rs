@@ -36,7 +36,7 @@ pub struct Dump {
     #[arg(long, default_value = "packed", value_parser = layouts())]
     layout: Layout,
     /// The page size of the image; by default that of the host
-    #[arg(long, value_name = "SIZE", value_parser = crate::args::page_size)]
+    #[arg(long, value_name = "SIZE", value_parser = crate::numbers::page_size)]
     page_size: Option<u64>,
     /// Write zeros and untouched RAM too
     #[arg(long)]

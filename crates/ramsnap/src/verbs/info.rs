@@ -1,18 +1,14 @@
 //! `ramsnap info`: the properties of images.
 
-use std::fs::File;
 use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::Args;
-use image_format::{Footer, ImageKind, Storage};
-use memory_image::Image;
-use serde::Serialize;
-use sparse_file::{PageHoles, PagesUnknown, allocated_bytes, extents, file_system_name};
+use sparse_file::PageHoles;
 
 use crate::args::{Formats, ImageFile};
 use crate::exit_status::ExitStatus;
-use crate::print::{self, JsonPath, count, size};
+use crate::image_info::ImageInfo;
+use crate::print;
 use crate::{input, words};
 
 /// Show whether files are full images or diffs, of which guest, and which pages they hold
@@ -38,7 +34,8 @@ impl InfoArgs {
 
     pub fn run(&self) -> anyhow::Result<ExitStatus> {
         let mut probed = PageHoles::new();
-        let mut info = |file: &ImageFile| Info::with(&file.open(self.formats.format)?, &mut probed);
+        let mut info =
+            |file: &ImageFile| ImageInfo::with(&file.open(self.formats.format)?, &mut probed);
         let (mut infos, mut failures) = (Vec::new(), Vec::new());
         for file in &self.files {
             match info(file) {
@@ -60,245 +57,4 @@ impl InfoArgs {
         }
         last.map_or(Ok(ExitStatus::Success), Err)
     }
-}
-
-/// The properties of a file.
-#[derive(Debug, Serialize)]
-pub struct Info {
-    file: JsonPath,
-    layout: &'static str,
-    /// `None` for a raw image, which does not record it.
-    kind: Option<&'static str>,
-    id: Option<String>,
-    parent: Option<String>,
-    ram_bytes: u64,
-    page_bytes: Option<u64>,
-    regions: Vec<Region>,
-    present: Pages,
-    zero: Option<Pages>,
-    clean: Option<Pages>,
-    metadata_bytes: u64,
-    file_bytes: u64,
-    allocated_bytes: u64,
-    holes: Option<Holes>,
-}
-
-#[derive(Debug, Serialize)]
-struct Region {
-    guest_address: u64,
-    bytes: u64,
-}
-
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-struct Pages {
-    bytes: u64,
-    runs: u64,
-}
-
-/// The reliability of the holes of a raw file.
-#[derive(Debug, Serialize)]
-struct Holes {
-    file_system: Option<String>,
-    /// Whether unwritten pages of 4 KiB can be distinguished from zeros. Unknown if the directory
-    /// is not writable.
-    tell_clean_from_zero: Option<bool>,
-}
-
-impl Info {
-    pub fn of(image: &Image) -> anyhow::Result<Self> {
-        Self::with(image, &mut PageHoles::new())
-    }
-
-    fn with(image: &Image, probed: &mut PageHoles) -> anyhow::Result<Self> {
-        let path = image.path();
-        let file = File::open(path).with_context(|| format!("cannot open {path:?}"))?;
-        let looking = || format!("cannot look at {path:?}");
-        let common = Self {
-            file: path.to_owned().into(),
-            layout: image.layout().name(),
-            kind: None,
-            id: None,
-            parent: None,
-            ram_bytes: image.ram_size(),
-            page_bytes: None,
-            regions: Vec::new(),
-            present: Pages::default(),
-            zero: None,
-            clean: None,
-            metadata_bytes: 0,
-            file_bytes: file.metadata().with_context(looking)?.len(),
-            allocated_bytes: allocated_bytes(&file).with_context(looking)?,
-            holes: None,
-        };
-        match image.footer() {
-            Some(footer) => Ok(common.sealed(footer)),
-            None => common.raw(&file, image, probed),
-        }
-    }
-
-    fn sealed(self, footer: &Footer) -> Self {
-        let regions = footer.regions.iter().map(|region| Region {
-            guest_address: region.start,
-            bytes: region.end - region.start,
-        });
-        let pages = |zero| {
-            let mut pages = Pages::default();
-            for run in &footer.runs {
-                if (run.stored == Storage::Zeros) == zero {
-                    pages.add(run.len);
-                }
-            }
-            pages
-        };
-        let (present, zero) = (pages(false), pages(true));
-        Self {
-            kind: Some(match footer.kind {
-                ImageKind::Full => "full",
-                ImageKind::Diff { .. } => "diff",
-            }),
-            id: Some(footer.id.to_string()),
-            parent: footer.parent().map(|parent| parent.to_string()),
-            page_bytes: Some(footer.page_size),
-            regions: regions.collect(),
-            present,
-            zero: Some(zero),
-            clean: Some(clean(footer)),
-            metadata_bytes: footer.metadata.len() as u64,
-            ..self
-        }
-    }
-
-    fn raw(mut self, file: &File, image: &Image, probed: &mut PageHoles) -> anyhow::Result<Self> {
-        let path = image.path();
-        let mut hole = Pages::default();
-        let listing = || format!("cannot list the extents of {path:?}");
-        for extent in extents(file).with_context(listing)? {
-            let extent = extent.with_context(listing)?;
-            let len = extent.range.end - extent.range.start;
-            match extent.kind {
-                sparse_file::ExtentKind::Data => self.present.add(len),
-                sparse_file::ExtentKind::Hole => hole.add(len),
-            }
-        }
-        let dir = image.directory()?;
-        self.holes = Some(Holes {
-            file_system: file_system_name(file).ok(),
-            tell_clean_from_zero: match probed.check(file, &dir, 4096) {
-                Ok(()) => Some(true),
-                Err(PagesUnknown::Probe(_) | PagesUnknown::Sync(_)) => None,
-                Err(_) => Some(false),
-            },
-        });
-        self.zero = Some(hole);
-        Ok(self)
-    }
-
-    /// Returns a summary on one line.
-    pub fn summary(&self) -> String {
-        let layout = self.layout_and_kind();
-        let (ram, present) = (size(self.ram_bytes), size(self.present.bytes));
-        let id = self.id.as_ref().map(|id| format!(", id {id}"));
-        format!(
-            "{layout} of {ram} of RAM, {present} present{}",
-            id.unwrap_or_default()
-        )
-    }
-
-    fn layout_and_kind(&self) -> String {
-        match self.kind {
-            Some(kind) => format!("{} {kind} image", self.layout),
-            None => format!("{} image", self.layout),
-        }
-    }
-
-    fn text(&self) -> String {
-        let mut lines = vec![format!(
-            "{}: {}",
-            print::path(&self.file),
-            self.layout_and_kind()
-        )];
-        let mut add = |name: &str, value: String| lines.push(format!("  {name:<9} {value}"));
-        if let Some(id) = &self.id {
-            add("id", id.clone());
-        }
-        if self.kind == Some("diff") {
-            let parent = self.parent.as_deref();
-            add("parent", parent.unwrap_or("not named").to_owned());
-        }
-        let page = self
-            .page_bytes
-            .map(|page| format!(", in pages of {}", size(page)));
-        add("RAM", size(self.ram_bytes) + &page.unwrap_or_default());
-        for region in &self.regions {
-            let (start, end) = (
-                region.guest_address,
-                region.guest_address.saturating_add(region.bytes),
-            );
-            add(
-                "region",
-                format!("{start:#x}..{end:#x}, {}", size(region.bytes)),
-            );
-        }
-        match &self.holes {
-            None => {
-                add("present", self.present.text("run"));
-                add("zero", self.zero.unwrap_or_default().text("run"));
-                add("clean", self.clean.unwrap_or_default().text("run"));
-                add("metadata", size(self.metadata_bytes));
-            }
-            Some(holes) => {
-                add("data", self.present.text("extent"));
-                add("holes", self.zero.unwrap_or_default().text("extent"));
-                add("so", holes.text());
-            }
-        }
-        let (file, allocated) = (size(self.file_bytes), size(self.allocated_bytes));
-        add("file", format!("{file}, {allocated} allocated"));
-        lines.join("\n")
-    }
-}
-
-impl Pages {
-    fn add(&mut self, bytes: u64) {
-        self.bytes += bytes;
-        self.runs += 1;
-    }
-
-    fn text(self, unit: &str) -> String {
-        format!("{} in {}", size(self.bytes), count(self.runs, unit))
-    }
-}
-
-impl Holes {
-    fn text(&self) -> String {
-        let file_system = self.file_system.as_deref().unwrap_or("this file system");
-        match self.tell_clean_from_zero {
-            Some(true) => {
-                format!(
-                    "on {file_system}, holes are exactly the unwritten pages, \
-                     unless a copy punched or filled holes"
-                )
-            }
-            Some(false) => {
-                format!("on {file_system}, holes do not identify unwritten pages")
-            }
-            None => "it is unknown whether holes identify unwritten pages: \
-                 the directory is not writable, so this was not probed"
-                .to_owned(),
-        }
-    }
-}
-
-/// Returns the ranges between the runs.
-fn clean(footer: &Footer) -> Pages {
-    let mut clean = Pages::default();
-    let mut at = 0;
-    let end = image_format::Run::zeros(footer.ram_size..footer.ram_size);
-    for run in footer.runs.iter().chain([&end]) {
-        if run.start > at {
-            clean.add(run.start - at);
-        }
-        at = run.range().end;
-    }
-    clean
 }

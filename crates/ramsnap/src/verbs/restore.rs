@@ -3,10 +3,10 @@
 #[cfg(target_os = "linux")]
 mod huge_pages;
 mod in_place;
-mod kept;
 #[cfg(target_os = "linux")]
 mod reserve;
 mod writable;
+mod written_ram;
 
 use std::path::PathBuf;
 
@@ -194,7 +194,7 @@ impl Restore {
             let synced = begun.target.file.sync_all();
             synced.with_context(|| format!("cannot bring {path:?} to its disk"))?;
             begun.target.check_in_place()?;
-            kept::check(session, path, &begun.target.file, chain, &runs)
+            written_ram::check(session, path, &begun.target.file, chain, &runs)
         });
         let _until_reported = match restored {
             Ok(()) => begun.end(),

@@ -11,7 +11,7 @@ use crate::exit_status::ExitStatus;
 use crate::input;
 use crate::print::{self, JsonPath, count, size};
 use crate::session::Session;
-use crate::{cause, words};
+use crate::{library_errors, words};
 
 /// Check that images are complete and, if there are several, that each follows the one before
 ///
@@ -93,7 +93,7 @@ impl Verify {
         };
         match input::chain(session, &self.files, self.formats, &raw) {
             Ok(_) => Ok(Some(Links::Good)),
-            Err(error) if cause::exit_status(&error) == ExitStatus::CheckFailed => {
+            Err(error) if library_errors::exit_status(&error) == ExitStatus::CheckFailed => {
                 let why = words::text(&error);
                 Ok(Some(Links::Broken { why }))
             }
@@ -176,7 +176,7 @@ impl Checked {
             Ok(image) => State::of(input::sum(session, &image)?),
             Err(error) => match error.downcast_ref() {
                 Some(OpenImageError::Footer { .. } | OpenImageError::NotRaw { .. })
-                    if cause::exit_status(&error) == ExitStatus::CheckFailed =>
+                    if library_errors::exit_status(&error) == ExitStatus::CheckFailed =>
                 {
                     let why = words::text(&error);
                     State::Unusable { why }

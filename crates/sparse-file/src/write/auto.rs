@@ -9,8 +9,8 @@ use super::options::{Engine, WriteOptions};
 use super::pwrite;
 use super::source::RunSource;
 
-/// Maximum size in bytes of a job that is written through the page cache: including the sync
-/// afterwards, that was not slower than a ring on ext4.
+/// The largest job in bytes that is written through the page cache. Up to this size, the page cache
+/// was not slower than a ring on ext4, with the sync afterwards included.
 const SMALL: u64 = 1 << 20;
 
 impl WriteOptions {

@@ -34,7 +34,7 @@ const _: () = assert!(CHECKS.len() == Engine::ALL.len());
 
 /// With a tail that is no block.
 const LEN: u64 = (4 << 20) + 1234;
-/// Of addresses: suits direct I/O anywhere.
+/// An alignment of addresses that is enough for direct I/O everywhere.
 const ALIGNMENT: usize = 64 << 10;
 
 fn check(fixture: &Fixture, engine: Engine) -> anyhow::Result<Outcome> {

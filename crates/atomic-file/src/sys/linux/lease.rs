@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use nix::errno::Errno;
 
-use super::magic::magic_of;
+use super::fs_type::magic_of;
 use crate::retry::retry;
 
 /// Returns whether the kernel counts all users of a file of this file system, open or mapped, so

@@ -6,13 +6,13 @@ use std::path::Path;
 use nix::errno::Errno;
 
 use crate::failure::Failure;
-use crate::room;
+use crate::free_space;
 use crate::sys::Mapping;
 
 /// Maps a file on hugetlbfs, which has no `write(2)`. Reserves all missing pages, or refuses the
 /// file.
 pub(super) fn map(path: &Path, file: &File, size: u64) -> anyhow::Result<Option<Mapping>> {
-    if !room::is_on_hugetlbfs(path) {
+    if !free_space::is_on_hugetlbfs(path) {
         return Ok(None);
     }
     match Mapping::of(file, size) {

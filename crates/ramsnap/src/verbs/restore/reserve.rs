@@ -33,7 +33,7 @@ use page_reader::{HostMemory, SecretBuffer};
 use sparse_file::{ExtentKind, extents, file_system_name, punch_hole};
 
 use crate::failure::Failure;
-use crate::room::{self, Free};
+use crate::free_space::{self, Free};
 use crate::session::Session;
 use crate::zeros::without_zeros;
 
@@ -157,17 +157,17 @@ pub(super) fn check_room(
     holds: bool,
 ) -> anyhow::Result<()> {
     let looking = || format!("cannot look at {path:?}");
-    let free = room::free_for(file).with_context(looking)?;
+    let free = free_space::free_for(file).with_context(looking)?;
     // Memfds and some network file systems have no size.
     if free.of == 0 {
         return Ok(());
     }
     let method = Method::of(file);
     let stored: Vec<_> = chain.stored_runs().collect();
-    let in_blocks = |runs: &[Range<u64>]| room::in_blocks(runs.iter().cloned(), free.block);
+    let in_blocks = |runs: &[Range<u64>]| free_space::in_blocks(runs.iter().cloned(), free.block);
     if method == Method::Unknown {
         let available = available_unreserved(file, &free, holds).with_context(looking)?;
-        return Ok(room::compare(path, in_blocks(&stored), available)?);
+        return Ok(free_space::compare(path, in_blocks(&stored), available)?);
     }
     let own = file.metadata().with_context(looking)?.blocks() * 512;
     let most = free.with_reserves.saturating_add(own);
@@ -259,8 +259,8 @@ pub(super) fn reserve(
     if let Some(reserved) = take(&needed)? {
         return Ok(plan(needed, reserved));
     }
-    let free = room::free_for(file).with_context(looking)?;
-    let bytes = room::in_blocks(needed.iter().cloned(), free.block);
+    let free = free_space::free_for(file).with_context(looking)?;
+    let bytes = free_space::in_blocks(needed.iter().cloned(), free.block);
     let own = blocks_before * 512;
     if method == Method::AllocateOrCount && bytes <= free.bytes.saturating_add(own) {
         return Ok(Plan {
@@ -282,12 +282,12 @@ fn unreserved(
     holds: bool,
 ) -> anyhow::Result<Plan> {
     let looking = || format!("cannot look at {path:?}");
-    let free = room::free_for(file).with_context(looking)?;
+    let free = free_space::free_for(file).with_context(looking)?;
     // Some network file systems do not report their size.
     if free.of > 0 {
-        let needed = room::in_blocks(stored.iter().cloned(), free.block);
+        let needed = free_space::in_blocks(stored.iter().cloned(), free.block);
         let available = available_unreserved(file, &free, holds).with_context(looking)?;
-        room::compare(path, needed, available)?;
+        free_space::compare(path, needed, available)?;
     }
     let name = file_system_name(file).with_context(looking)?;
     let then = match holds {

@@ -1,4 +1,4 @@
-//! The kind of a file system.
+//! The type of a file system, by its magic number.
 
 use std::io;
 use std::os::fd::AsFd;

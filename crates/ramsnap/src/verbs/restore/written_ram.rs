@@ -13,7 +13,7 @@ use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
 use sparse_file::{ExtentKind, HolesUnknown, check_holes_are_zeros, extents};
 
 use crate::failure::Failure;
-use crate::room;
+use crate::free_space;
 use crate::session::Session;
 
 /// Bytes read at a time.
@@ -31,7 +31,8 @@ pub(super) fn check(
     chain: &Chain,
     runs: &[Range<u64>],
 ) -> anyhow::Result<()> {
-    let in_memory = room::is_on_tmpfs(file).with_context(|| format!("cannot look at {path:?}"))?;
+    let in_memory =
+        free_space::is_on_tmpfs(file).with_context(|| format!("cannot look at {path:?}"))?;
     let is_kept = match check_holes_are_zeros(file) {
         Ok(()) if in_memory => has_all_bytes(session, file, chain, runs),
         Ok(()) => has_no_hole(file, chain, runs),
