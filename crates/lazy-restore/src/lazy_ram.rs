@@ -71,6 +71,10 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// thread is about to discard some: several threads that discard continuously, and touch nothing,
 /// delay faults and [`wait`](Self::wait).
 ///
+/// Pages of a guard region (`MADV_GUARD_INSTALL`) that were not filled yet are not filled while it
+/// exists. Once it is removed, a touched page has the bytes of the images, not zeros: use guard
+/// regions on filled pages only, or discard the pages afterwards.
+///
 /// Memory must not be unmapped or moved until filling has completed. Otherwise the error is
 /// [`UserfaultfdError::Unmapped`], and missing pages at the new address are inaccessible. So are
 /// the pages at the old address if it stays mapped (`MREMAP_DONTUNMAP`), including pages that were

@@ -191,9 +191,15 @@ impl Interrupt {
             return;
         }
         // The lock is held, so no thread stages a file or leaves a critical section in between. A
-        // message is printed only in a critical section: a terminal that takes no output would
+        // message is waited for only in a critical section: a terminal that takes no output would
         // block this process, and a process that it has stopped.
         let Some(changed) = &mut state.changed else {
+            if state.work == Work::Cancelled {
+                stderr::line_if_ready(
+                    "error: ramsnap was interrupted again before it had removed its staged file: \
+                     `ramsnap sweep DIR` removes it from the directory of the output",
+                );
+            }
             process::exit(exit_status().code().into())
         };
         match changed.warning() {

@@ -34,13 +34,21 @@ pub fn line(text: &str) {
 
 /// Prints a line to stderr if it accepts output within a second, for a thread that must not block.
 pub fn line_at_once(text: &str) {
+    line_within(1000, text);
+}
+
+/// Writes a line as [`line_at_once`] does, and omits it if the terminal takes no output now.
+pub fn line_if_ready(text: &str) {
+    line_within(0, text);
+}
+
+fn line_within(milliseconds: u16, text: &str) {
     if SILENT.load(Ordering::Relaxed) {
         return;
     }
-    const PATIENCE: u16 = 1000;
     let stderr = io::stderr();
     let mut ready = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
-    if poll(&mut ready, PollTimeout::from(PATIENCE)).is_ok_and(|ready| ready > 0) {
+    if poll(&mut ready, PollTimeout::from(milliseconds)).is_ok_and(|ready| ready > 0) {
         // Bypasses the lock of stderr: a thread that waits for the terminal may hold it.
         let _ = nix::unistd::write(stderr.as_fd(), format!("{text}\n").as_bytes());
     }

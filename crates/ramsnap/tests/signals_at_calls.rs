@@ -206,8 +206,10 @@ fn the_next_writer_removes_files_left_by_a_second_signal() {
     assert!(!held.signal(Signal::SIGINT), "it cleans up");
     // The main thread is held still.
     assert!(held.signal(Signal::SIGTERM), "the second signal ends it");
-    assert_eq!(held.release().0.code(), Some(130));
+    let (status, message) = held.release();
+    assert_eq!(status.code(), Some(130));
     assert_eq!(work.files().len(), 2, "the stage is left");
+    assert!(message.contains("ramsnap sweep"), "{message}");
     work.good("dump ram -o out");
     assert_eq!(work.files(), ["out", "ram"]);
 }

@@ -72,6 +72,17 @@ pub enum PagesUnknown {
         /// The mount option as the system names it.
         option: &'static str,
     },
+    /// The directory has an extent size hint, which XFS gives to new files: the rest of each extent
+    /// is reserved and not written.
+    #[error(
+        "the file has an extent size hint of {size} bytes, which it got from its directory, so blocks \
+         beside its pages are reserved: remove the hint with `xfs_io -c 'extsize 0' DIR`, or use \
+         another directory"
+    )]
+    ExtentSize {
+        /// The hint in bytes.
+        size: u32,
+    },
     /// The file could not be synced, and a sync may change its reported extents.
     #[error("failed to sync the file: {0}")]
     Sync(#[source] io::Error),
@@ -102,10 +113,14 @@ impl PageHoles {
     /// - [`PagesUnknown::Holes`].
     /// - [`PagesUnknown::Coarse`] if a page is smaller than 4 KiB or a block of the file system.
     /// - [`PagesUnknown::ZerosBeside`].
+    /// - [`PagesUnknown::ExtentSize`].
     pub fn check_new(file: &File, page_size: u64) -> Result<(), PagesUnknown> {
         check_holes_are_zeros(file)?;
         if let Some(option) = sys::zeros_beside(file).map_err(HolesUnknown::Io)? {
             return Err(PagesUnknown::ZerosBeside { option });
+        }
+        if let Some(size) = sys::extent_size_hint(file) {
+            return Err(PagesUnknown::ExtentSize { size });
         }
         let block = sys::file_system_block(file).map_err(HolesUnknown::Io)?;
         let granularity = block.max(MIN_GRANULARITY);

@@ -14,19 +14,19 @@ mod macos;
 pub(crate) use linux::{StoredHandle, stored_handle, stored_handle_at};
 #[cfg(target_os = "linux")]
 pub(crate) use linux::{
-    file_system_block, file_system_name, first_unwritten, is_layered, is_layered_at, is_on_disk,
-    lacks_extents, least_direct_alignment, may_change_reports, on_one_layer, on_one_mount,
-    punch_hole, reopen_direct, reported_direct_alignment, reports_holes_correctly, reserve,
-    set_direct, share_blocks, zeros_beside,
+    extent_size_hint, file_system_block, file_system_name, first_unwritten, is_layered,
+    is_layered_at, is_on_disk, lacks_extents, least_direct_alignment, may_change_reports,
+    on_one_layer, on_one_mount, punch_hole, reopen_direct, reported_direct_alignment,
+    reports_holes_correctly, reserve, set_direct, share_blocks, zeros_beside,
 };
 #[cfg(target_os = "macos")]
 pub(crate) use macos::{StoredHandle, stored_handle, stored_handle_at};
 #[cfg(target_os = "macos")]
 pub(crate) use macos::{
-    Uncached, file_system_block, file_system_name, first_unwritten, is_layered, is_layered_at,
-    is_on_disk, lacks_extents, least_direct_alignment, may_change_reports, on_one_layer,
-    on_one_mount, punch_hole, reopen_direct, reported_direct_alignment, reports_holes_correctly,
-    reserve, set_direct, share_blocks, zeros_beside,
+    Uncached, extent_size_hint, file_system_block, file_system_name, first_unwritten, is_layered,
+    is_layered_at, is_on_disk, lacks_extents, least_direct_alignment, may_change_reports,
+    on_one_layer, on_one_mount, punch_hole, reopen_direct, reported_direct_alignment,
+    reports_holes_correctly, reserve, set_direct, share_blocks, zeros_beside,
 };
 
 /// Returns the page size of the processor in bytes.

@@ -84,6 +84,43 @@ fn pages_of_a_tmpfs_of_huge_pages_are_refused() {
     assert_eq!(result.is_ok(), small, "{result:?}");
 }
 
+/// A diff that a writer accepts can be read back, in pages of any size.
+#[test]
+fn pages_that_a_writer_accepts_are_identified() {
+    const TEST: &str = "pages_that_a_writer_accepts_are_identified";
+    needs!(
+        Root,
+        Mount(FileSystem::XFS_16K),
+        Mount(FileSystem::EXT4),
+        Mount(FileSystem::BTRFS)
+    );
+    let mounted = |fs| LoopMount::new(fs).expect("mounted");
+    let disks = [FileSystem::XFS_16K, FileSystem::EXT4, FileSystem::BTRFS].map(mounted);
+    let memory = TinyTmpfs::new(64 << 20).expect("mounted");
+    let huge = TinyTmpfs::of_huge_pages(64 << 20);
+    if huge.is_err() {
+        test_machine::not_run(TEST, "of huge pages: this kernel has none for tmpfs");
+    }
+    let dirs = disks.iter().map(|mount| mount.path());
+    let dirs = dirs.chain([memory.path()]);
+    for dir in dirs.chain(huge.as_ref().ok().map(|mount| mount.path())) {
+        let mut accepted = 0;
+        for page in (9..=22).map(|shift| 1_u64 << shift) {
+            let file = tempfile::tempfile_in(dir).expect("file");
+            if PageHoles::check_new(&file, page).is_err() {
+                continue;
+            }
+            accepted += 1;
+            grow(&file, 8 * page).expect("grown");
+            file.write_all_at(&vec![7; page as usize], 2 * page)
+                .expect("written");
+            let identified = PageHoles::new().check(&file, dir, page);
+            assert!(identified.is_ok(), "{page} in {dir:?}: {identified:?}");
+        }
+        assert!(accepted > 0, "{dir:?}");
+    }
+}
+
 /// Reading them puts zeros into the page cache, which are reported as data.
 #[rstest]
 fn file_with_reserved_blocks_is_refused(#[values(Fs::Ext4, Fs::Xfs)] fs: Fs) {
@@ -149,6 +186,32 @@ fn ext4_that_writes_zeros_around_pages_is_refused() {
     );
     remount("remount,dioread_nolock");
     PageHoles::check_new(&new, PAGE).expect("identified");
+}
+
+#[test]
+fn directory_with_an_extent_size_hint_is_refused() {
+    needs!(Mount(FileSystem::XFS));
+    let mount = LoopMount::new(FileSystem::XFS).expect("mounted");
+    let hint = |size: &str| {
+        let mut command = test_machine::tool("xfs_io");
+        let command = command.args(["-c", &format!("extsize {size}")]);
+        let status = command.arg(mount.path()).status();
+        assert!(status.expect("xfs_io runs").success());
+    };
+    hint("64k");
+    let file = tempfile::tempfile_in(mount.path()).expect("file");
+    grow(&file, 64 * PAGE).expect("grown");
+    file.write_all_at(&[7; PAGE as usize], 0).expect("written");
+    file.sync_all().expect("synced");
+    PageHoles::check_reserved(&file).expect_err("the rest of the extent is reserved");
+    let refused = PageHoles::check_new(&file, PAGE);
+    assert!(
+        matches!(refused, Err(PagesUnknown::ExtentSize { size: 65536 })),
+        "{refused:?}"
+    );
+    hint("0");
+    let file = tempfile::tempfile_in(mount.path()).expect("file");
+    PageHoles::check_new(&file, PAGE).expect("identified");
 }
 
 /// `mountinfo` does not show the options that the superblock contains.

@@ -30,8 +30,9 @@ const ZEROS: Range<u64> = HALF / 2..HALF / 2 + (64 << 10);
 /// file system may keep large gaps and store small ones as zeros.
 const GAPS: [u64; 3] = [4 << 10, 16 << 10, 64 << 10];
 const STEPS: u64 = 4;
-const LADDERS_AT: u64 = LEN / 16 * 13;
-/// Upper bound of the gaps of the sample that are not in `GAPS`.
+/// Away from the single byte, whose extent shows the block size of the file system.
+const LADDERS_AT: u64 = LEN / 16;
+/// Upper bound of the gaps of the sample between other data.
 const LARGE_GAP: u64 = LEN / 4;
 
 /// A synced sparse file that contains a block of noise, a block of zeros and a single byte.
@@ -94,8 +95,9 @@ impl<'f> Sample<'f> {
             {
                 let kept = |gap: u64| ladder(gap).all(|step| data.contains(&step));
                 let finest = GAPS.into_iter().rev().take_while(|gap| kept(*gap)).last();
+                let finest = finest.or_else(|| kept_block(&data)).unwrap_or(LARGE_GAP);
                 SeekHole::Exact {
-                    granularity: finest.unwrap_or(LARGE_GAP).max(byte.end - byte.start),
+                    granularity: finest.max(byte.end - byte.start),
                 }
             }
             _ => SeekHole::Unreliable,
@@ -147,6 +149,15 @@ fn ladder(gap: u64) -> impl Iterator<Item = Range<u64>> {
     (0..STEPS).map(move |step| start + 2 * step * gap..start + (2 * step + 1) * gap)
 }
 
+/// Returns the size of the smallest hole between the data, if every range consists of aligned
+/// blocks of this size: the file system stores data in such blocks, such as huge pages of tmpfs.
+fn kept_block(data: &[Range<u64>]) -> Option<u64> {
+    let holes = data.windows(2).map(|pair| pair[1].start - pair[0].end);
+    let block = holes.min().filter(|hole| hole.is_power_of_two())?;
+    let aligned = |range: &Range<u64>| (range.start | range.end).is_multiple_of(block);
+    data.iter().all(aligned).then_some(block)
+}
+
 /// Returns bytes that no file system compresses or stores as a hole, from a xorshift generator
 /// (Marsaglia 2003).
 pub(super) fn noise() -> Vec<u8> {
@@ -172,6 +183,18 @@ mod tests {
     use super::*;
 
     const EXACT: SeekHole = SeekHole::Exact { granularity: 4096 };
+
+    #[test]
+    fn block_is_the_smallest_hole_if_all_data_is_aligned() {
+        const M: u64 = 1 << 20;
+        assert_eq!(
+            kept_block(&[0..6 * M, 8 * M..10 * M, 12 * M..14 * M]),
+            Some(2 * M)
+        );
+        assert_eq!(kept_block(&[0..6 * M, 8 * M..9 * M, 11 * M..14 * M]), None);
+        assert_eq!(kept_block(&[0..5 * M, 8 * M..10 * M]), None);
+        assert_eq!(kept_block(&[0..16 * M]), None);
+    }
 
     /// As on ZFS with compression: no block of zeros is stored.
     #[test]

@@ -18,6 +18,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::sys::statfs::{Statfs, fstatfs, statfs};
 
+pub(crate) use flags::extent_size_hint;
 pub(crate) use handle::{StoredHandle, stored_handle, stored_handle_at};
 
 pub(crate) fn punch_hole(file: &File, range: Range<u64>) -> io::Result<()> {

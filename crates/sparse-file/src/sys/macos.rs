@@ -201,6 +201,11 @@ pub(crate) fn zeros_beside(_file: &File) -> io::Result<Option<&'static str>> {
     Ok(None)
 }
 
+/// Returns `None`: applies to XFS only.
+pub(crate) fn extent_size_hint(_file: &File) -> Option<u32> {
+    None
+}
+
 /// Returns `None`: macOS does not list extents.
 #[allow(clippy::unnecessary_wraps, reason = "the signature is Linux's")]
 pub(crate) fn first_unwritten(_file: &File) -> io::Result<Option<u64>> {

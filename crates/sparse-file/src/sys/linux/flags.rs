@@ -1,4 +1,4 @@
-//! Inode flags: how ext4 stores a file.
+//! Inode flags and attributes: how ext4 and XFS store a file.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -29,6 +29,36 @@ pub(super) fn has_extents(file: &File) -> bool {
             Err(_) => return false,
         }
     }
+}
+
+/// `struct fsxattr` of `include/uapi/linux/fs.h`.
+#[repr(C)]
+#[derive(Default)]
+struct Fsxattr {
+    xflags: u32,
+    extsize: u32,
+    nextents: u32,
+    projid: u32,
+    cowextsize: u32,
+    pad: [u8; 8],
+}
+
+/// `_IOR('X', 31, struct fsxattr)`; the size in it is 28 bytes.
+const FS_IOC_FSGETXATTR: libc::Ioctl = 0x801C_581F_u32 as libc::Ioctl;
+const _: () = assert!(size_of::<Fsxattr>() == 28);
+/// `FS_XFLAG_EXTSIZE`: the file has an extent size hint.
+const FS_XFLAG_EXTSIZE: u32 = 0x800;
+
+/// Returns the extent size hint of `file` in bytes: XFS allocates extents of this size, and what is
+/// not written of them is reserved. Returns `None` if there is none, or if the file system has no
+/// such hints.
+pub(crate) fn extent_size_hint(file: &File) -> Option<u32> {
+    let mut attributes = Fsxattr::default();
+    // SAFETY: FS_IOC_FSGETXATTR writes an fsxattr, which `attributes` is for the length of the
+    // call; `file` is borrowed, so open.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FSGETXATTR, &raw mut attributes) };
+    let is_set = result == 0 && attributes.xflags & FS_XFLAG_EXTSIZE != 0;
+    (is_set && attributes.extsize > 0).then_some(attributes.extsize)
 }
 
 /// Returns whether a file with these flags is mapped by extents. A file in its inode is not, though
