@@ -9,6 +9,7 @@ use crate::epoch::{BeginEpochError, Epoch, EpochCommitting, Epochs};
 use crate::geometry::{GeometryError, OutOfRange, RamRange, RangeMismatch};
 use crate::kind::{Markable, Taken, Tracked, Untracked};
 use crate::marks::Marks;
+use crate::parent_id::ParentId;
 use crate::runs::Runs;
 
 /// A bitmap of the pages of guest RAM that were written since their marks were last taken.
@@ -103,6 +104,7 @@ pub struct DirtyBitmap<K = Untracked> {
     /// The takes of an epoch that these marks are from, if any. No mark depends on the ordering of
     /// this value.
     takes: Mutex<Option<TakeRange>>,
+    pub(crate) parent_id: ParentId,
     kind: PhantomData<fn() -> K>,
 }
 
@@ -155,7 +157,9 @@ impl DirtyBitmap {
     /// Returns [`GeometryError::OutOfMemory`]. No mark was taken.
     pub fn drain(&self) -> Result<Self, GeometryError> {
         let clean = |shift| Marks::clean(self.marks.ram, shift);
-        Ok(Self::over(self.marks.take(clean, |marks| marks)?))
+        let taken = self.marks.take(clean, |marks| marks)?;
+        self.parent_id.set(None);
+        Ok(Self::over(taken))
     }
 
     /// Moves all marks to `other`, which may have any granule.
@@ -168,6 +172,7 @@ impl DirtyBitmap {
         // can't deadlock.
         self.marks
             .take_runs(|run| _ = other.marks.mark_offsets(run));
+        self.parent_id.set(None);
         Ok(())
     }
 
@@ -226,6 +231,7 @@ impl<K> DirtyBitmap<K> {
             marks,
             epochs: Epochs::default(),
             takes: Mutex::new(None),
+            parent_id: ParentId::default(),
             kind: PhantomData,
         }
     }

@@ -15,7 +15,8 @@ impl<K> DirtyBitmap<K> {
     /// Returns the geometry and the marks as bytes, for [`from_bytes`](DirtyBitmap::from_bytes).
     ///
     /// The bitmap keeps its marks. Marks that are set during the call may be missed. The epochs of
-    /// the bitmap are not encoded; an open one holds marks that are not in the bitmap.
+    /// the bitmap are not encoded; an open one holds marks that are not in the bitmap. The
+    /// [parent](Self::parent_id) is not encoded either.
     ///
     /// # Format
     /// All numbers are little-endian words of 64 bits.
@@ -151,7 +152,7 @@ pub enum DecodeError {
         found: u8,
     },
     /// The bytes end too early or too late.
-    #[error("the encoded bitmap has {found} bytes instead of {expected}: it is damaged")]
+    #[error("the encoded bitmap has length {found} instead of {expected}: it is damaged")]
     Length {
         /// The expected number of bytes.
         expected: u64,

@@ -71,6 +71,8 @@ pub struct Epoch<B: Deref<Target = DirtyBitmap<K>>, K = Untracked> {
     taken: Arc<TakenBitmap>,
     /// The marks that extended this epoch last.
     extension: Option<Arc<TakenBitmap>>,
+    /// The id of the image that the save writes.
+    image_id: Option<[u8; 16]>,
     kind: PhantomData<fn() -> K>,
 }
 
@@ -104,6 +106,16 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
     /// Returns all marks that this epoch has taken so far.
     pub fn bitmap(&self) -> &TakenBitmap {
         &self.taken
+    }
+
+    /// Sets the id of the image that the save writes, such as `ImageId::to_bytes` returns it. The
+    /// default is `None`: the image has no id.
+    ///
+    /// A release makes it the [parent](DirtyBitmap::parent_id) of the next diff.
+    /// `MemoryWriter::commit_and_release` and `PackedStream::finish_and_release` of the crate
+    /// `memory-writer` call this.
+    pub fn set_image_id(&mut self, id: Option<[u8; 16]>) {
+        self.image_id = id;
     }
 
     /// Runs `commit`, and discards the marks if it succeeds. If it fails, the marks return to the
@@ -153,12 +165,14 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
         let taken = epochs.take(&source.marks);
         let taken = taken.map_err(BeginEpochError::OutOfMemory)?;
         taken.set_takes(TakeRange::first(taken.is_clean()));
+        taken.parent_id.set(source.parent_id());
         epochs.open = Some(Arc::clone(&taken));
         drop(epochs);
         Ok(Self {
             source,
             taken,
             extension: None,
+            image_id: None,
             kind: PhantomData,
         })
     }
@@ -179,6 +193,7 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
             extension.set_takes(takes);
             self.taken.set_takes(takes.since_first());
         }
+        extension.parent_id.set(self.taken.parent_id());
         self.taken.marks.add(&extension.marks);
         drop(epochs);
         Ok(Extension::new(self.extension.insert(extension)))
@@ -196,8 +211,9 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
             return Err(EpochReclaimed);
         }
         // Restore the marks before another epoch can begin, which would miss them.
-        if restore {
-            self.source.marks.add(&self.taken.marks);
+        match restore {
+            true => self.source.marks.add(&self.taken.marks),
+            false => self.source.parent_id.set(self.image_id),
         }
         epochs.open = None;
         epochs.committing = false;

@@ -89,6 +89,7 @@ mod marking;
 mod marks;
 mod page_set;
 mod page_units;
+mod parent_id;
 mod policy;
 mod protection;
 mod ranges;

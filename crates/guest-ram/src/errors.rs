@@ -71,8 +71,8 @@ pub enum GuestRamError {
     },
     /// The number of host addresses is not the number of regions.
     #[error(
-        "{given} host addresses were passed for {regions} RAM regions: pass one for each region, \
-         in the order of the layout"
+        "the number of host addresses ({given}) is not that of the RAM regions ({regions}): pass \
+         one for each region, in the order of the layout"
     )]
     AddressCount {
         /// The number of host addresses passed.

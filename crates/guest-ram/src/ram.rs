@@ -235,6 +235,10 @@ impl GuestRam {
     /// 3. call this;
     /// 4. restore the state of the vCPUs and devices, and run them.
     ///
+    /// The [parent](DirtyBitmap::parent_id) of the next diff is unknown afterwards. Pass the id of
+    /// the restored snapshot to [`DirtyBitmap::set_parent_id`] to have a diff with another parent
+    /// refused.
+    ///
     /// The marks of a [`TrackedRam`] are taken by its tracker instead.
     ///
     /// # Errors

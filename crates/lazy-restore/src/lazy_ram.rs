@@ -49,6 +49,11 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// `EFAULT`, a vCPU `SIGBUS` in its thread). Linux before 6.6 cannot poison pages: there the page
 /// is made inaccessible, an access gets `SIGSEGV`, and `KVM_RUN` fails.
 ///
+/// A save of such memory by the crate `memory-writer` fails, and its error names the error of the
+/// source: the kernel reports `EFAULT`, and the writer asks the reader
+/// ([`check_source`](PageReader::check_source)) for the cause. [`read_at`](PageReader::read_at)
+/// returns the error of the source instead of an access to a page that cannot be read.
+///
 /// # Slow sources
 /// A [source](crate::RamSource) that is no chain may take long to read, such as a server. An access
 /// waits for the read of its page, and faults are handled one after the other. Dropping the value
@@ -314,13 +319,15 @@ impl Drop for LazyRam {
 }
 
 /// Reads the RAM as the guest has it now: the images and the guest's writes. Missing pages are read
-/// from the images. An access to a page that cannot be read gets `SIGBUS`, or an error where the
-/// kernel reads the memory.
+/// from the images. After a page could not be read, [`read_at`](PageReader::read_at) fails with the
+/// error of the source. Another access to such a page gets `SIGBUS`, or an error where the kernel
+/// reads the memory.
 impl PageReader for LazyRam {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let end = offset.checked_add(buf.len() as u64);
         end.filter(|end| *end <= self.ram_size())
             .ok_or(io::ErrorKind::UnexpectedEof)?;
+        self.check_failure()?;
         let (mut offset, mut rest) = (offset, buf);
         while let Some(memory) = self.host_memory(offset, rest.len()) {
             let (now, later) = rest.split_at_mut(memory.len());
@@ -340,14 +347,25 @@ impl PageReader for LazyRam {
         self.pages.source().ram_layout()
     }
 
+    fn known_size(&self) -> Option<u64> {
+        Some(self.ram_size())
+    }
+
     fn check_source(&self) -> io::Result<()> {
-        let status = self.pages.status();
-        if let Some(error) = status.failure() {
-            return Err(io::Error::other(Arc::clone(error)));
-        }
-        match status.is_finished() {
+        self.check_failure()?;
+        match self.pages.status().is_finished() {
             true => Ok(()),
             false => self.pages.source().check_source(),
+        }
+    }
+}
+
+impl LazyRam {
+    /// Returns the error of the source, if it has failed.
+    fn check_failure(&self) -> io::Result<()> {
+        match self.pages.status().failure() {
+            Some(error) => Err(io::Error::other(Arc::clone(error))),
+            None => Ok(()),
         }
     }
 }

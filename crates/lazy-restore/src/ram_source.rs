@@ -187,6 +187,12 @@ forward_to_pointee!(Box<S>, Arc<S>);
 
 /// A reader of another crate, with the size of the RAM, as a [`RamSource`].
 ///
+/// The reader provides the bytes of the RAM, not those of an image file. Offset 0 of a packed image
+/// is its header, which would become RAM, and a sealed image has a footer after the RAM. The bytes
+/// are not examined, because a guest controls those of raw RAM. For the bytes of an image, pass a
+/// [`Chain`](memory_image::Chain) of [`Image::from_reader`](memory_image::Image::from_reader) or
+/// [`Image::from_file`](memory_image::Image::from_file), which is a source of its own.
+///
 /// # Examples
 /// ```
 /// use lazy_restore::{LazyRam, SizedReader};
@@ -242,6 +248,10 @@ impl<R: PageReader> PageReader for SizedReader<R> {
     fn ram_layout(&self) -> Option<&RamLayout> {
         let layout = self.reader.ram_layout();
         layout.filter(|layout| layout.ram_size() == self.ram_size)
+    }
+
+    fn known_size(&self) -> Option<u64> {
+        Some(self.ram_size)
     }
 }
 

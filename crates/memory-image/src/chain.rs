@@ -301,4 +301,8 @@ impl PageReader for Chain {
     fn ram_layout(&self) -> Option<&RamLayout> {
         self.ram_layout()
     }
+
+    fn known_size(&self) -> Option<u64> {
+        Some(self.ram_size())
+    }
 }

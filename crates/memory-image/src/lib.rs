@@ -135,6 +135,7 @@ mod verify;
 // The crates whose types are in public signatures.
 pub use dirty_bitmap;
 pub use guest_ram;
+pub use image_format;
 pub use memory_writer;
 pub use page_reader;
 pub use sparse_file;

@@ -2,9 +2,11 @@
 
 mod chain;
 mod data;
+mod plan;
 mod region;
 
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 use guest_ram::RamOwner;
@@ -31,6 +33,14 @@ use crate::image::Image;
 /// The file must not be truncated or written to while it is mapped: touching a page past its end
 /// raises `SIGBUS`, and a page that was not touched yet changes with the file. A commit may replace
 /// the file, because the mapping keeps the old file.
+///
+/// # Discarded memory
+/// **`madvise(MADV_DONTNEED)` on this memory does not make zeros: the bytes of the image return.**
+/// A balloon device that discards pages like this corrupts the guest, which expects zeros or its
+/// own bytes. Disable the balloon and free page reporting, or let them write zeros:
+/// [`write_zeros`](Self::write_zeros), or a method of `GuestRam` that writes and marks. Zeros take
+/// memory, so nothing is returned to the host. The crate `lazy-restore` starts a guest as fast, and
+/// a balloon may discard its memory.
 ///
 /// # Examples
 /// ```
@@ -108,6 +118,17 @@ impl MappedImage {
     pub fn ram_size(&self) -> u64 {
         self.ram.len() as u64
     }
+
+    /// Overwrites these bytes of the RAM with zeros, for a balloon device, as a write of the guest
+    /// would. Threads and vCPUs may access the memory concurrently. Marks no page as dirty: mark
+    /// the pages afterwards.
+    ///
+    /// # Errors
+    /// Returns [`UnexpectedEof`](io::ErrorKind::UnexpectedEof) if the range ends past the RAM.
+    /// Nothing is written.
+    pub fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
+        self.ram.write_zeros(range)
+    }
 }
 
 #[allow(unsafe_code)]
@@ -132,6 +153,10 @@ macro_rules! read_mapped_ram {
 
             fn ram_layout(&self) -> Option<&RamLayout> {
                 self.layout.as_ref()
+            }
+
+            fn known_size(&self) -> Option<u64> {
+                Some(self.ram_size())
             }
         }
     )*};

@@ -334,3 +334,22 @@ proptest! {
         }
     }
 }
+
+/// A caller without a dependency on `image-format` passes parts of a footer to its own functions.
+#[test]
+fn types_of_a_footer_are_named_through_this_crate() {
+    use memory_image::image_format::{Checksum, ImageKind, Run, Version};
+
+    fn parts(image: &Image) -> (Version, ImageKind, Vec<Run>, Vec<Checksum>) {
+        let footer: &memory_image::Footer = image.footer().unwrap();
+        let (runs, checksums) = (footer.runs.clone(), footer.checksums.clone());
+        (footer.version, footer.kind, runs, checksums)
+    }
+
+    let guest = Guest::with_history(Layout::Packed);
+    let (version, kind, runs, checksums) = parts(&Image::open(&guest.snapshots[0]).unwrap());
+    assert_eq!((version, kind), (Version::CURRENT, ImageKind::Full));
+    assert!(!runs.is_empty() && !checksums.is_empty());
+    // `memory-writer`, whose errors have these types, does the same.
+    let _: Option<memory_writer::image_format::InvalidFooter> = None;
+}

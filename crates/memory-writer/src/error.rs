@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use atomic_file::{CommitError, OpenError};
 use dirty_bitmap::EpochReclaimed;
-use image_format::{FooterError, RegionList};
+use image_format::{FooterError, ImageId, RegionList};
 use sparse_file::{SpaceError, WriteError, ZeroError};
 use thiserror::Error;
 
@@ -172,6 +172,20 @@ pub enum SnapshotError {
         /// The address ranges of the [reader](page_reader::PageReader::ram_layout).
         reader: Vec<Range<u64>>,
     },
+    /// The reader's RAM and the memory file differ in [size](page_reader::PageReader::known_size).
+    /// Nothing was written.
+    #[error(
+        "the snapshot {dest:?} has {file} bytes of RAM, but the reader has {reader}: pass the size \
+         of this guest's RAM when the writer is opened"
+    )]
+    ReaderSize {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// The size of the memory file in bytes.
+        file: u64,
+        /// The size of the reader's RAM in bytes.
+        reader: u64,
+    },
     /// A sealed or packed diff was to be written without [`Seal::parent`](crate::Seal::parent): no
     /// chain of images with ids accepts it.
     #[error(
@@ -181,6 +195,22 @@ pub enum SnapshotError {
     DiffWithoutParent {
         /// The snapshot's destination.
         dest: PathBuf,
+    },
+    /// The diff names another parent than the image whose commit released the marks of the bitmap
+    /// last. A chain of the two would lack the pages of that image. Nothing was written.
+    #[error(
+        "the diff {dest:?} names image {parent} as its parent, but its bitmap has the marks since \
+         image {newest}: pass that id to Seal::parent, or call DirtyBitmap::set_parent_id if the \
+         bitmap has all marks since image {parent}"
+    )]
+    StaleParent {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// The id that was passed to [`Seal::parent`](crate::Seal::parent).
+        parent: ImageId,
+        /// The id of the image that the marks build on: the bitmap's
+        /// [`parent_id`](dirty_bitmap::DirtyBitmap::parent_id).
+        newest: ImageId,
     },
     /// Metadata was passed for a raw snapshot.
     #[error(

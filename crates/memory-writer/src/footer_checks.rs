@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use dirty_bitmap::coalesce;
+use dirty_bitmap::{DirtyBitmap, coalesce};
+use image_format::ImageId;
 use page_reader::{PageReader, RamLayout};
 
 use crate::error::SnapshotError;
@@ -25,6 +26,25 @@ impl FooterBuilder {
                 Err(SnapshotError::DiffWithoutParent { dest: dest.into() })
             }
             Parent::Unnamed | Parent::Raw | Parent::Image(_) => Ok(()),
+        }
+    }
+
+    /// Checks that the marks of a bitmap build on the parent of the image at `dest`, as far as both
+    /// are known.
+    pub(crate) fn check_marks<K>(
+        &self,
+        dirty: &DirtyBitmap<K>,
+        dest: &Path,
+    ) -> Result<(), SnapshotError> {
+        match (self.parent(), dirty.parent_id().map(ImageId::from_bytes)) {
+            (Parent::Image(parent), Some(newest)) if parent != newest => {
+                Err(SnapshotError::StaleParent {
+                    dest: dest.into(),
+                    parent,
+                    newest,
+                })
+            }
+            _ => Ok(()),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Sizes of a memory file and of its pages.
 
 use std::ops::Range;
+use std::path::Path;
 
 use dirty_bitmap::{DirtyBitmap, PageSet};
 use image_format::{MAX_RAM_SIZE, RAW_UNIT};
@@ -97,6 +98,22 @@ impl Geometry {
                 ram,
             }),
             _ => check_bitmap_start(bitmap.ram_start(), reader_start),
+        }
+    }
+
+    /// Checks that a reader has RAM of this size, as far as it knows its size.
+    pub(crate) fn check_reader<R: PageReader + ?Sized>(
+        self,
+        reader: &R,
+        dest: &Path,
+    ) -> Result<(), SnapshotError> {
+        match reader.known_size() {
+            Some(size) if size != self.ram_size => Err(SnapshotError::ReaderSize {
+                dest: dest.to_owned(),
+                file: self.ram_size,
+                reader: size,
+            }),
+            Some(_) | None => Ok(()),
         }
     }
 

@@ -149,6 +149,7 @@ mod writer;
 // The crates whose types are in public signatures.
 pub use atomic_file;
 pub use dirty_bitmap;
+pub use image_format;
 pub use page_reader;
 pub use sparse_file;
 

@@ -99,7 +99,9 @@ impl<W: Write> PackedStream<W> {
     /// Begins an image of `ram_size` bytes of RAM in pages of `page_size` bytes with the default
     /// [`PackedStreamOptions`]. Writes nothing yet.
     ///
-    /// `out` must be blocking.
+    /// `out` must be blocking. If a nonblocking one is full ([`io::ErrorKind::WouldBlock`]), the
+    /// write fails with [`SnapshotError::MemoryIo`], the stream can no longer be finished, and the
+    /// receiver has a truncated image. The marks of the epoch are kept.
     ///
     /// # Errors
     /// Returns the errors of [`PackedStreamOptions::open`].
@@ -135,12 +137,13 @@ impl<W: Write> PackedStream<W> {
     ///
     /// # Errors
     /// Nothing was written after [`SnapshotError::FullWithParent`], [`SnapshotError::Regions`],
-    /// [`SnapshotError::StreamBegun`] and [`SnapshotError::Seal`]. The stream can no longer be
-    /// finished after [`SnapshotError::Seal`], [`SnapshotError::MemoryIo`] or
-    /// [`SnapshotError::Cancelled`].
+    /// [`SnapshotError::ReaderSize`], [`SnapshotError::StreamBegun`] and [`SnapshotError::Seal`].
+    /// The stream can no longer be finished after [`SnapshotError::Seal`],
+    /// [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`].
     pub fn write_full<R: PageReader + ?Sized>(&mut self, reader: &R) -> Result<(), SnapshotError> {
         self.footer.check_full(&self.name)?;
         self.footer.check_reader(reader, &self.name)?;
+        self.geometry.check_reader(reader, &self.name)?;
         self.begin()?;
         let began = Coverage::begin_full();
         self.footer.set_regions_of(reader);
@@ -181,7 +184,8 @@ impl<W: Write> PackedStream<W> {
     /// # Errors
     /// Nothing was written and the stream is unchanged after [`SnapshotError::BitmapSize`],
     /// [`SnapshotError::BitmapStart`], [`SnapshotError::DiffWithoutParent`],
-    /// [`SnapshotError::Regions`], [`SnapshotError::StreamBegun`], and [`SnapshotError::Seal`] for
+    /// [`SnapshotError::StaleParent`], [`SnapshotError::Regions`], [`SnapshotError::ReaderSize`],
+    /// [`SnapshotError::StreamBegun`], and [`SnapshotError::Seal`] for
     /// more runs than a footer can list. The stream can no longer be finished after
     /// [`SnapshotError::MemoryIo`] or [`SnapshotError::Cancelled`]. The epoch then restores its
     /// marks when it is dropped.
@@ -192,6 +196,7 @@ impl<W: Write> PackedStream<W> {
     ) -> Result<u64, SnapshotError> {
         self.geometry
             .check_bitmap(dirty, self.ram_start, reader_start(reader))?;
+        self.footer.check_marks(dirty, &self.name)?;
         let pages = self.write_pages(reader, || dirty.runs(), Some(dirty.ram_start()))?;
         self.written.add_diff(dirty);
         Ok(pages)
@@ -225,6 +230,7 @@ impl<W: Write> PackedStream<W> {
     ) -> Result<u64, SnapshotError> {
         self.footer.check_parent(&self.name)?;
         self.footer.check_reader(reader, &self.name)?;
+        self.geometry.check_reader(reader, &self.name)?;
         if self.state != State::Nothing {
             return Err(self.begun());
         }
@@ -255,7 +261,7 @@ impl<W: Write> PackedStream<W> {
     /// # Errors
     /// Returns [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`] if the write
     /// failed, [`SnapshotError::Seal`], and [`SnapshotError::MemoryIo`] if the stream cannot be
-    /// flushed.
+    /// written or flushed.
     pub fn finish(mut self) -> Result<W, SnapshotError> {
         match self.state {
             State::Pages => {}
@@ -264,7 +270,10 @@ impl<W: Write> PackedStream<W> {
         }
         let offset = self.footer.data_end();
         let sealed = self.footer.write_to(&mut self.out);
-        sealed.map_err(|source| cannot_seal(&self.name, source))?;
+        sealed.map_err(|source| match source {
+            FooterError::Io { source, .. } => write_failed(&self.name, offset, source),
+            source => cannot_seal(&self.name, source),
+        })?;
         let flushed = self.out.flush();
         flushed.map_err(|source| write_failed(&self.name, offset, source))?;
         Ok(self.out)
@@ -282,9 +291,10 @@ impl<W: Write> PackedStream<W> {
     /// [`SnapshotError::EpochReclaimed`].
     pub fn finish_and_release<K, B: Deref<Target = DirtyBitmap<K>>>(
         mut self,
-        epoch: Epoch<B, K>,
+        mut epoch: Epoch<B, K>,
     ) -> Result<W, SnapshotError> {
         self.check_epoch(&epoch)?;
+        epoch.set_image_id(Some(self.image_id().to_bytes()));
         let dest = self.name.clone();
         let released = epoch.release_after(|| self.finish());
         released.map_err(|error| match error {

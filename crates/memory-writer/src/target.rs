@@ -1,6 +1,10 @@
 //! The file that a snapshot is written to.
 
 use std::fs::File;
+#[cfg(target_os = "linux")]
+use std::os::fd::AsRawFd;
+#[cfg(target_os = "linux")]
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use atomic_file::{AtomicWriter, Durability, NotPreserved};
@@ -58,6 +62,15 @@ impl Target {
         }
     }
 
+    /// Returns whether an open file has no name, so that no reader uses its holes: see
+    /// `memory_image::ImageOptions::open_file`. A staged file gets its name at the commit.
+    pub(crate) fn is_nameless(&self) -> bool {
+        match self {
+            Self::Staged(_) => false,
+            Self::Open(file, _) => !has_name(file),
+        }
+    }
+
     pub(crate) fn file(&self) -> &File {
         match self {
             Self::Staged(staged) => staged.file(),
@@ -92,4 +105,21 @@ impl Target {
             Self::Open(..) => &[],
         }
     }
+}
+
+/// Returns whether the name that the kernel knows of an open file leads to it.
+#[cfg(target_os = "linux")]
+fn has_name(file: &File) -> bool {
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let named = || std::fs::metadata(std::fs::read_link(link)?);
+    match (named(), file.metadata()) {
+        (Ok(named), Ok(file)) => (named.dev(), named.ino()) == (file.dev(), file.ino()),
+        _ => false,
+    }
+}
+
+/// Returns true: the name is not known, and the holes of no file are used.
+#[cfg(not(target_os = "linux"))]
+fn has_name(_: &File) -> bool {
+    true
 }

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 
 use image_format::Footer;
 use memory_writer::{
-    Durability, Layout, MemoryWriter, OpenFileError, Placement, Seal, SnapshotError,
+    Durability, Layout, MemoryWriter, OpenFileError, Placement, Seal, SnapshotError, WriteAmbiguity,
 };
 use rstest::rstest;
 use support::images::{PAGE, dirty, options};
@@ -48,8 +48,7 @@ fn open_file_gets_the_bytes_of_a_staged_one(
 #[cfg(target_os = "linux")]
 #[test]
 fn memfd_holds_a_sealed_diff() {
-    let memfd = nix::sys::memfd::memfd_create(c"diff", nix::sys::memfd::MFdFlags::empty());
-    let memfd = File::from(memfd.unwrap());
+    let memfd = memfd();
     let (ram, marks) = (pattern(SIZE as usize, 1), dirty(SIZE, &[5]));
     let epoch = marks.begin_epoch().unwrap();
     let mut writer = options(Layout::Sealed, Seal::new().on_raw_image())
@@ -185,4 +184,53 @@ fn open_file_with_direct_io_is_refused() {
         error.unwrap_err(),
         SnapshotError::OpenFile(OpenFileError::Direct)
     ));
+}
+
+/// `memory_image` derives the pages of a raw diff from holes only in a file with a name.
+#[cfg(target_os = "linux")]
+#[rstest]
+#[case::memfd(memfd())]
+#[case::unnamed(tempfile::tempfile().unwrap())]
+#[case::unlinked(unlinked())]
+fn raw_diff_in_a_file_without_a_name_is_refused(#[case] file: File) {
+    let (ram, marks) = (pattern(SIZE as usize, 1), dirty(SIZE, &[5]));
+    let open = |allow| {
+        let options = MemoryWriter::options().allow_ambiguous_diff(allow);
+        file.set_len(0).unwrap();
+        options
+            .open_file(file.try_clone().unwrap(), SIZE, PAGE)
+            .unwrap()
+    };
+    let mut writer = open(false);
+    let error = writer.write_diff(&ram, &marks).unwrap_err();
+    assert!(
+        matches!(
+            &error,
+            SnapshotError::AmbiguousDiff {
+                source: WriteAmbiguity::NoName,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    assert!(error.to_string().contains("Layout::Packed"), "{error}");
+    assert!(bytes_of(&file).iter().all(|byte| *byte == 0));
+    // Nothing was written. A full image needs no holes.
+    writer.write_full(&ram).unwrap();
+    writer.commit().unwrap();
+    // The caller keeps the list of the pages.
+    let mut writer = open(true);
+    assert_eq!(writer.write_diff(&ram, &marks).unwrap(), 1);
+    writer.commit().unwrap();
+}
+
+#[cfg(target_os = "linux")]
+fn memfd() -> File {
+    let memfd = nix::sys::memfd::memfd_create(c"diff", nix::sys::memfd::MFdFlags::empty());
+    File::from(memfd.unwrap())
+}
+
+#[cfg(target_os = "linux")]
+fn unlinked() -> File {
+    tempfile::NamedTempFile::new().unwrap().into_file()
 }

@@ -204,3 +204,37 @@ fn cancelled_stream_is_incomplete(#[values(false, true)] skip_zeros: bool) {
         "{error:?}"
     );
 }
+
+/// A full pipe with O_NONBLOCK, in the header, the pages and the footer.
+#[rstest]
+#[case::in_the_header(100)]
+#[case::in_the_pages(4096 + 8192 + 1)]
+#[case::in_the_footer(4096 + 3 * 4096 + 10)]
+fn nonblocking_stream_is_named_and_keeps_the_marks(#[case] left: usize) {
+    struct Full(usize);
+
+    impl Write for Full {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let len = bytes.len().min(self.0);
+            self.0 -= len;
+            match len {
+                0 => Err(io::ErrorKind::WouldBlock.into()),
+                _ => Ok(len),
+            }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    let (ram, marks) = (pattern(SIZE as usize, 1), dirty(SIZE, &[1, 5, 900]));
+    let epoch = marks.begin_epoch().unwrap();
+    let options = PackedStream::options().seal(Seal::new().on_raw_image());
+    let mut stream = options.open(Full(left), SIZE, PAGE).unwrap();
+    let written = stream.write_diff(&ram, epoch.bitmap());
+    let (written, finished) = (written.err(), stream.finish_and_release(epoch).err());
+    let error = written.or(finished).expect("the stream is full");
+    assert!(error.to_string().contains("clear O_NONBLOCK"), "{error}");
+    assert_eq!(marks.dirty_pages(), 3);
+}

@@ -24,6 +24,10 @@ impl PageReader for [u8] {
         let start = offset as usize;
         Some(HostMemory::from(&self[start..start + len]))
     }
+
+    fn known_size(&self) -> Option<u64> {
+        Some(self.len() as u64)
+    }
 }
 
 impl<const N: usize> PageReader for [u8; N] {
@@ -34,6 +38,10 @@ impl<const N: usize> PageReader for [u8; N] {
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         self.as_slice().host_memory(offset, len)
     }
+
+    fn known_size(&self) -> Option<u64> {
+        self.as_slice().known_size()
+    }
 }
 
 impl PageReader for Vec<u8> {
@@ -43,6 +51,10 @@ impl PageReader for Vec<u8> {
 
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         self.as_slice().host_memory(offset, len)
+    }
+
+    fn known_size(&self) -> Option<u64> {
+        self.as_slice().known_size()
     }
 }
 

@@ -21,6 +21,10 @@ use crate::reader::PageReader;
 /// A VMM that maps its file *privately* (`MAP_PRIVATE`, `share=off` in QEMU) does not write the RAM
 /// to the file. Use [`MappedMemory`](crate::MappedMemory) or `ProcessMemory` for such a guest.
 ///
+/// The file has the bytes of the RAM, in the order of the memory file. A sealed or packed image has
+/// other bytes too, which would become RAM: open it by the crate `memory-image`. The bytes are not
+/// examined, because a guest controls those of raw RAM.
+///
 /// Shared memory that a process still fills by userfaultfd reads as zeros where pages are missing.
 /// On Linux, `check_lazy_fill` of the crate `process-memory` finds such a process; call it before
 /// and after the copy.
@@ -51,7 +55,7 @@ pub struct FileReader<F = File> {
 /// The payload of the `UnexpectedEof` error of a read past the end of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the file ends before byte {end:#x}, the end of a read of {len} bytes: check that the file is a \
+    "the file ends before byte {end:#x}, the end of a read of length {len}: check that the file is a \
      complete memory file and that the RAM size matches it"
 )]
 struct ShortFile {
@@ -96,6 +100,11 @@ impl<F: Borrow<File>> PageReader for FileReader<F> {
             kind @ io::ErrorKind::UnexpectedEof => io::Error::new(kind, ShortFile { end, len }),
             _ => error,
         })
+    }
+
+    /// Returns the size of a [range](Self::range). The size of a whole file may change.
+    fn known_size(&self) -> Option<u64> {
+        Some(self.size).filter(|size| *size != u64::MAX)
     }
 
     /// Returns the data that the file system reports, on the file systems whose reports are

@@ -85,7 +85,7 @@ pub enum LayeredError {
     },
     /// An overlay ends past the layers below it.
     #[error(
-        "an overlay of {overlay_size} bytes at offset {offset:#x} ends past the {size} bytes below \
+        "an overlay of length {overlay_size} at offset {offset:#x} ends past the {size} bytes below \
          it: shorten it or extend the base"
     )]
     PastEnd {
@@ -257,6 +257,10 @@ impl<R: PageReader> PageReader for Layered<R> {
 
     fn populated(&self, range: Range<u64>) -> PopulatedRanges<'_> {
         self.populated_by(range, R::populated)
+    }
+
+    fn known_size(&self) -> Option<u64> {
+        Some(self.ram_size())
     }
 
     fn check_source(&self) -> io::Result<()> {

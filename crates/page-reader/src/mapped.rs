@@ -60,8 +60,8 @@ pub struct MappedMemory<'a> {
 pub enum MappedMemoryError {
     /// The number of host memory ranges differs from the number of RAM regions.
     #[error(
-        "{mapped} ranges of host memory do not match {regions} RAM regions: give one range for \
-         each region, in ascending guest-physical order"
+        "the number of host memory ranges ({mapped}) is not that of the RAM regions ({regions}): \
+         give one range for each region, in ascending guest-physical order"
     )]
     RegionCount {
         /// The number of host memory ranges given.

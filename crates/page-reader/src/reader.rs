@@ -154,6 +154,16 @@ pub trait PageReader {
     fn ram_layout(&self) -> Option<&RamLayout> {
         None
     }
+
+    /// Returns the size of the RAM in bytes, or `None` if the source does not know it.
+    ///
+    /// A writer of images refuses RAM of another size than that of its image, because bytes of the
+    /// RAM would be missing in the image. A reader that wraps another one should forward the call,
+    /// unless it has another size. The provided method returns the size of the
+    /// [layout](Self::ram_layout).
+    fn known_size(&self) -> Option<u64> {
+        self.ram_layout().map(RamLayout::ram_size)
+    }
 }
 
 /// Forwards all methods, the provided ones too: a default would hide the capabilities of the
@@ -179,6 +189,10 @@ macro_rules! forward_to_pointee {
 
             fn ram_layout(&self) -> Option<&RamLayout> {
                 (**self).ram_layout()
+            }
+
+            fn known_size(&self) -> Option<u64> {
+                (**self).known_size()
             }
         }
     )*};

@@ -188,6 +188,10 @@ impl<R: PageReader + ?Sized> PageReader for Touched<'_, R> {
     fn ram_layout(&self) -> Option<&RamLayout> {
         self.reader.ram_layout()
     }
+
+    fn known_size(&self) -> Option<u64> {
+        self.reader.known_size()
+    }
 }
 
 #[cfg(test)]

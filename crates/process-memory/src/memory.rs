@@ -86,7 +86,9 @@ pub enum ProcessMemoryError {
         source: LayeredError,
     },
     /// An address range ends past the highest address of a process.
-    #[error("{size} bytes at address {start:#x} end past the highest address of a process")]
+    #[error(
+        "a range of length {size} at address {start:#x} ends past the highest address of a process"
+    )]
     PastAddressSpace {
         /// The address of the first byte of the range.
         start: u64,
@@ -105,8 +107,8 @@ pub enum ProcessMemoryError {
     /// Part of the range is not mapped in the process, or cannot be read, such as a missing page
     /// that a userfaultfd fills when it is accessed.
     #[error(
-        "failed to read {len} bytes at offset {offset:#x} of the memory of process {pid}: part of \
-         them is not mapped there, not readable, or not filled yet by a userfaultfd: if the guest \
+        "failed to read a range of length {len} at offset {offset:#x} of the memory of process \
+         {pid}: part of it is not mapped there, not readable, or not filled yet by a userfaultfd: if the guest \
          is being restored, wait until the restore has finished: {source}"
     )]
     Unreadable {
@@ -198,6 +200,10 @@ impl PageReader for ProcessMemory {
             let found = space.populated(address + queried.start..address + queried.end);
             Box::new(found.map(move |found| found.start - address..found.end - address))
         })
+    }
+
+    fn known_size(&self) -> Option<u64> {
+        Some(self.memory.ram_size())
     }
 }
 

@@ -33,7 +33,7 @@ pub enum ChainError {
     },
     /// The file is not a whole number of pages: it is truncated, or has another page size.
     #[error(
-        "{path:?} has {size} bytes, which is not a whole number of {page_size}-byte pages: \
+        "{path:?} has length {size}, which is not a whole number of {page_size}-byte pages: \
          check that it was not truncated"
     )]
     NotWholePages {

@@ -53,7 +53,7 @@ pub enum OpenImageError {
     },
     /// The length of the file is not valid for a raw image: pages have 512 bytes or more.
     #[error(
-        "{path:?} is not a raw image, because {size} bytes are not a multiple of 512: \
+        "{path:?} is not a raw image, because its length, {size}, is not a multiple of 512: \
          open it as a sealed or packed image, or take it again if it was truncated"
     )]
     NotRaw {

@@ -1,7 +1,5 @@
 //! Guest memory that maps a chain copy-on-write.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::io;
 use std::ops::{ControlFlow, Range};
 
@@ -9,11 +7,10 @@ use guest_ram::RamOwner;
 use page_reader::RamLayout;
 use sparse_file::{Progress, ProgressFn};
 
-use super::data::FileData;
+use super::plan::{Copy, Plan, len};
 use super::{Region, host_page};
 use crate::chain::Chain;
-use crate::chain::segment::{Segment, SegmentSource};
-use crate::error::{MapError, ReadImageError};
+use crate::error::MapError;
 use crate::image::READ_SIZE;
 use crate::restore::{HostRam, RamTarget};
 use crate::trace;
@@ -41,6 +38,14 @@ use crate::trace;
 /// fails if an image was [written to](Chain::check_unchanged) before. A commit may replace a file,
 /// because the mapping keeps the old file. The chain may be dropped after it was mapped. No
 /// descriptor stays open, so a chain may have any number of images.
+///
+/// # Discarded memory
+/// **`madvise(MADV_DONTNEED)` on this memory does not make zeros: the bytes of the images return.**
+/// A balloon device that discards pages like this corrupts the guest, which expects zeros or its
+/// own bytes. Disable the balloon and free page reporting, or let them write zeros:
+/// [`write_zeros`](Self::write_zeros), or a method of `GuestRam` that writes and marks. Zeros take
+/// memory, so nothing is returned to the host. The crate `lazy-restore` starts a guest as fast, and
+/// a balloon may discard its memory.
 ///
 /// # As the RAM of a VMM
 /// `GuestRam::from_owner` of the crate `guest-ram` takes the value, and keeps the memory mapped as
@@ -126,6 +131,17 @@ impl MappedChain {
     pub fn copied(&self) -> u64 {
         self.copied
     }
+
+    /// Overwrites these bytes of the RAM with zeros, for a balloon device, as a write of the guest
+    /// would. Threads and vCPUs may access the memory concurrently. Marks no page as dirty: mark
+    /// the pages afterwards.
+    ///
+    /// # Errors
+    /// Returns [`UnexpectedEof`](io::ErrorKind::UnexpectedEof) if the range ends past the RAM.
+    /// Nothing is written.
+    pub fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
+        self.ram.write_zeros(range)
+    }
 }
 
 impl MappedChainOptions {
@@ -193,42 +209,6 @@ impl MappedChainOptions {
 // SAFETY: as for `MappedImage`, for the files of all images.
 unsafe impl RamOwner for MappedChain {}
 
-/// Segments of one layer that one mapping covers, because their distances in the RAM and in the
-/// file are the same. The gaps between them are pages of newer layers, which are put over the
-/// mapping, and, in a base that is not packed, zeros that the file has in the same places.
-///
-/// In a diff, the whole span is data of the file: copying a page over a mapping first reads the
-/// file's page under it.
-///
-/// Ordered by the number of bytes that mapping it saves from being copied.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Span {
-    own: u64,
-    layer: usize,
-    start: u64,
-    end: u64,
-    /// Offset of `start` in the layer's file.
-    offset: u64,
-}
-
-impl Span {
-    /// Returns the part in whole pages of the host. Empty if RAM and file offset are not congruent
-    /// modulo the page size.
-    fn whole_pages(&self, page: u64) -> Range<u64> {
-        let start = self.start.next_multiple_of(page);
-        let end = self.end - self.end % page;
-        let aligned = self.start % page == self.offset % page;
-        start..if aligned { end.max(start) } else { start }
-    }
-}
-
-/// Bytes of a layer's file that no mapping covers.
-struct Copy {
-    layer: usize,
-    offset: u64,
-    range: Range<u64>,
-}
-
 /// Copies in file order, so that each file is opened once, independent of the limit of open files.
 fn copy(
     chain: &Chain,
@@ -254,150 +234,4 @@ fn copy(
         }
     }
     Ok(())
-}
-
-/// The mappings to make, the oldest layer first.
-struct Plan {
-    spans: Vec<Span>,
-    data: FileData,
-}
-
-impl Plan {
-    fn new(chain: &Chain, page: u64, max_mappings: usize) -> Result<Self, ReadImageError> {
-        // Each mapping may split another one.
-        let most = max_mappings.saturating_sub(1) / 2;
-        if most == 0 {
-            return Ok(Self {
-                spans: Vec::new(),
-                data: FileData::all(chain),
-            });
-        }
-        let data = FileData::list(chain)?;
-        let mut longest = BinaryHeap::new();
-        each_span(chain, &data, |span| {
-            if !span.whole_pages(page).is_empty() {
-                longest.push(Reverse(span));
-                if longest.len() > most {
-                    longest.pop();
-                }
-            }
-        });
-        let mut spans: Vec<_> = longest.into_iter().map(|Reverse(span)| span).collect();
-        spans.sort_unstable_by_key(|span| (span.layer, span.start));
-        Ok(Self { spans, data })
-    }
-
-    fn map_over(&self, mut ram: Region, chain: &Chain, page: u64) -> Result<Region, MapError> {
-        for span in &self.spans {
-            let image = chain.image(span.layer);
-            let failed = |source| MapError::Map {
-                path: image.path.clone(),
-                source,
-            };
-            let range = span.whole_pages(page);
-            let offset = span.offset + (range.start - span.start);
-            let file = image.file()?;
-            let file_size = file.metadata().map_err(failed)?.len();
-            if file_size < offset + len(&range) {
-                let truncated = "the file was truncated since it was opened";
-                return Err(failed(io::Error::new(
-                    io::ErrorKind::UnexpectedEof,
-                    truncated,
-                )));
-            }
-            let mapped = ram.map_over(range, &file, offset);
-            ram = mapped.map_err(|source| match source.kind() {
-                // The address space is reserved and uses no memory, so this error means that the
-                // limit of mappings is reached.
-                io::ErrorKind::OutOfMemory => MapError::TooManyMappings {
-                    path: image.path.clone(),
-                    source,
-                },
-                _ => failed(source),
-            })?;
-        }
-        Ok(ram)
-    }
-
-    /// Returns the number of bytes that the images store, and the parts of them that no mapping
-    /// covers.
-    fn copies(&self, chain: &Chain, page: u64) -> (u64, Vec<Copy>) {
-        let (mut stored, mut copies) = (0, Vec::new());
-        for (Segment { range, source }, _) in self.data.segments(chain) {
-            let SegmentSource::Stored { layer, offset } = source else {
-                continue;
-            };
-            stored += len(&range);
-            let covered = self.covered(layer, &range, page);
-            let parts = [range.start..covered.start, covered.end..range.end];
-            let parts = parts.into_iter().filter(|part| !part.is_empty());
-            copies.extend(parts.map(|part| Copy {
-                layer,
-                offset: offset + (part.start - range.start),
-                range: part,
-            }));
-        }
-        (stored, copies)
-    }
-
-    /// Returns the part of a layer's segment that a mapping covers: all, all but its ends, or an
-    /// empty range at its start.
-    fn covered(&self, layer: usize, segment: &Range<u64>, page: u64) -> Range<u64> {
-        let Range { start, end } = *segment;
-        let after = self
-            .spans
-            .partition_point(|span| (span.layer, span.start) <= (layer, start));
-        let span = self.spans[..after].last();
-        let span = span.filter(|span| span.layer == layer && end <= span.end);
-        let covered = span.map_or(start..start, |span| span.whole_pages(page));
-        covered.start.clamp(start, end)..covered.end.clamp(start, end)
-    }
-}
-
-/// Calls `each` for every span of the chain, each as long as possible.
-fn each_span(chain: &Chain, data: &FileData, mut each: impl FnMut(Span)) {
-    // Pages that are adjacent in the RAM may have other pages between them in a packed file.
-    let zeros_are_in_the_base = chain.base().in_place();
-    // Ascending by layer. A span ends where an older layer has the bytes.
-    let mut open: Vec<Span> = Vec::new();
-    for (Segment { range, source }, is_data) in data.segments(chain) {
-        let continuing = match source {
-            SegmentSource::Stored { layer, .. } => layer + 1,
-            SegmentSource::Hole if zeros_are_in_the_base => 1,
-            // No older layer is mapped beneath zeros that its file does not have.
-            SegmentSource::Hole | SegmentSource::Zero => 0,
-        };
-        while let Some(span) = open.pop_if(|span| span.layer >= continuing) {
-            each(span);
-        }
-        let SegmentSource::Stored { layer, offset } = source else {
-            continue;
-        };
-        if !is_data {
-            continue;
-        }
-        let same_layer = |span: &mut Span| span.layer == layer;
-        if let Some(mut span) = open.pop_if(same_layer) {
-            let contiguous = offset.wrapping_sub(span.offset) == range.start - span.start;
-            if contiguous && data.covers(layer, span.offset + (span.end - span.start)..offset) {
-                span.own += len(&range);
-                span.end = range.end;
-                open.push(span);
-                continue;
-            }
-            each(span);
-        }
-        open.push(Span {
-            own: len(&range),
-            layer,
-            start: range.start,
-            end: range.end,
-            offset,
-        });
-    }
-    open.into_iter().for_each(each);
-}
-
-fn len(range: &Range<u64>) -> u64 {
-    range.end - range.start
 }

@@ -10,6 +10,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::NonNull;
 
+use host_memory::store_zeros;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use nix::unistd::{SysconfVar, sysconf};
 use page_reader::{HostMemory, PageReader};
@@ -103,6 +104,23 @@ impl Region {
         // SAFETY: the range is mapped and writable as long as `self`, and borrowed from it
         // exclusively.
         unsafe { HostRam::new([(self.as_ptr(), len as usize)]) }
+    }
+
+    /// Overwrites a range with zeros. Others may access it concurrently.
+    pub(crate) fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
+        let len = range.end.saturating_sub(range.start);
+        let memory = match usize::try_from(len) {
+            Ok(0) if range.end <= self.len() as u64 => return Ok(()),
+            Ok(len) => self
+                .host_memory(range.start, len)
+                .filter(|it| it.len() == len),
+            Err(_) => None,
+        };
+        let memory = memory.ok_or(io::ErrorKind::UnexpectedEof)?;
+        // SAFETY: the memory is in the region, which is mapped and writable as long as `self`. No
+        // reference to it exists: `HostMemory` is accessed by address.
+        unsafe { store_zeros(memory.as_ptr().cast_mut(), memory.len()) };
+        Ok(())
     }
 
     /// Returns the address of the first byte, aligned to the host's page.

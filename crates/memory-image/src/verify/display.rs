@@ -30,7 +30,7 @@ impl fmt::Display for VerifyReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { bytes, chunks, .. } = self;
         match (self.damage_count, self.damage.first()) {
-            (0, _) | (_, None) => write!(f, "no damage in {bytes} bytes of {chunks} chunks"),
+            (0, _) | (_, None) => write!(f, "no damage (bytes: {bytes}, chunks: {chunks})"),
             (1, Some(first)) => write!(f, "1 damaged place: {first}"),
             (count, Some(first)) => write!(f, "{count} damaged places, the first: {first}"),
         }
@@ -48,7 +48,7 @@ mod tests {
             chunks: 2,
             ..VerifyReport::default()
         };
-        assert_eq!(report.to_string(), "no damage in 8192 bytes of 2 chunks");
+        assert_eq!(report.to_string(), "no damage (bytes: 8192, chunks: 2)");
         report.damage = vec![
             Damage::Chunk {
                 number: 1,

@@ -35,6 +35,9 @@ impl MemoryIoStep {
             (Self::Write | Self::SetSize | Self::Wipe, io::ErrorKind::QuotaExceeded) => {
                 ": raise the quota or make room within it"
             }
+            (Self::Write, io::ErrorKind::WouldBlock) => {
+                ": the output is nonblocking: clear O_NONBLOCK, and send the image again"
+            }
             (Self::Write | Self::SetSize, io::ErrorKind::FileTooLarge) => {
                 ": raise RLIMIT_FSIZE, or use a file system that takes files of this size"
             }

@@ -27,15 +27,17 @@ pub enum OpenFileError {
     #[error("it is open for direct I/O: open it without O_DIRECT")]
     Direct,
     /// The file is not empty.
-    #[error("it has {len} bytes: pass an empty file, or truncate it if its content is not needed")]
+    #[error(
+        "it is not empty (length: {len}): pass an empty file, or truncate it if its content is not needed"
+    )]
     NotEmpty {
         /// The length of the file in bytes.
         len: u64,
     },
     /// Another program truncated the file while the snapshot was written.
     #[error(
-        "it has {len} bytes, of {written} that were written: write the snapshot again, to a file \
-         that nothing else truncates"
+        "its length is {len}, of {written} bytes that were written: write the snapshot again, to a \
+         file that nothing else truncates"
     )]
     Truncated {
         /// The length of the file in bytes.

@@ -11,6 +11,10 @@ pub enum WriteAmbiguity {
     /// Holes do not identify written pages on the destination's file system.
     #[error(transparent)]
     Holes(#[from] PagesUnknown),
+    /// The open file has no name: it is a memfd, a file of `O_TMPFILE` or a removed file. A reader
+    /// derives the pages from holes only in a file with a name, whose directory it probes.
+    #[error("the open file has no name, and the holes of such a file are not used")]
+    NoName,
     /// A diff of every page has no hole, like a copy whose holes were filled with zeros.
     #[error("every page is dirty, so the file has no hole")]
     EveryPage,

@@ -7,7 +7,7 @@ use page_reader::{PageReader, SecretBuffer};
 use super::{PackedStream, State, cannot_seal, write_failed};
 use crate::error::{MemoryIoStep, SnapshotError};
 use crate::progress::WriteProgress;
-use crate::reader_source::check_source;
+use crate::reader_source::{check_source, name_cause};
 
 /// The largest number of bytes in one write.
 const PIECE: usize = 1 << 20;
@@ -49,11 +49,14 @@ impl<W: Write> PackedStream<W> {
                 let len = left.min((PIECE - filled) as u64) as usize;
                 let bytes = &mut piece[filled..filled + len];
                 let read = reader.read_at(guest, bytes);
-                read.map_err(|source| SnapshotError::MemoryIo {
-                    dest: name.clone(),
-                    step: MemoryIoStep::Read,
-                    offset: guest,
-                    source,
+                read.map_err(|source| {
+                    let failed = SnapshotError::MemoryIo {
+                        dest: name.clone(),
+                        step: MemoryIoStep::Read,
+                        offset: guest,
+                        source,
+                    };
+                    name_cause(reader, failed)
                 })?;
                 // Checksum the copy that is written: the guest may change the page concurrently.
                 checksums.update(guest, bytes);

@@ -5,7 +5,7 @@ use image_format::FooterError;
 use page_reader::PageReader;
 
 use super::{MemoryWriter, State};
-use crate::error::SnapshotError;
+use crate::error::{SnapshotError, WriteAmbiguity};
 use crate::page_record::PageRecord;
 use crate::raw_diff::RawDiff;
 use crate::write_pass::Plan;
@@ -23,6 +23,12 @@ impl MemoryWriter {
             .check_bitmap(bitmap, self.ram_start, self.reader_start)
     }
 
+    /// Checks that the marks of a bitmap build on the parent of a sealed or packed diff.
+    pub(super) fn check_marks<K>(&self, bitmap: &DirtyBitmap<K>) -> Result<(), SnapshotError> {
+        let footer = self.pages.footer();
+        footer.map_or(Ok(()), |it| it.check_marks(bitmap, self.dest_path()))
+    }
+
     /// Sets the start of the RAM to that of a bitmap that was [checked](Self::check_bitmap).
     pub(super) fn set_ram_start(&mut self, ram_start: u64) {
         self.ram_start = Some(ram_start);
@@ -31,14 +37,17 @@ impl MemoryWriter {
         }
     }
 
-    /// Checks that a sealed or packed file records the regions that the reader has.
+    /// Checks that a sealed or packed file records the regions that the reader has, and that the
+    /// file has the size of the reader's RAM.
     pub(super) fn check_layout<R: PageReader + ?Sized>(
         &self,
         reader: &R,
     ) -> Result<(), SnapshotError> {
         // A raw file does not record regions.
-        let footer = self.pages.footer();
-        footer.map_or(Ok(()), |it| it.check_reader(reader, self.dest_path()))
+        if let Some(footer) = self.pages.footer() {
+            footer.check_reader(reader, self.dest_path())?;
+        }
+        self.geometry.check_reader(reader, self.dest_path())
     }
 
     /// Records the regions of a reader that was [checked](Self::check_layout).
@@ -78,6 +87,9 @@ impl MemoryWriter {
         }
         let mut check = || {
             if matches!(self.pages, PageRecord::Empty) {
+                if self.staged.is_nameless() {
+                    return Err(WriteAmbiguity::NoName);
+                }
                 let begun = RawDiff::begin(self.staged.file(), self.geometry)?;
                 self.pages = PageRecord::Holes(begun);
             }

@@ -4,6 +4,7 @@ use std::ops::Deref;
 
 use atomic_file::{AtomicWriter, Durability};
 use dirty_bitmap::{DirtyBitmap, Epoch, ReleaseError};
+use image_format::ImageId;
 
 use super::{MemoryWriter, State};
 use crate::error::{MemoryIoStep, SnapshotError};
@@ -50,6 +51,9 @@ impl MemoryWriter {
     /// if the epoch was [reclaimed](DirtyBitmap::reclaim_epoch): a later save may have committed
     /// its own file. The epoch cannot be reclaimed while the commit runs.
     ///
+    /// The bitmap then has the [id](MemoryWriter::image_id) of the snapshot as its
+    /// [parent](DirtyBitmap::parent_id): a diff of it that names another one is refused.
+    ///
     /// The marks are released when the commit returns, at any
     /// [durability](crate::MemoryWriterOptions::durability). With
     /// [`Durability::Full`](crate::Durability::Full) the file then survives a power loss. With less
@@ -63,9 +67,10 @@ impl MemoryWriter {
     /// - Otherwise as [`commit`](Self::commit).
     pub fn commit_and_release<K, B: Deref<Target = DirtyBitmap<K>>>(
         mut self,
-        epoch: Epoch<B, K>,
+        mut epoch: Epoch<B, K>,
     ) -> Result<(), SnapshotError> {
         self.check_epoch(&epoch)?;
+        epoch.set_image_id(self.image_id().map(ImageId::to_bytes));
         let dest = self.staged.dest_path().to_owned();
         epoch
             .release_after(|| self.commit())
@@ -79,7 +84,8 @@ impl MemoryWriter {
     ///
     /// [`commit_and_release`](Self::commit_and_release) includes this check. Call it where the file
     /// is committed as part of a group: before [`finish`](Self::finish), which
-    /// [`Epoch::release_after`] may run together with the commit of the group.
+    /// [`Epoch::release_after`] may run together with the commit of the group. Pass the
+    /// [id](Self::image_id) of the snapshot to [`Epoch::set_image_id`] there.
     ///
     /// If neither [`MemoryWriterOptions::ram_start`](crate::MemoryWriterOptions::ram_start) nor a
     /// diff has set the start of the RAM, the check takes it from the epoch's bitmap, so that a

@@ -10,7 +10,7 @@ use super::{MemoryWriter, State};
 use crate::error::SnapshotError;
 use crate::geometry::{Geometry, reader_start};
 use crate::page_record::PageRecord;
-use crate::reader_source::check_source;
+use crate::reader_source::{check_source, name_cause};
 use crate::stale_pages::StalePages;
 use crate::trace;
 use crate::write_pass::WritePass;
@@ -25,8 +25,9 @@ impl MemoryWriter {
     /// because a read would make the host allocate it. Zeros are written in its place.
     ///
     /// # Errors
-    /// - [`SnapshotError::FullWithParent`], or [`SnapshotError::Regions`] if the reader has other
-    ///   regions than a sealed file would record: nothing was written.
+    /// - [`SnapshotError::FullWithParent`], [`SnapshotError::Regions`] if the reader has other
+    ///   regions than a sealed file would record, or [`SnapshotError::ReaderSize`] if its RAM has
+    ///   another size than the file: nothing was written.
     /// - [`SnapshotError::MemoryIo`], [`SnapshotError::Cancelled`] or, for more runs than a footer
     ///   can list, [`SnapshotError::Seal`]: the writer can no longer be committed.
     pub fn write_full<R: PageReader + ?Sized>(&mut self, reader: &R) -> Result<(), SnapshotError> {
@@ -48,13 +49,14 @@ impl MemoryWriter {
             false => Touched::new(reader, ram_size),
         };
         match skip.is_enabled() {
-            true => self.write_nonzero(reader)?,
+            true => self.write_nonzero(reader),
             false => {
                 let all = std::iter::once(0..ram_size);
                 let plan = self.plan(all)?;
-                self.write_plan(reader, plan, Pass::Full)?;
+                self.write_plan(reader, plan, Pass::Full).map(drop)
             }
         }
+        .map_err(|error| name_cause(reader, error))?;
         check_source(reader, self.dest_path())?;
         self.reader_start = reader_start(reader);
         self.written.add_full(began);

@@ -94,6 +94,12 @@ impl MemoryWriterOptions {
     /// sync the directory of the file. The options of staging (mode, links, recycling, attributes
     /// to preserve, versions to replace) have no effect.
     ///
+    /// A raw diff to a file without a name is refused ([`SnapshotError::AmbiguousDiff`]), because
+    /// its holes could not be used to read it back. Choose
+    /// [`Layout::Sealed`](crate::Layout::Sealed) or
+    /// [`Layout::Packed`](crate::Layout::Packed), or see
+    /// [`allow_ambiguous_diff`](Self::allow_ambiguous_diff) for a file that gets its name later.
+    ///
     /// To write to a path such as `/proc/self/fd/4` or `/dev/stdout`, which
     /// [`open`](Self::open) refuses, pass the open file here, or to a
     /// [`PackedStream`](crate::PackedStream) if it may be a pipe.

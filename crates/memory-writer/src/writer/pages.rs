@@ -10,7 +10,7 @@ use super::{MemoryWriter, State};
 use crate::error::SnapshotError;
 use crate::geometry::{Geometry, check_bitmap_start, reader_start};
 use crate::page_record::PageRecord;
-use crate::reader_source::check_source;
+use crate::reader_source::{check_source, name_cause};
 use crate::stale_pages::Zeros;
 use crate::write_pass::{Plan, WritePass};
 
@@ -45,9 +45,11 @@ impl MemoryWriter {
     /// - [`SnapshotError::BitmapSize`] or [`SnapshotError::BitmapStart`] if the bitmap covers other
     ///   RAM.
     /// - [`SnapshotError::Regions`] if the reader has other regions than a sealed diff would
-    ///   record.
+    ///   record, and [`SnapshotError::ReaderSize`] if its RAM has another size.
     /// - [`SnapshotError::AmbiguousDiff`] if a raw diff could not be read back.
     /// - [`SnapshotError::DiffWithoutParent`] for a sealed diff that no chain accepts.
+    /// - [`SnapshotError::StaleParent`] for a sealed diff whose parent is not the image that the
+    ///   [marks build on](DirtyBitmap::parent_id).
     /// - [`SnapshotError::Seal`] for more runs than a footer can list.
     /// - [`SnapshotError::MemoryIo`] of the step [`SetSize`](crate::MemoryIoStep::SetSize) if the
     ///   pages of a packed file end past `RLIMIT_FSIZE`.
@@ -60,6 +62,7 @@ impl MemoryWriter {
         dirty: &DirtyBitmap<impl Sized>,
     ) -> Result<u64, SnapshotError> {
         self.check_bitmap(dirty)?;
+        self.check_marks(dirty)?;
         check_bitmap_start(dirty.ram_start(), reader_start(reader))?;
         let ram = dirty.ram_start();
         let pages = self.write_pages(reader, dirty.runs(), Some(ram), Pass::Pages)?;
@@ -208,7 +211,8 @@ impl MemoryWriter {
         } else {
             Touched::unknown(reader, ram_size)
         };
-        let written = self.write_plan(reader, plan, pass)?;
+        let written = self.write_plan(reader, plan, pass);
+        let written = written.map_err(|error| name_cause(reader, error))?;
         check_source(reader, self.dest_path())?;
         self.state = State::Complete;
         Ok(written / page_size)

@@ -61,8 +61,8 @@ pub enum LayoutError {
 pub enum OutsideRam {
     /// A guest-physical range includes an address outside of all regions.
     #[error(
-        "{size} bytes at guest-physical address {guest_start:#x} are not all RAM: there is no \
-         RAM at {outside:#x}"
+        "a range of length {size} at guest-physical address {guest_start:#x} is not all RAM: there \
+         is no RAM at {outside:#x}"
     )]
     Guest {
         /// The start of the range.
@@ -74,7 +74,7 @@ pub enum OutsideRam {
     },
     /// A range of the memory file ends past the RAM.
     #[error(
-        "{size} bytes at offset {offset:#x} end past the {ram_size} bytes of RAM in the \
+        "a range of length {size} at offset {offset:#x} ends past the {ram_size} bytes of RAM in the \
          memory file"
     )]
     File {

@@ -22,8 +22,8 @@ pub enum FindRegionError {
     },
     /// Several regions have this name.
     #[error(
-        "process {pid} has {} mappings whose name contains {name:?}: give the address of one of \
-         them:{}",
+        "process {pid} has several mappings ({}) whose name contains {name:?}: give the address of \
+         one of them:{}",
         regions.len(),
         list(regions)
     )]

@@ -1,0 +1,75 @@
+//! Zeros in mapped RAM, for a balloon.
+
+mod support;
+
+use std::io;
+use std::ops::Range;
+
+use memory_image::{MappedChain, MappedImage};
+use page_reader::PageReader;
+use rstest::rstest;
+use support::open_chain;
+use test_images::{Images, whole};
+
+const PAGE: u64 = 16384;
+const SIZE: u64 = 8 * PAGE;
+
+fn images() -> Images {
+    Images::new(SIZE, PAGE).with([0..8]).with([2..4])
+}
+
+#[rstest]
+#[case::pages(PAGE..3 * PAGE)]
+#[case::bytes(PAGE + 3..3 * PAGE + 5)]
+#[case::end(SIZE - 1..SIZE)]
+#[case::nothing(SIZE..SIZE)]
+fn zeroed_range_is_zeros_and_the_images_stay(#[case] range: Range<u64>) {
+    let images = images();
+    let mut expected = images.ram.clone();
+    expected[range.start as usize..range.end as usize].fill(0);
+    let chain = open_chain(&images);
+    let ram = MappedChain::open(&chain).unwrap();
+    ram.write_zeros(range.clone()).unwrap();
+    assert!(whole(&ram, SIZE as usize) == expected);
+    // The files are unchanged.
+    let other = MappedChain::open(&chain).unwrap();
+    assert!(whole(&other, SIZE as usize) == images.ram);
+
+    let base = MappedImage::open_raw(images.path(0)).unwrap();
+    let mut expected = whole(&base, SIZE as usize);
+    expected[range.start as usize..range.end as usize].fill(0);
+    base.write_zeros(range).unwrap();
+    assert!(whole(&base, SIZE as usize) == expected);
+}
+
+#[rstest]
+#[case::past_the_end(SIZE - 1..SIZE + 1)]
+#[case::outside(SIZE + 1..SIZE + 1)]
+#[case::overflow(PAGE..u64::MAX)]
+fn range_past_the_ram_is_refused(#[case] range: Range<u64>) {
+    let images = images();
+    let ram = MappedChain::open(&open_chain(&images)).unwrap();
+    let error = ram.write_zeros(range).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    assert!(whole(&ram, SIZE as usize) == images.ram);
+}
+
+/// The documentation warns of this: the discarded pages are those of the images again.
+#[cfg(target_os = "linux")]
+#[test]
+fn discarded_memory_is_that_of_the_images_again() {
+    use std::ptr::NonNull;
+
+    use nix::sys::mman::{MmapAdvise, madvise};
+
+    let images = images();
+    let ram = MappedChain::open(&open_chain(&images)).unwrap();
+    ram.write_zeros(0..SIZE).unwrap();
+    let start = NonNull::new(ram.as_ptr().cast()).unwrap();
+    // SAFETY: the memory is mapped as long as `ram`, and no reference to it exists.
+    #[allow(unsafe_code)]
+    unsafe { madvise(start, SIZE as usize, MmapAdvise::MADV_DONTNEED) }.unwrap();
+    let mut byte = [0];
+    ram.read_at(PAGE, &mut byte).unwrap();
+    assert_eq!(byte, images.ram[PAGE as usize..][..1]);
+}
