@@ -5,8 +5,8 @@ use std::io;
 /// The payload of the `UnexpectedEof` error of a read past the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{len} bytes at offset {offset:#x} end past the {size} bytes of the source: check the RAM size or \
-     layout"
+    "a range of length {len} at offset {offset:#x} ends past the {size} bytes of the source: check \
+     the RAM size or layout"
 )]
 #[non_exhaustive]
 pub struct PastEnd {

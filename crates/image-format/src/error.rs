@@ -18,7 +18,7 @@ pub enum FooterError {
     NotSealed,
     /// The file starts like a packed image, and is shorter than that image.
     #[error(
-        "the file is a packed image that was cut off after {actual} bytes{}: copy it again, or \
+        "the file is a packed image that was cut off at length {actual}{}: copy it again, or \
          name the raw format if it is raw RAM that starts like a packed image",
         claimed.map_or(String::new(), |claimed| format!(" of {claimed}"))
     )]
@@ -42,8 +42,8 @@ pub enum FooterError {
     /// The file ends like an image of version 1, and its length is one that raw RAM can have. The
     /// guest may have written the end of its RAM.
     #[error(
-        "the file may be an image of version 1, or raw RAM that ends like one, because its length \
-         of {len} bytes is a multiple of 512: name its format"
+        "the file may be an image of version 1, or raw RAM that ends like one, because its length, \
+         {len}, is a multiple of 512: name its format"
     )]
     Ambiguous {
         /// The length of the file in bytes.
@@ -79,7 +79,7 @@ pub enum FooterError {
     #[error("the footer is inconsistent: {0}")]
     Invalid(#[from] InvalidFooter),
     /// The footer exceeds the maximum length.
-    #[error("a footer of {len} bytes is too large: use larger pages, which result in fewer runs")]
+    #[error("a footer of length {len} is too large: use larger pages, which result in fewer runs")]
     TooLarge {
         /// The length of the footer in bytes.
         len: u64,
@@ -202,7 +202,7 @@ pub enum InvalidFooter {
         offset: u64,
     },
     /// The number of checksums differs from that of chunks with present bytes.
-    #[error("there are {checksums} checksums for {chunks} chunks")]
+    #[error("the number of checksums ({checksums}) is not that of the chunks ({chunks})")]
     Checksums {
         /// The number of checksums.
         checksums: u64,
@@ -210,7 +210,7 @@ pub enum InvalidFooter {
         chunks: u64,
     },
     /// The metadata is too long.
-    #[error("{len} bytes of metadata exceed the limit of 16 MiB: store them in a separate file")]
+    #[error("metadata of length {len} exceeds the limit of 16 MiB: store them in a separate file")]
     Metadata {
         /// The length of the metadata in bytes.
         len: u64,

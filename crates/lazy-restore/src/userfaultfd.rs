@@ -228,7 +228,7 @@ pub enum UserfaultfdError {
     Passed(#[source] AdoptError),
     /// The kernel refused to register the memory.
     #[error(
-        "{len} bytes at {start:#x} cannot be registered with userfaultfd: give whole pages of \
+        "memory of length {len} at {start:#x} cannot be registered with userfaultfd: give whole pages of \
          private anonymous memory that is mapped writable and registered with no other userfaultfd: \
          {source}"
     )]
@@ -242,7 +242,7 @@ pub enum UserfaultfdError {
     },
     /// The memory consists of huge pages, which cannot be filled page by page.
     #[error(
-        "{len} bytes at {start:#x} are huge pages of hugetlbfs: \
+        "memory of length {len} at {start:#x} consists of huge pages of hugetlbfs: \
          give memory of the host's own page size"
     )]
     HugePages {
@@ -253,7 +253,7 @@ pub enum UserfaultfdError {
     },
     /// Other users may share the memory: they would find zeros in pages that are still missing.
     #[error(
-        "{len} bytes at {start:#x} are not private anonymous memory ({mapping}), and its other \
+        "memory of length {len} at {start:#x} is not private anonymous memory ({mapping}), and its other \
          users would find zeros in missing pages: restore the chain into it before anything else uses it \
          (Chain::restore)"
     )]
@@ -269,7 +269,7 @@ pub enum UserfaultfdError {
     #[error("failed to check that the memory is private: mount /proc: {0}")]
     Unchecked(#[source] MappingsError),
     /// The memory cannot be discarded, or cannot be excluded from forked children.
-    #[error("failed to prepare {len} bytes at {start:#x}: {what}: {source}")]
+    #[error("failed to prepare memory of length {len} at {start:#x}: {what}: {source}")]
     Prepare {
         /// The address of the memory.
         start: u64,
@@ -291,8 +291,8 @@ pub enum UserfaultfdError {
     },
     /// Memory was unmapped or moved while it was being filled.
     #[error(
-        "{len} bytes at offset {offset:#x} of the guest's RAM were unmapped or moved: keep the \
-         memory mapped until the restore has finished"
+        "memory of length {len} at offset {offset:#x} of the guest's RAM was unmapped or moved: keep \
+         the memory mapped until the restore has finished"
     )]
     Unmapped {
         /// The offset of the first affected byte in the RAM.

@@ -133,14 +133,14 @@ pub enum Failure {
     )]
     OtherRegions { old: String, new: String },
     #[error(
-        "{path:?} is damaged in {found} places: `ramsnap verify` lists them; take it again, or go on with --no-verify"
+        "{path:?} is damaged (places: {found}): `ramsnap verify` lists them; take it again, or go on with --no-verify"
     )]
     Damaged { path: PathBuf, found: u64 },
     #[error(
         "{path:?} is a raw image, which has no checksums: leave out --verify, or restore what `ramsnap convert` sealed"
     )]
     NothingToVerify { path: PathBuf },
-    #[error("the stream is damaged in {found} places: send it again")]
+    #[error("the stream is damaged (places: {found}): send it again")]
     StreamDamaged { found: u64 },
     #[error(
         "the stream is cut short, or not one that `ramsnap convert --zstd` wrote: send it again"

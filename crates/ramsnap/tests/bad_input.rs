@@ -170,7 +170,7 @@ fn a_truncated_image_is_refused() {
     fs::write(work.path("d1.mem"), &bytes[..bytes.len() - 1]).unwrap();
     let found = work.run("verify full.mem d1.mem");
     assert_eq!(found.code, Some(1));
-    let says = format!("cut off after {} bytes of {}", bytes.len() - 1, bytes.len());
+    let says = format!("cut off at length {} of {}", bytes.len() - 1, bytes.len());
     assert!(found.out.contains(&says), "{found:?}");
     work.fails("merge full.mem d1.mem -o out", 1, &["d1.mem"]);
 }

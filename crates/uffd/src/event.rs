@@ -100,7 +100,7 @@ impl Userfaultfd {
             match read(self, messages.as_flattened_mut()) {
                 Ok(len) if len > 0 && len.is_multiple_of(MESSAGE) => return Ok(len / MESSAGE),
                 Ok(len) => {
-                    let short = format!("the kernel sent userfaultfd messages of {len} bytes");
+                    let short = format!("the kernel sent userfaultfd messages of length {len}");
                     return Err(io::Error::new(io::ErrorKind::InvalidData, short));
                 }
                 Err(Errno::EAGAIN) => return Ok(0),

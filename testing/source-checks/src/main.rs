@@ -4,6 +4,7 @@
 
 mod error_texts;
 mod packages;
+mod plurals;
 mod prose;
 
 use std::process::ExitCode;

@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 use regex::Regex;
 use xshell::{Shell, cmd};
 
-use crate::error_texts;
+use crate::{error_texts, plurals};
 
 /// Columns of a line of text.
 const WIDTH: usize = 100;
@@ -75,6 +75,17 @@ pub(crate) fn check(sh: &Shell) -> anyhow::Result<()> {
             path: path.to_owned(),
             line,
             problem: "the text of the error lacks its source: end it with `: {source}`".to_owned(),
+        }));
+        let plurals = plurals::after_numbers(path, &text).into_iter();
+        findings.extend(plurals.map(|line| {
+            Finding {
+                path: path.to_owned(),
+                line,
+                problem:
+                    "a number before a plural may be 1: write `length {len}`, or the number in \
+                      brackets"
+                        .to_owned(),
+            }
         }));
     }
     for page in PAGES {

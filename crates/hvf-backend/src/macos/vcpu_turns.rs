@@ -268,7 +268,7 @@ pub enum VcpuTurnsError {
     },
     /// The machine has created vCPUs before.
     #[error(
-        "the machine has created {created} vCPUs, whose redistributors come first: restore into a \
+        "the machine has created vCPUs ({created}), whose redistributors come first: restore into a \
          new machine"
     )]
     VcpusExist {

@@ -45,7 +45,7 @@ pub enum Stage2FaultError<E: Error + 'static> {
 pub enum Stage2CheckpointError<E: Error + 'static> {
     /// A vCPU is running, or its exit is not handled yet.
     #[error(
-        "{running} vCPUs are running: stop them first (`hv_vcpus_exit`, and wait for their \
+        "vCPUs are running ({running}): stop them first (`hv_vcpus_exit`, and wait for their \
          threads), or begin with `checkpoint_live`"
     )]
     VcpuRunning {

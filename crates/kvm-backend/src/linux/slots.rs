@@ -268,8 +268,8 @@ pub enum SlotError {
     },
     /// The number of slots is not the number of regions.
     #[error(
-        "{given} memory slots were passed for {regions} RAM regions: pass one for each region, in \
-         the order of the layout"
+        "the number of memory slots ({given}) is not that of the RAM regions ({regions}): pass one \
+         for each region, in the order of the layout"
     )]
     SlotCount {
         /// The number of slots passed.

@@ -26,7 +26,7 @@ pub enum WriteError {
     },
     /// The file could not be written.
     #[error(
-        "failed to write {len} bytes at offset {offset:#x}{}: {source}",
+        "failed to write a range of length {len} at offset {offset:#x}{}: {source}",
         advice(source)
     )]
     Destination {
@@ -40,7 +40,7 @@ pub enum WriteError {
     },
     /// The file accepted no byte and returned no error: a device at its end.
     #[error(
-        "the file accepts no byte at offset {offset:#x}, with {len} bytes left: use a larger file or device"
+        "the file accepts no byte at offset {offset:#x}, with bytes left ({len}): use a larger file or device"
     )]
     ZeroWrite {
         /// The offset of the first byte that was not written.

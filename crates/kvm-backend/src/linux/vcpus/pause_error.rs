@@ -8,7 +8,7 @@ use thiserror::Error;
 pub enum PauseError {
     /// Some vCPUs are in the guest.
     #[error(
-        "{running} vCPUs are in the guest: make them leave by a signal to their threads, then \
+        "vCPUs are in the guest ({running}): make them leave by a signal to their threads, then \
          complete their I/O"
     )]
     Running {
@@ -17,7 +17,7 @@ pub enum PauseError {
     },
     /// Some vCPUs have left the guest, and KVM may still have to write the results of their exits.
     #[error(
-        "{pending} vCPUs may have I/O pending, whose completion writes guest memory: call \
+        "vCPUs may have I/O pending ({pending}), whose completion writes guest memory: call \
          Vcpu::complete_io on each"
     )]
     IoPending {
@@ -27,7 +27,7 @@ pub enum PauseError {
     /// Some vCPUs were dropped with I/O pending. A duplicate of their descriptor may still be open
     /// and complete it.
     #[error(
-        "{abandoned} vCPUs were dropped with I/O pending, which another descriptor of them could \
+        "vCPUs were dropped with I/O pending ({abandoned}), which another descriptor of them could \
          complete unnoticed: call Vcpu::complete_io before a vCPU is dropped, or Vcpu::close if it \
          has no other descriptor"
     )]
