@@ -2,8 +2,10 @@
 
 mod support;
 
-use memory_writer::{Layout, PackedStream, Seal, SnapshotError};
-use page_reader::{HostMemory, MappedMemory, PageReader, RamLayout};
+use std::fs::File;
+
+use memory_writer::{Layout, MemoryWriter, PackedStream, Seal, SnapshotError};
+use page_reader::{FileReader, HostMemory, MappedMemory, PageReader, RamLayout};
 use rstest::rstest;
 use support::images::{PAGE, dirty, options};
 use support::{Place, pattern};
@@ -63,4 +65,24 @@ fn stream_of_a_part_of_the_ram_is_refused() {
     assert_size(stream.write_runs(&ram, run).unwrap_err(), 2 * SIZE);
     drop(stream);
     assert!(out.is_empty());
+}
+
+/// A sealed image that is passed as RAM has its footer after the RAM.
+#[test]
+fn part_of_a_file_is_refused_unless_it_is_a_range() {
+    let (place, other) = (Place::new(), Place::new());
+    let options = options(Layout::Sealed, Seal::new());
+    let mut writer = options.open(&other.dest, SIZE, PAGE).unwrap();
+    writer.write_full(&pattern(SIZE as usize, 1)).unwrap();
+    writer.commit().unwrap();
+
+    let file = File::open(&other.dest).unwrap();
+    let mut writer = MemoryWriter::open(&place.dest, SIZE, PAGE).unwrap();
+    let error = writer.write_full(&FileReader::new(&file)).unwrap_err();
+    assert_size(error, file.metadata().unwrap().len());
+    writer
+        .write_full(&FileReader::range(&file, 0, SIZE))
+        .unwrap();
+    writer.commit().unwrap();
+    assert!(place.read() == pattern(SIZE as usize, 1));
 }

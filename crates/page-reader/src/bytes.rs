@@ -77,7 +77,7 @@ mod tests {
         assert!(
             error
                 .to_string()
-                .starts_with("2 bytes at offset 0x63 end past the 100 bytes")
+                .starts_with("a range of length 2 at offset 0x63 ends past the 100 bytes")
         );
     }
 }

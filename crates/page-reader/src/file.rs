@@ -23,7 +23,8 @@ use crate::reader::PageReader;
 ///
 /// The file has the bytes of the RAM, in the order of the memory file. A sealed or packed image has
 /// other bytes too, which would become RAM: open it by the crate `memory-image`. The bytes are not
-/// examined, because a guest controls those of raw RAM.
+/// examined, because a guest controls those of raw RAM. A writer refuses a whole file whose size is
+/// not that of the RAM ([`known_size`](PageReader::known_size)).
 ///
 /// Shared memory that a process still fills by userfaultfd reads as zeros where pages are missing.
 /// On Linux, `check_lazy_fill` of the crate `process-memory` finds such a process; call it before
@@ -102,9 +103,15 @@ impl<F: Borrow<File>> PageReader for FileReader<F> {
         })
     }
 
-    /// Returns the size of a [range](Self::range). The size of a whole file may change.
+    /// Returns the size of a [range](Self::range), or the current size of a whole file. Returns
+    /// `None` for a device, and a file that states no size, such as one in `/proc`.
     fn known_size(&self) -> Option<u64> {
-        Some(self.size).filter(|size| *size != u64::MAX)
+        if self.size != u64::MAX {
+            return Some(self.size);
+        }
+        let metadata = self.file.borrow().metadata().ok()?;
+        let size = metadata.len().checked_sub(self.start)?;
+        (metadata.is_file() && size > 0).then_some(size)
     }
 
     /// Returns the data that the file system reports, on the file systems whose reports are
@@ -184,6 +191,19 @@ mod tests {
         source.read_at(0, &mut [0; 6]).unwrap_err();
         (&*file).write_all(b"!").unwrap();
         source.read_at(0, &mut [0; 6]).unwrap();
+    }
+
+    #[test]
+    fn known_size_is_that_of_the_range_or_of_the_file() {
+        let file = file_of(b"0123456789");
+        assert_eq!(FileReader::new(&file).known_size(), Some(10));
+        assert_eq!(FileReader::range(&file, 4, u64::MAX).known_size(), Some(6));
+        assert_eq!(FileReader::range(&file, 2, 5).known_size(), Some(5));
+        for path in ["/dev/null", "/proc/self/mem"] {
+            if let Ok(file) = File::open(path) {
+                assert_eq!(FileReader::new(file).known_size(), None, "{path}");
+            }
+        }
     }
 
     #[test]

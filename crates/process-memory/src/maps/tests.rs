@@ -85,7 +85,7 @@ fn an_ambiguous_name_is_refused_with_all_matches() {
     let error = vmm().named("/memfd:ram").unwrap_err().to_string();
     assert_eq!(
         error,
-        "process 7 has 2 mappings whose name contains \"/memfd:ram\": \
+        "process 7 has several mappings (2) whose name contains \"/memfd:ram\": \
          give the address of one of them:\n  \
          0x7f0000000000-0x7f0040000000 rw-s 1048576 KiB from offset 0x0 of \
          /memfd:ram (deleted)\n  \
