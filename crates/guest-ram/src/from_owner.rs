@@ -20,6 +20,9 @@ impl<K: BitmapKind> GuestRam<K> {
     /// The bitmap is new and clean, in pages of the host's size: what `owner` holds is the baseline
     /// of the next diff.
     ///
+    /// A balloon must not discard memory that maps images (`MappedChain`, `MappedImage`): after
+    /// `madvise(MADV_DONTNEED)` it has the bytes of the images again. Let it write zeros instead.
+    ///
     /// # Errors
     /// Returns the errors of [`GuestRamOptions::own`].
     pub fn from_owner(layout: RamLayout, owner: impl RamOwner) -> Result<Self, GuestRamError> {

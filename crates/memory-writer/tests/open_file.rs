@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 
 use image_format::Footer;
 use memory_writer::{
-    Durability, Layout, MemoryWriter, OpenFileError, Placement, Seal, SnapshotError, WriteAmbiguity,
+    Durability, Layout, MemoryWriter, OpenFileError, Placement, Seal, SnapshotError,
 };
 use rstest::rstest;
 use support::images::{PAGE, dirty, options};
@@ -207,7 +207,7 @@ fn raw_diff_in_a_file_without_a_name_is_refused(#[case] file: File) {
         matches!(
             &error,
             SnapshotError::AmbiguousDiff {
-                source: WriteAmbiguity::NoName,
+                source: memory_writer::WriteAmbiguity::NoName,
                 ..
             }
         ),
