@@ -2,8 +2,11 @@
 
 mod support;
 
+use std::io;
+
 use dirty_bitmap::{DirtyBitmap, Epoch};
 use memory_writer::{Durability, Layout, MemoryWriter, Seal, SnapshotError};
+use page_reader::PageReader;
 use support::Place;
 
 const SIZE: u64 = 1 << 20;
@@ -116,6 +119,28 @@ fn epoch_of_other_ram_is_not_released() {
     let error = writer.commit_and_release(epoch).unwrap_err();
     let refused = matches!(error, SnapshotError::BitmapStart { .. });
     assert!(refused, "{error}");
+    assert!(is_restored(&dirty, &[1]));
+    place.assert_untouched();
+}
+
+/// RAM that cannot be read.
+struct Unreadable;
+
+impl PageReader for Unreadable {
+    fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        Err(io::Error::other("no RAM"))
+    }
+}
+
+#[test]
+fn release_after_a_failed_write_says_that_it_failed() {
+    let (place, dirty) = (Place::new(), marked(&[1]));
+    let epoch = dirty.begin_epoch().unwrap();
+    let mut writer = open(&place);
+    writer.write_diff(&Unreadable, epoch.bitmap()).unwrap_err();
+    let error = writer.commit_and_release(epoch).unwrap_err();
+    assert!(matches!(error, SnapshotError::Incomplete { .. }), "{error}");
+    assert!(error.to_string().contains("an earlier write failed"));
     assert!(is_restored(&dirty, &[1]));
     place.assert_untouched();
 }

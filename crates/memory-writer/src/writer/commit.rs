@@ -61,9 +61,9 @@ impl MemoryWriter {
     /// and a chain that contains an empty or torn raw file restores wrong memory without an error.
     ///
     /// # Errors
-    /// - [`SnapshotError::BitmapSize`], [`SnapshotError::BitmapStart`],
-    ///   [`SnapshotError::EpochNotWritten`] and [`SnapshotError::EpochReclaimed`]: nothing was
-    ///   committed.
+    /// - [`SnapshotError::Incomplete`] (an earlier write failed), [`SnapshotError::BitmapSize`],
+    ///   [`SnapshotError::BitmapStart`], [`SnapshotError::EpochNotWritten`] and
+    ///   [`SnapshotError::EpochReclaimed`]: nothing was committed.
     /// - Otherwise as [`commit`](Self::commit).
     pub fn commit_and_release<K, B: Deref<Target = DirtyBitmap<K>>>(
         mut self,
@@ -102,12 +102,17 @@ impl MemoryWriter {
     /// full write read the RAM that the epoch's bitmap covers.
     ///
     /// # Errors
-    /// Returns [`SnapshotError::EpochNotWritten`], [`SnapshotError::BitmapSize`] and
+    /// Returns [`SnapshotError::Incomplete`] if an earlier write failed, and otherwise
+    /// [`SnapshotError::EpochNotWritten`], [`SnapshotError::BitmapSize`] and
     /// [`SnapshotError::BitmapStart`].
     pub fn check_epoch<K, B: Deref<Target = DirtyBitmap<K>>>(
         &mut self,
         epoch: &Epoch<B, K>,
     ) -> Result<(), SnapshotError> {
+        // Its pages are missing because a write failed, not because it was not made.
+        if self.state == State::Incomplete {
+            return Err(self.incomplete());
+        }
         self.check_bitmap(epoch.bitmap())?;
         if !self.written.covers(epoch) {
             return Err(SnapshotError::EpochNotWritten {
