@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::coverage::TakeRange;
 use crate::epoch::{BeginEpochError, Epoch, EpochCommitting, Epochs};
 use crate::geometry::{GeometryError, OutOfRange, RamRange, RangeMismatch};
-use crate::kind::{Markable, Taken, Tracked, Untracked};
+use crate::kind::{Logged, Markable, Taken, Tracked, Untracked};
 use crate::marks::Marks;
 use crate::parent_id::ParentId;
 use crate::runs::Runs;
@@ -37,9 +37,11 @@ use crate::runs::Runs;
 ///   [`drain_into`](Self::drain_into).
 /// - [`TrackedBitmap`]: only by the [`WriteTracker`](crate::WriteTracker), which protects the pages
 ///   again.
+/// - [`LoggedBitmap`]: only by a [`LoggedEpoch`](crate::LoggedEpoch), which moves a hypervisor's
+///   dirty log into the bitmap first.
 /// - [`TakenBitmap`]: not at all. An epoch holds these marks and may have to restore them.
 ///
-/// All three have the same methods for reading, and the first two the same methods for marking.
+/// All have the same methods for reading, and all except the last the same methods for marking.
 /// Taking marks without protecting their pages again would lose the next write to each page:
 /// ```compile_fail,E0599
 /// # let bitmap = dirty_bitmap::TrackedBitmap::tracked(0, 1 << 30, 4096).unwrap();
@@ -53,6 +55,20 @@ use crate::runs::Runs;
 /// # let bitmap = dirty_bitmap::TrackedBitmap::tracked(0, 1 << 30, 4096).unwrap();
 /// # let bitmap = std::sync::Arc::new(bitmap);
 /// dirty_bitmap::Epoch::begin(bitmap); // of a TrackedBitmap
+/// ```
+/// Taking marks before the log was moved into the bitmap would leave out the pages in the log:
+/// ```compile_fail,E0599
+/// # let bitmap = dirty_bitmap::LoggedBitmap::logged(0, 1 << 30, 4096).unwrap();
+/// bitmap.begin_epoch(); // of a LoggedBitmap
+/// ```
+/// ```compile_fail,E0599
+/// # let bitmap = dirty_bitmap::LoggedBitmap::logged(0, 1 << 30, 4096).unwrap();
+/// bitmap.drain(); // of a LoggedBitmap
+/// ```
+/// ```compile_fail,E0308
+/// # let bitmap = dirty_bitmap::LoggedBitmap::logged(0, 1 << 30, 4096).unwrap();
+/// # let bitmap = std::sync::Arc::new(bitmap);
+/// dirty_bitmap::Epoch::begin(bitmap); // of a LoggedBitmap
 /// ```
 /// An epoch whose marks were taken could not restore them:
 /// ```compile_fail,E0599
@@ -110,6 +126,10 @@ pub struct DirtyBitmap<K = Untracked> {
 
 /// A bitmap whose marks only a [`WriteTracker`](crate::WriteTracker) takes.
 pub type TrackedBitmap = DirtyBitmap<Tracked>;
+
+/// A bitmap into which a hypervisor's dirty log is moved, and whose marks only a
+/// [`LoggedEpoch`](crate::LoggedEpoch) takes.
+pub type LoggedBitmap = DirtyBitmap<Logged>;
 
 /// A bitmap of the marks that an epoch has taken.
 pub type TakenBitmap = DirtyBitmap<Taken>;
@@ -217,6 +237,30 @@ impl TrackedBitmap {
     /// Returns the same errors as [`DirtyBitmap::new`].
     pub fn tracked(ram_start: u64, ram_size: u64, page_size: u64) -> Result<Self, GeometryError> {
         new_marks(ram_start, ram_size, page_size).map(Self::over)
+    }
+}
+
+impl LoggedBitmap {
+    /// Creates a clean bitmap as [`DirtyBitmap::new`] does, for a hypervisor with a dirty log.
+    ///
+    /// The log has the writes of the guest. All other code that writes the RAM marks its own
+    /// writes.
+    ///
+    /// # Errors
+    /// Returns the same errors as [`DirtyBitmap::new`].
+    pub fn logged(ram_start: u64, ram_size: u64, page_size: u64) -> Result<Self, GeometryError> {
+        new_marks(ram_start, ram_size, page_size).map(Self::over)
+    }
+
+    /// Restores the marks of the open epoch, so that the next epoch can begin. Returns whether
+    /// there was an open epoch.
+    ///
+    /// See [`DirtyBitmap::reclaim_epoch`](DirtyBitmap#method.reclaim_epoch).
+    ///
+    /// # Errors
+    /// Returns [`EpochCommitting`] while the save commits. Nothing was reclaimed.
+    pub fn reclaim_epoch(&self) -> Result<bool, EpochCommitting> {
+        self.epochs.reclaim(&self.marks)
     }
 }
 

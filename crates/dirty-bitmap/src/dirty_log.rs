@@ -54,21 +54,22 @@ impl<K: Markable> DirtyBitmap<K> {
     }
 }
 
-/// An error for a dirty log that does not fit the bitmap.
+/// An error for words of bits, or a dirty log, that do not fit the bitmap.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DirtyLogError {
-    /// The log's page size is 0 or not a power of two. Nothing was marked.
-    #[error("the page size of the dirty log, {page_size}, is not a power of two: pass one that is")]
+    /// The page size of the words is 0 or not a power of two. Nothing was marked.
+    #[error("the page size of the words, {page_size}, is not a power of two: pass one that is")]
     PageSizeNotPowerOfTwo {
         /// The page size passed in, in bytes.
         page_size: u64,
     },
-    /// The log reports a page outside the tracked RAM. The source has the first such run. Every
+    /// A bit is set for a page outside the RAM. The source has the first run of such pages. Every
     /// page inside was marked.
     #[error(
-        "the dirty log reports pages outside the tracked RAM: pass the address of the log's memory \
-         slot, and a bitmap that covers it: {0}"
+        "bits are set for pages outside the RAM of the bitmap: pass the page size of the words, the \
+         address of their first bit (of a dirty log: of its memory slot), and a bitmap that covers \
+         the pages: {0}"
     )]
     OutOfRange(#[source] OutOfRange),
 }

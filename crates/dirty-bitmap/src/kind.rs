@@ -12,6 +12,13 @@ pub enum Untracked {}
 #[derive(Debug)]
 pub enum Tracked {}
 
+/// The kind of a bitmap into which a hypervisor's dirty log is moved. Its marks are taken only
+/// after that, by a [`LoggedEpoch`](crate::LoggedEpoch).
+///
+/// All other code can mark and read.
+#[derive(Debug)]
+pub enum Logged {}
+
 /// The kind of a bitmap that holds the marks taken by an [`Epoch`](crate::Epoch).
 ///
 /// It can only be read. The epoch may have to restore its marks, and a mark added to a reclaimed
@@ -24,9 +31,11 @@ pub trait Markable: sealed::Sealed {}
 
 impl Markable for Untracked {}
 impl Markable for Tracked {}
+impl Markable for Logged {}
 
 mod sealed {
     pub trait Sealed {}
     impl Sealed for super::Untracked {}
     impl Sealed for super::Tracked {}
+    impl Sealed for super::Logged {}
 }

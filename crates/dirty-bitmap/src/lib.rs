@@ -35,6 +35,8 @@
 //!   [`WriteProtection`]. For each block of 2 MiB, it unprotects single pages or the whole block,
 //!   as its [`Policy`] decides. Its bitmap is a [`TrackedBitmap`], whose marks only the tracker can
 //!   take.
+//! - **Save RAM whose writes a hypervisor logs**, such as KVM: a [`LoggedBitmap`], whose marks a
+//!   [`LoggedEpoch`] takes after the log was moved into the bitmap.
 //! - **Recover from a save that never ends**: [`reclaim_epoch`](DirtyBitmap::reclaim_epoch).
 //!   [`Epoch::release_after`] prevents a save from replacing a later one after its epoch was
 //!   reclaimed.
@@ -84,7 +86,10 @@ mod edges;
 mod epoch;
 mod extension;
 mod geometry;
+#[cfg(feature = "vm-memory")]
+mod guest_memory;
 mod kind;
+mod logged;
 mod marking;
 mod marks;
 mod page_set;
@@ -97,13 +102,14 @@ mod runs;
 mod sync;
 mod table;
 mod tracker;
-#[cfg(feature = "vm-memory")]
-mod vm_memory;
 
 /// The crate of the bit slices that [`runs_of`] takes.
 pub use bitvec;
+/// The crate of the guest memory that [`DirtyBitmap::mark_guest_memory`] takes.
+#[cfg(feature = "vm-memory")]
+pub use vm_memory;
 
-pub use bitmap::{DirtyBitmap, TakenBitmap, TrackedBitmap};
+pub use bitmap::{DirtyBitmap, LoggedBitmap, TakenBitmap, TrackedBitmap};
 pub use blocks::BLOCK_SIZE;
 pub use bytes::DecodeError;
 pub use coverage::{Coverage, FullBegan};
@@ -114,15 +120,16 @@ pub use epoch::{
 };
 pub use extension::Extension;
 pub use geometry::{GeometryError, MAX_RAM_SIZE, OutOfRange, RangeMismatch};
-pub use kind::{Markable, Taken, Tracked, Untracked};
+#[cfg(feature = "vm-memory")]
+pub use guest_memory::{DirtyBitmapSlice, MarkMemoryError, SliceError};
+pub use kind::{Logged, Markable, Taken, Tracked, Untracked};
+pub use logged::LoggedEpoch;
 pub use page_set::PageSet;
 pub use policy::{Costs, Policy};
 pub use protection::WriteProtection;
 pub use ranges::{Coalesce, coalesce, coalesce_within, runs_of, whole_pages};
 pub use runs::Runs;
 pub use tracker::{CheckpointError, FaultError, TrackerError, WriteTracker};
-#[cfg(feature = "vm-memory")]
-pub use vm_memory::{DirtyBitmapSlice, MarkMemoryError};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

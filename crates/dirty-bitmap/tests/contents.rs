@@ -72,7 +72,13 @@ fn words_of_other_page_sizes_are_marked() {
     assert_eq!(bitmap.mark_words(1 << 19, &[0b10, 0]), Ok(1));
     let error = bitmap.mark_words(1 << 19, &[0b100]).unwrap_err();
     assert!(matches!(error, DirtyLogError::OutOfRange(_)), "{error}");
+    assert!(
+        error
+            .to_string()
+            .starts_with("bits are set for pages outside")
+    );
     let error = bitmap.mark_words(4097, &[1]).unwrap_err();
+    assert!(error.to_string().starts_with("the page size of the words"));
     assert_eq!(
         error,
         DirtyLogError::PageSizeNotPowerOfTwo { page_size: 4097 }

@@ -5,7 +5,9 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dirty_bitmap::{DirtyBitmap, DirtyBitmapSlice, MarkMemoryError, TrackedBitmap};
+use dirty_bitmap::{
+    DirtyBitmap, DirtyBitmapSlice, MarkMemoryError, SliceError, Tracked, TrackedBitmap, Untracked,
+};
 use rstest::rstest;
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -214,6 +216,70 @@ fn a_region_without_a_bitmap_of_its_size_is_refused() {
         tracked: 0,
     };
     assert_eq!(error, expected);
+}
+
+#[test]
+fn slices_of_regions_mark_their_own_pages() {
+    let bitmap = bitmap();
+    let slices = DirtyBitmapSlice::of_regions(&bitmap, [MIB, MIB]).unwrap();
+    let mut slices = slices.into_iter();
+    let memory = memory(|_, _| slices.next().unwrap());
+    memory.write_obj(1_u8, GuestAddress(HIGH)).unwrap();
+    assert!(bitmap.runs().eq([MIB..MIB + 4096]));
+    let found = DirtyBitmapSlice::bitmap_of(&memory).unwrap();
+    assert!(Arc::ptr_eq(&found.unwrap(), &bitmap));
+    DirtyBitmapSlice::of_regions(&bitmap, [MIB, MIB, 1]).unwrap_err();
+}
+
+#[test]
+fn slices_that_do_not_fit_their_regions_are_found() {
+    let bitmap = bitmap();
+    let slice = |bitmap: &Arc<DirtyBitmap>, offset| {
+        DirtyBitmapSlice::new(Arc::clone(bitmap), offset, MIB).unwrap()
+    };
+    let of = |memory: &_| DirtyBitmapSlice::<Untracked>::bitmap_of::<DirtyBitmapSlice>(memory);
+    let guest_start = HIGH;
+    let (offset, expected) = (0, MIB);
+    let same_offset = of(&memory(|_, _| slice(&bitmap, 0)));
+    let error = SliceError::Offset {
+        guest_start,
+        offset,
+        expected,
+    };
+    assert_eq!(same_offset.unwrap_err(), error);
+
+    let of_new = of(&memory(|offset, _| slice(&self::bitmap(), offset)));
+    assert_eq!(of_new.unwrap_err(), SliceError::OtherBitmap { guest_start });
+
+    let larger = Arc::new(DirtyBitmap::new(0, 3 * MIB, 4096).unwrap());
+    let size = of(&memory(|offset, _| slice(&larger, offset)));
+    let (memory_size, ram_size) = (2 * MIB, 3 * MIB);
+    let error = SliceError::Size {
+        memory_size,
+        ram_size,
+    };
+    assert_eq!(size.unwrap_err(), error);
+}
+
+#[test]
+fn optional_slices_are_those_of_all_regions_or_of_none() {
+    let bitmap = bitmap();
+    let slice = |offset| DirtyBitmapSlice::new(Arc::clone(&bitmap), offset, MIB).unwrap();
+    let of = DirtyBitmapSlice::<Untracked>::bitmap_of::<Option<DirtyBitmapSlice>>;
+    let found = of(&memory(|offset, _| Some(slice(offset)))).unwrap();
+    assert!(Arc::ptr_eq(&found.unwrap(), &bitmap));
+    assert!(of(&memory(|_, _| None)).unwrap().is_none());
+    let low_only = of(&memory(|offset, _| (offset == 0).then(|| slice(offset))));
+    let guest_start = HIGH;
+    assert_eq!(low_only.unwrap_err(), SliceError::NoSlice { guest_start });
+
+    let tracked = DirtyBitmapSlice::<Tracked>::bitmap_of(&marking(&bitmap));
+    assert!(tracked.unwrap().is_none(), "slices of another kind");
+    assert!(of_no_slices().is_none());
+}
+
+fn of_no_slices() -> Option<Arc<DirtyBitmap>> {
+    DirtyBitmapSlice::bitmap_of(&atomic(4096)).unwrap()
 }
 
 /// Saves while devices write, then once more when they have stopped.

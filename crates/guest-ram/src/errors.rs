@@ -4,6 +4,8 @@ use std::io;
 
 use dirty_bitmap::GeometryError;
 #[cfg(feature = "vm-memory")]
+use dirty_bitmap::SliceError;
+#[cfg(feature = "vm-memory")]
 use page_reader::LayoutError;
 use page_reader::RamLayout;
 use thiserror::Error;
@@ -115,6 +117,23 @@ pub enum GuestRamError {
     #[cfg(feature = "vm-memory")]
     #[error("the regions of the guest memory are not a RAM layout: {0}")]
     Layout(#[source] LayoutError),
+    /// The regions of the guest memory of `vm-memory` do not mark their pages of one bitmap.
+    #[cfg(feature = "vm-memory")]
+    #[error("the guest memory does not mark its own pages of one bitmap: {0}")]
+    Slices(#[from] SliceError),
+    /// The owner marks another bitmap than that of the options. The RAM would lack its marks.
+    #[error(
+        "the owner of the memory marks another bitmap than the one in the options: pass the bitmap \
+         of the owner, or none"
+    )]
+    OtherBitmap,
+    /// The owner marks a bitmap of another kind than that of the RAM.
+    #[error(
+        "the owner of the memory marks a bitmap of another kind than that of the RAM: create it as \
+         a `LoggedBitmap` for KVM, as a `TrackedBitmap` for a write tracker, or as a `DirtyBitmap` \
+         for code that marks each write"
+    )]
+    BitmapKind,
     /// A mapping is not as large as its region.
     #[error(
         "a mapping of {mapped} bytes was made for the RAM region of {size} bytes at \

@@ -5,7 +5,7 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use page_reader::{PageReader, RamLayout};
+use page_reader::RamLayout;
 
 use crate::errors::GuestRamError;
 use crate::mapping::Mapping;
@@ -17,8 +17,8 @@ impl<K: BitmapKind> GuestRam<K> {
     /// Uses the memory of `owner`, which holds the memory file of this layout. The owner is dropped
     /// after the RAM.
     ///
-    /// The bitmap is new and clean, in pages of the host's size: what `owner` holds is the baseline
-    /// of the next diff.
+    /// What `owner` holds is the baseline of the next diff. The bitmap is that of `owner` if it
+    /// [has one](RamOwner::own_bitmap), and otherwise new and clean, in pages of the host's size.
     ///
     /// A balloon must not discard memory that maps images (`MappedChain`, `MappedImage`): after
     /// `madvise(MADV_DONTNEED)` it has the bytes of the images again. Let it write zeros instead.
@@ -39,7 +39,9 @@ impl<K: BitmapKind> GuestRamOptions<K> {
     /// region is not contiguous or not complete,
     /// [`LargerOwner`](GuestRamError::LargerOwner) if `owner` has more memory than the layout, and
     /// [`OtherAddresses`](GuestRamError::OtherAddresses) if it
-    /// [states](PageReader::ram_layout) other addresses.
+    /// [states](page_reader::PageReader::ram_layout) other addresses. The bitmap of an owner that
+    /// [has one](RamOwner::own_bitmap) is used, and any other in these options is
+    /// [`OtherBitmap`](GuestRamError::OtherBitmap), or [`BitmapKind`](GuestRamError::BitmapKind).
     pub fn own(
         &self,
         layout: RamLayout,
@@ -59,7 +61,8 @@ impl<K: BitmapKind> GuestRamOptions<K> {
         if owner.host_memory(ram_size, 1).is_some() {
             return Err(GuestRamError::LargerOwner { ram_size });
         }
-        let ram = self.map(layout, |region| {
+        let options = self.with_bitmap_of(&*owner)?;
+        let ram = options.map(layout, |region| {
             let too_small = |mapped| GuestRamError::MappingSize {
                 guest_start: region.guest_start,
                 size: region.size,
@@ -78,6 +81,19 @@ impl<K: BitmapKind> GuestRamOptions<K> {
         })?;
         Ok(ram.owned_by(owner))
     }
+
+    /// Returns these options with the bitmap of the owner, if it has one: marks in another bitmap
+    /// would not be those of the RAM.
+    fn with_bitmap_of(&self, owner: &impl RamOwner) -> Result<Self, GuestRamError> {
+        let Some(bitmap) = owner.own_bitmap()? else {
+            return Ok(self.clone());
+        };
+        let bitmap = K::of_owner(bitmap).ok_or(GuestRamError::BitmapKind)?;
+        match &self.dirty {
+            Some(other) if !Arc::ptr_eq(other, &bitmap) => Err(GuestRamError::OtherBitmap),
+            Some(_) | None => Ok(self.clone().dirty_bitmap(bitmap)),
+        }
+    }
 }
 
 #[cfg(feature = "vm-memory")]
@@ -95,15 +111,16 @@ mod guest_memory {
         /// Uses guest memory of the crate `vm-memory`, with the layout of its regions. The VMM and
         /// its devices use `memory` as before.
         ///
-        /// A write through `memory` is not marked in the new bitmap of the RAM. Create `memory` as
-        /// `GuestMemoryMmap<DirtyBitmapSlice>`, and pass the bitmap and a
-        /// [`GuestMemoryReader`] to [`options`](Self::options) and
-        /// [`own`](crate::GuestRamOptions::own); or call `mark_guest_memory` of the bitmap before
-        /// each save.
+        /// The bitmap of a `GuestMemoryMmap<DirtyBitmapSlice<K>>` becomes that of the RAM, which
+        /// then has the marks of all writes through `memory`. A write through other memory is not
+        /// marked: call `mark_guest_memory` of the bitmap before each save if `B` is an
+        /// `AtomicBitmap`, and [`mark`](Self::mark) after each write otherwise.
         ///
         /// # Errors
         /// Returns [`GuestRamError`], for example unless each region consists of whole pages of the
-        /// host.
+        /// host. Returns [`GuestRamError::Slices`] if the regions have slices of several bitmaps or
+        /// with other offsets than those of the regions, and [`GuestRamError::BitmapKind`] if the
+        /// bitmap is not of the kind `K`.
         ///
         /// # Examples
         /// ```

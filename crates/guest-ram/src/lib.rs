@@ -38,9 +38,10 @@
 //!   addresses, so a writer needs no copy.
 //!
 //! `kvm-backend` and `hvf-backend` use this crate: they add the allocation and the registration of
-//! their hypervisor. [`GuestRam`] has a [`DirtyBitmap`](dirty_bitmap::DirtyBitmap), which suits a
-//! hypervisor with a dirty log, such as KVM. [`TrackedRam`] has a bitmap whose marks only a
-//! [`WriteTracker`](dirty_bitmap::WriteTracker) takes.
+//! their hypervisor. [`GuestRam`] has a [`DirtyBitmap`](dirty_bitmap::DirtyBitmap), which suits an
+//! emulator that marks each write. [`LoggedRam`] has a bitmap for a hypervisor with a dirty log,
+//! such as KVM: its marks are taken only after a harvest of the log. [`TrackedRam`] has a bitmap
+//! whose marks only a [`WriteTracker`](dirty_bitmap::WriteTracker) takes.
 //!
 //! # How it works
 //! - No Rust reference covers guest memory. The host stores each aligned machine word with one
@@ -77,9 +78,9 @@ pub use vm_memory;
 
 pub use errors::{BitmapMismatch, GuestRamError, MisalignedRegion};
 pub use mapping::{Mapping, host_page_size};
-pub use options::{BitmapKind, GuestRamOptions};
-pub use owner::RamOwner;
-pub use ram::{GuestRam, TrackedRam};
+pub use options::{BaselineKind, BitmapKind, GuestRamOptions};
+pub use owner::{OwnerBitmap, RamOwner};
+pub use ram::{GuestRam, LoggedRam, TrackedRam};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -5,7 +5,25 @@
 use std::fmt;
 use std::sync::Arc;
 
+use dirty_bitmap::{DirtyBitmap, LoggedBitmap, TrackedBitmap};
 use page_reader::PageReader;
+
+use crate::errors::GuestRamError;
+
+/// The bitmap in which the owner of a guest's memory marks what is written through the owner.
+#[derive(Clone, Debug)]
+#[allow(
+    clippy::exhaustive_enums,
+    reason = "one variant for each kind of bitmap that is marked"
+)]
+pub enum OwnerBitmap {
+    /// A bitmap whose marks any owner may take.
+    Untracked(Arc<DirtyBitmap>),
+    /// A bitmap whose marks a write tracker takes.
+    Tracked(Arc<TrackedBitmap>),
+    /// A bitmap into which a dirty log is moved.
+    Logged(Arc<LoggedBitmap>),
+}
 
 /// A value that owns the mapped memory of a guest, and lends it to a
 /// [`GuestRam`](crate::GuestRam).
@@ -61,21 +79,47 @@ use page_reader::PageReader;
             `vm-memory` of `guest-ram`)",
     note = "for a value that is used elsewhere too, pass an `Arc` of it"
 )]
-pub unsafe trait RamOwner: PageReader + fmt::Debug + Send + Sync + 'static {}
+pub unsafe trait RamOwner: PageReader + fmt::Debug + Send + Sync + 'static {
+    /// Returns the bitmap in which the owner marks what is written through it, if it has one. The
+    /// RAM then has this bitmap too.
+    ///
+    /// # Errors
+    /// Returns [`GuestRamError`] if the marks of the owner are not those of its memory.
+    fn own_bitmap(&self) -> Result<Option<OwnerBitmap>, GuestRamError> {
+        Ok(None)
+    }
+
+    /// Returns whether writes through the owner are marked in a place from which the VMM moves
+    /// them to the bitmap of the RAM before each save: an `AtomicBitmap` of `vm-memory`.
+    fn marks_elsewhere(&self) -> bool {
+        false
+    }
+}
 
 // SAFETY: the memory is that of the owner in it, which the `Arc` does not move.
-unsafe impl<O: RamOwner + ?Sized> RamOwner for Arc<O> {}
+unsafe impl<O: RamOwner + ?Sized> RamOwner for Arc<O> {
+    fn own_bitmap(&self) -> Result<Option<OwnerBitmap>, GuestRamError> {
+        (**self).own_bitmap()
+    }
+
+    fn marks_elsewhere(&self) -> bool {
+        (**self).marks_elsewhere()
+    }
+}
 
 #[cfg(feature = "vm-memory")]
 mod guest_memory {
+    use std::any::TypeId;
     use std::fmt;
     use std::sync::Arc;
 
+    use dirty_bitmap::{DirtyBitmapSlice, Logged, Tracked, Untracked};
     use page_reader::GuestMemoryReader;
     use vm_memory::GuestMemoryMmap;
-    use vm_memory::bitmap::Bitmap;
+    use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 
-    use super::RamOwner;
+    use super::{OwnerBitmap, RamOwner};
+    use crate::errors::GuestRamError;
 
     // SAFETY: the memory is mapped readable and writable until the last `Arc` of it is dropped, and
     // `vm-memory` accesses it by volatile operations. The reader returns no address of memory that
@@ -84,5 +128,25 @@ mod guest_memory {
     unsafe impl<B: Bitmap + fmt::Debug + Send + Sync + 'static> RamOwner
         for GuestMemoryReader<Arc<GuestMemoryMmap<B>>>
     {
+        fn own_bitmap(&self) -> Result<Option<OwnerBitmap>, GuestRamError> {
+            let memory = &**self.memory();
+            if let Some(bitmap) = DirtyBitmapSlice::<Untracked>::bitmap_of(memory)? {
+                return Ok(Some(OwnerBitmap::Untracked(bitmap)));
+            }
+            if let Some(bitmap) = DirtyBitmapSlice::<Tracked>::bitmap_of(memory)? {
+                return Ok(Some(OwnerBitmap::Tracked(bitmap)));
+            }
+            let logged = DirtyBitmapSlice::<Logged>::bitmap_of(memory)?;
+            Ok(logged.map(OwnerBitmap::Logged))
+        }
+
+        fn marks_elsewhere(&self) -> bool {
+            let of_region = TypeId::of::<B>();
+            [
+                TypeId::of::<AtomicBitmap>(),
+                TypeId::of::<Option<AtomicBitmap>>(),
+            ]
+            .contains(&of_region)
+        }
     }
 }

@@ -5,11 +5,11 @@ use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use dirty_bitmap::{BeginEpochError, DirtyBitmap, Tracked, Untracked};
+use dirty_bitmap::{BeginEpochError, DirtyBitmap, Logged, Tracked, Untracked};
 use page_reader::{HostMemory, OutsideRam, PageReader, RamLayout, RamRange};
 
 use crate::mapping::Mapping;
-use crate::options::{BitmapKind, GuestRamOptions};
+use crate::options::{BaselineKind, BitmapKind, GuestRamOptions};
 use crate::owner::RamOwner;
 
 /// The RAM of one guest, with one mapping for each region of its layout, and the bitmap of its
@@ -50,6 +50,10 @@ pub struct GuestRam<K: BitmapKind = Untracked> {
 
 /// Guest RAM whose marks only a [`WriteTracker`](dirty_bitmap::WriteTracker) takes.
 pub type TrackedRam = GuestRam<Tracked>;
+
+/// Guest RAM whose marks are taken only after a hypervisor's dirty log was moved into its bitmap,
+/// by a [`LoggedEpoch`](dirty_bitmap::LoggedEpoch).
+pub type LoggedRam = GuestRam<Logged>;
 
 impl<K: BitmapKind> GuestRam<K> {
     /// Returns a builder for non-default options.
@@ -94,6 +98,15 @@ impl<K: BitmapKind> GuestRam<K> {
     #[must_use]
     pub fn dirty_bitmap(&self) -> &Arc<DirtyBitmap<K>> {
         &self.dirty
+    }
+
+    /// Returns whether host writes are marked in a place from which they must be moved to the
+    /// bitmap before each save: see [`RamOwner::marks_elsewhere`].
+    #[must_use]
+    pub fn marks_elsewhere(&self) -> bool {
+        self.owner
+            .as_ref()
+            .is_some_and(|owner| owner.marks_elsewhere())
     }
 
     /// Returns the host address of a region's first byte, for registration with a hypervisor.
@@ -219,7 +232,7 @@ impl<K: BitmapKind> GuestRam<K> {
     }
 }
 
-impl GuestRam {
+impl<K: BaselineKind> GuestRam<K> {
     /// Discards all marks: the content of the RAM is the baseline of the next diff.
     ///
     /// Call this after a snapshot was restored, before vCPUs and devices run. The RAM must equal
@@ -258,9 +271,7 @@ impl GuestRam {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn set_baseline(&self) -> Result<(), BeginEpochError> {
-        let epoch = self.dirty.begin_epoch()?;
-        // An epoch that another thread reclaims first has put its marks back into the bitmap.
-        epoch.release().map_err(|_| BeginEpochError::AlreadyOpen)
+        K::discard_marks(&self.dirty)
     }
 }
 

@@ -1,8 +1,8 @@
 //! Checks at compile time which public types threads may send and share.
 
 use crate::{
-    DirtyLog, GuestRam, GuestRamOptions, HarvestError, Paused, PausedHarvest, Precopied, Precopy,
-    PrecopyError, RamSlots, SlotError, StartError, Vcpu, Vcpus,
+    DirtyLog, GuestRam, GuestRamOptions, HarvestError, LogEpochError, Paused, PausedHarvest,
+    Precopied, Precopy, PrecopyError, PrecopyOptions, RamSlots, SlotError, StartError, Vcpu, Vcpus,
 };
 
 fn shared<T: Send + Sync>() {}
@@ -13,11 +13,13 @@ fn main_types_are_send_and_sync() {
     shared::<GuestRam>();
     shared::<GuestRamOptions>();
     shared::<HarvestError>();
+    shared::<LogEpochError>();
     shared::<Paused>();
     shared::<PausedHarvest>();
-    shared::<Precopied<'_, ()>>();
+    shared::<Precopied<()>>();
     shared::<Precopy<'_>>();
     shared::<PrecopyError>();
+    shared::<PrecopyOptions>();
     shared::<RamSlots>();
     shared::<SlotError>();
     shared::<StartError>();

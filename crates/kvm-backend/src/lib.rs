@@ -10,14 +10,13 @@
 //! # fn save(
 //! #     vcpus: &kvm_backend::Vcpus,
 //! #     log: &kvm_backend::DirtyLog,
-//! #     ram: &kvm_backend::GuestRam,
 //! #     commit: impl FnOnce() -> std::io::Result<()>,
 //! # ) -> Result<(), Box<dyn std::error::Error>> {
 //! // Each vCPU has left the guest, and its thread has called `Vcpu::complete_io`.
 //! let paused = vcpus.pause()?; // an error while a vCPU runs or has I/O pending
 //! // ... capture the vCPUs with `VcpuState::capture` ...
 //! let harvest = log.harvest(paused)?; // moves KVM's dirty log into the bitmap of the RAM
-//! let epoch = ram.dirty_bitmap().begin_epoch()?;
+//! let epoch = harvest.begin_epoch()?; // takes the marks
 //! // ... copy the pages of `epoch.bitmap()` to a file ...
 //! drop(harvest); // the vCPUs may run
 //! epoch.release_after(commit)?; // restores the marks if `commit` fails
@@ -43,7 +42,7 @@
 //! - [`GuestRam::write`](guest_ram::GuestRam::write) marks them itself.
 //! - `GuestMemoryMmap<DirtyBitmapSlice>` of the crate `vm-memory` marks them itself.
 //! - `GuestMemoryMmap<AtomicBitmap>` of that crate needs a call of `DirtyBitmap::mark_guest_memory`
-//!   before each epoch.
+//!   before each epoch: `Precopy` makes it, as [`PrecopyOptions::mark_host_writes`] says.
 //! - After a write by a host address, by the kernel or by another process, and after each discard,
 //!   call [`GuestRam::mark`](guest_ram::GuestRam::mark).
 //!
@@ -82,7 +81,7 @@
 //! long_mode::boot(&kvm, &ram, &vcpu, &start)?;
 //!
 //! let log = DirtyLog::start(&slots)?; // marks all of the RAM
-//! ram.dirty_bitmap().begin_epoch()?.release()?; // in between: write a full snapshot
+//! ram.set_baseline()?; // after a full snapshot was written: only later writes are marked
 //! assert!(matches!(vcpu.run()?, VcpuExit::IoOut(0x80, [1])));
 //!
 //! vcpu.complete_io(|_| ())?;
@@ -113,17 +112,17 @@
 //! [`GuestRamOptions::own`] and [`GuestRamOptions::adopt`], [`RamSlots::adopt`].
 //!
 //! **Find the pages that the guest wrote**: [`DirtyLog`] moves KVM's log into the RAM's
-//! [`DirtyBitmap`](dirty_bitmap::DirtyBitmap). The page size of the bitmap is free. The guest may
+//! [`LoggedBitmap`](dirty_bitmap::LoggedBitmap). The page size of the bitmap is free. The guest may
 //! run.
 //!
-//! **Save a guest**, in this order. The types enforce it up to the harvest
-//! ([`Vcpus`](Vcpus#order-at-a-pause)); an epoch that begins earlier lacks the harvested pages:
+//! **Save a guest**, in this order. The types enforce it up to the epoch
+//! ([`Vcpus`](Vcpus#order-at-a-pause)), which only a harvest begins:
 //!
 //! 1. make the vCPUs leave the guest, and complete their I/O ([`Vcpu::complete_io`]);
 //! 2. pause them ([`Vcpus::pause`]);
 //! 3. capture their state ([`VcpuState::capture`]);
 //! 4. harvest the log ([`DirtyLog::harvest`]);
-//! 5. begin an epoch of the bitmap, and write its pages (`GuestRam` is a
+//! 5. begin an epoch ([`PausedHarvest::begin_epoch`]), and write its pages (`GuestRam` is a
 //!    [`PageReader`](page_reader::PageReader) that provides host addresses);
 //! 6. release the epoch once the file is durable.
 //!
@@ -192,9 +191,11 @@ pub use kvm_ioctls;
 pub use page_reader;
 
 pub use linux::{
-    dirty_log::{DirtyLog, HarvestError, HarvestStats, PausedHarvest, Reprotect, StartError},
+    dirty_log::{
+        DirtyLog, HarvestError, HarvestStats, LogEpochError, PausedHarvest, Reprotect, StartError,
+    },
     open::{OpenKvmError, create_vm, open_kvm, open_kvm_at},
-    precopy::{Precopied, Precopy, PrecopyError},
+    precopy::{Precopied, Precopy, PrecopyError, PrecopyOptions},
     ram::{GuestRam, GuestRamOptions},
     slots::{RamSlots, SlotError},
     vcpus::{PauseError, Paused, Vcpu, Vcpus},

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
-use dirty_bitmap::{DirtyBitmap, TakenBitmap};
+use dirty_bitmap::DirtyBitmap;
 use kvm_backend::{DirtyLog, GuestRam, RamSlots, Reprotect, Vcpu, VcpuState, long_mode};
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs};
 use page_reader::{PageReader, RamLayout};
@@ -87,7 +87,7 @@ fn write_at_random(
     }
 }
 
-fn copy(ram: &GuestRam, pages: &TakenBitmap, image: &mut [u8]) {
+fn copy<K>(ram: &GuestRam, pages: &DirtyBitmap<K>, image: &mut [u8]) {
     for run in pages.runs() {
         let bytes = &mut image[run.start as usize..run.end as usize];
         ram.read_at(run.start, bytes).unwrap();
@@ -121,7 +121,7 @@ fn image_of_every_pause_of_several_vcpus_equals_the_ram(
         vm,
         kvm,
     } = guest;
-    let bitmap: Arc<DirtyBitmap> = Arc::clone(ram.dirty_bitmap());
+    let bitmap = Arc::clone(ram.dirty_bitmap());
     let mut all = vec![vcpu];
     for number in 1..VCPUS {
         let vcpu = vcpus.create(&vm, number).unwrap();
@@ -168,17 +168,16 @@ fn image_of_every_pause_of_several_vcpus_equals_the_ram(
                 _ => {}
             }
             let log = log.as_ref().unwrap();
-            let mut epoch = bitmap.begin_epoch().unwrap();
+            let mut epoch = log.begin_live_epoch().unwrap();
             copy(&ram, epoch.bitmap(), &mut image);
             for _ in 0..random.below(3) {
-                log.harvest_live().unwrap();
-                copy(&ram, &epoch.extend().unwrap(), &mut image);
+                copy(&ram, &log.extend_live(&mut epoch).unwrap(), &mut image);
             }
             drop(other);
             pause.store(true, Ordering::Release);
             at_pause.wait();
             let harvest = log.harvest(vcpus.pause().unwrap()).unwrap();
-            copy(&ram, &epoch.extend().unwrap(), &mut image);
+            copy(&ram, &harvest.extend(&mut epoch).unwrap(), &mut image);
             assert_same(&image, &whole(&ram), round);
             pause.store(false, Ordering::Release);
             end.store(round + 1 == rounds, Ordering::Release);
@@ -194,8 +193,7 @@ fn image_of_every_pause_of_several_vcpus_equals_the_ram(
     // The virtual machine ends without a last harvest.
     drop(log);
     drop(slots);
-    let epoch = bitmap.begin_epoch().unwrap();
-    copy(&ram, epoch.bitmap(), &mut image);
+    copy(&ram, &bitmap, &mut image);
     assert_same(&image, &whole(&ram), rounds);
 }
 

@@ -11,7 +11,7 @@ use kvm_backend::{DirtyLog, HarvestError, Reprotect};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use page_reader::PageReader;
 use rstest::rstest;
-use support::dirty_pages::{TOUCHED, logged, pages, pages_of};
+use support::dirty_pages::{TOUCHED, drain, logged, pages, pages_of};
 use support::{Guest, HIGH, HIGH_SIZE, INPUT, INPUT_SIZE, LOW_SIZE, PAGE, Program, offset};
 use test_machine::{needs, rounds};
 
@@ -26,13 +26,13 @@ fn log_has_exactly_the_written_pages_of_both_slots(
 
     guest.touch(&TOUCHED);
     let marks = guest.ram.dirty_bitmap();
-    drop(marks.drain().unwrap());
+    drop(drain(marks));
     let harvest = log.harvest_live().unwrap();
     assert_eq!(pages(marks), pages_of(&TOUCHED));
     assert_eq!(harvest.pages * harvest.page_size, marks.dirty_bytes());
 
     // Without writes nothing is found; a page written again is found again.
-    drop(marks.drain().unwrap());
+    drop(drain(marks));
     assert_eq!(log.harvest_live().unwrap().pages, 0);
     assert!(marks.is_clean());
     guest.touch(&TOUCHED[3..4]);
@@ -85,13 +85,11 @@ fn failed_save_keeps_its_pages_for_the_next_save(
     let marks = Arc::clone(guest.ram.dirty_bitmap());
 
     guest.touch(&TOUCHED[..3]);
-    log.harvest_live().unwrap();
-    let epoch = marks.begin_epoch().unwrap();
+    let epoch = log.begin_live_epoch().unwrap();
     guest.touch(&TOUCHED[2..5]); // while the save is under way
     drop(epoch); // the save fails
 
-    log.harvest_live().unwrap();
-    let epoch = marks.begin_epoch().unwrap();
+    let epoch = log.begin_live_epoch().unwrap();
     let list = pages_of(&[INPUT]); // the host's
     assert_eq!(pages(epoch.bitmap()), &pages_of(&TOUCHED[..5]) | &list);
     epoch.release().unwrap();
@@ -110,7 +108,7 @@ fn harvest_that_fails_at_the_second_slot_loses_no_page(
 
     log_high_slot(&guest, false);
     let marks = Arc::clone(guest.ram.dirty_bitmap());
-    drop(marks.drain().unwrap());
+    drop(drain(&marks));
     let error = log.harvest_live().unwrap_err();
     assert!(matches!(error, HarvestError::Get { slot: 1, .. }));
     assert!(error.source().is_some() && error.to_string().contains("slot 1"));
@@ -195,7 +193,7 @@ fn harvesting_a_running_guest_loses_no_page(
     let (vcpu, ram) = (&mut guest.vcpu, &guest.ram);
     let marks = ram.dirty_bitmap();
     let mut save = || {
-        let taken = marks.drain().unwrap();
+        let taken = drain(marks);
         for run in taken.runs() {
             let bytes = &mut copy[run.start as usize..run.end as usize];
             ram.read_at(run.start, bytes).unwrap();
@@ -263,7 +261,7 @@ fn page_copied_and_rewritten_during_a_harvest_is_found_again(
             while !marks.is_dirty(scattered[0]).unwrap() {
                 std::hint::spin_loop();
             }
-            drop(marks.drain().unwrap());
+            drop(drain(&marks));
             let copied = word(&guest, scattered[0]);
             guest.touch(&scattered[..1]);
             harvest.join().unwrap();
@@ -271,7 +269,7 @@ fn page_copied_and_rewritten_during_a_harvest_is_found_again(
         });
         assert_eq!(word(&guest, scattered[0]), copied + 1);
         log.harvest_live().unwrap();
-        let found = marks.drain().unwrap();
+        let found = drain(&marks);
         assert!(found.is_dirty(scattered[0]).unwrap(), "trial {trial}");
     }
 }

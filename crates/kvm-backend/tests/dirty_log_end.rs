@@ -5,10 +5,10 @@ mod support;
 
 use std::sync::Arc;
 
-use dirty_bitmap::DirtyBitmap;
+use dirty_bitmap::LoggedBitmap;
 use kvm_backend::{DirtyLog, RamSlots, Reprotect, SlotError, StartError};
 use rstest::rstest;
-use support::dirty_pages::{TOUCHED, logged, pages, pages_of};
+use support::dirty_pages::{TOUCHED, drain, logged, pages, pages_of};
 use support::{Guest, HIGH_SIZE, LOW_SIZE};
 use test_machine::needs;
 
@@ -38,7 +38,7 @@ fn start_marks_all_ram_unless_the_log_stayed_on() {
     needs!(Kvm);
     let mut guest = Guest::touching();
     let marks = Arc::clone(guest.ram.dirty_bitmap());
-    let all = |marks: &DirtyBitmap| marks.drain().unwrap().dirty_bytes() == LOW_SIZE + HIGH_SIZE;
+    let all = |marks: &Arc<LoggedBitmap>| drain(marks).dirty_bytes() == LOW_SIZE + HIGH_SIZE;
     let log = DirtyLog::start(&guest.slots).unwrap();
     assert!(all(&marks), "the first log");
     drop(log);
@@ -88,7 +88,7 @@ fn pages_of_a_log_that_ends_are_marked(
     let start = |slots: &Arc<RamSlots>| {
         let log = DirtyLog::start_with(slots, reprotect).unwrap();
         log.harvest_live().unwrap();
-        drop(marks.drain().unwrap());
+        drop(drain(&marks));
         log
     };
     match end {
@@ -99,7 +99,7 @@ fn pages_of_a_log_that_ends_are_marked(
         }
         End::StopThenWrite => {
             start(&guest.slots).stop().unwrap();
-            drop(marks.drain().unwrap());
+            drop(drain(&marks));
             guest.touch(&TOUCHED);
             drop(guest.slots);
         }
@@ -107,7 +107,7 @@ fn pages_of_a_log_that_ends_are_marked(
             let log = start(&guest.slots);
             guest.touch(&TOUCHED);
             drop(log);
-            let marked = pages(&marks.drain().unwrap());
+            let marked = pages(&drain(&marks));
             let touched = pages_of(&TOUCHED);
             assert!(marked.is_disjoint(&touched), "the log is on, and has them");
             drop(guest.slots);
@@ -121,7 +121,7 @@ fn pages_of_a_log_that_ends_are_marked(
             }
         }
     }
-    let marked = pages(&marks.drain().unwrap());
+    let marked = pages(&drain(&marks));
     assert!(marked.is_superset(&pages_of(&TOUCHED)));
 }
 
@@ -130,7 +130,7 @@ fn dropping_slots_that_were_never_logged_marks_nothing() {
     needs!(Kvm);
     let guest = Guest::new();
     let marks = Arc::clone(guest.ram.dirty_bitmap());
-    drop(marks.drain().unwrap());
+    drop(drain(&marks));
     drop(guest.slots);
     assert!(marks.is_clean());
 }

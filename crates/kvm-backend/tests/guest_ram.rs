@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use dirty_bitmap::DirtyBitmap;
+use dirty_bitmap::LoggedBitmap;
 use guest_ram::GuestRamError;
 use kvm_backend::{GuestRam, OpenKvmError, RamSlots, SlotError, open_kvm, open_kvm_at};
 use kvm_ioctls::VcpuExit;
@@ -116,7 +116,7 @@ fn huge_pages_are_advised() {
 #[test]
 fn given_bitmap_is_marked() {
     let layout = RamLayout::single(1 << 30, 1 << 20).unwrap();
-    let dirty = Arc::new(DirtyBitmap::new(1 << 30, 1 << 20, 16384).unwrap());
+    let dirty = Arc::new(LoggedBitmap::logged(1 << 30, 1 << 20, 16384).unwrap());
     let options = GuestRam::options().dirty_bitmap(Arc::clone(&dirty));
     let ram = options.allocate(layout).unwrap();
     ram.write((1 << 30) + 0x8000, &[1]).unwrap();
@@ -145,7 +145,7 @@ fn memory_of_the_caller_is_adopted_and_not_unmapped() {
 #[test]
 fn ram_larger_than_the_address_space_is_an_allocation_error() {
     let layout = RamLayout::single(0, 1 << 50).unwrap();
-    let dirty = Arc::new(DirtyBitmap::new(0, 1 << 50, 1 << 40).unwrap());
+    let dirty = Arc::new(LoggedBitmap::logged(0, 1 << 50, 1 << 40).unwrap());
     let options = GuestRam::options().dirty_bitmap(dirty);
     let error = options.allocate(layout).unwrap_err();
     assert!(matches!(

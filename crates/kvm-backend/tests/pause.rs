@@ -40,7 +40,7 @@ fn save(guest: &mut Guest, log: &DirtyLog, image: &mut [u8]) -> VcpuState {
     let paused = guest.vcpus.pause().unwrap();
     let state = VcpuState::capture(&msrs(&guest.kvm), &paused, &guest.vcpu).unwrap();
     let harvest = log.harvest(paused).unwrap();
-    let epoch = guest.ram.dirty_bitmap().begin_epoch().unwrap();
+    let epoch = harvest.begin_epoch().unwrap();
     for run in epoch.bitmap().runs() {
         let bytes = &mut image[run.start as usize..run.end as usize];
         guest.ram.read_at(run.start, bytes).unwrap();
@@ -152,7 +152,7 @@ fn pause_is_refused_after_a_drop_with_pending_io() {
 
     // The reason: a harvest now would lack the write through the other descriptor.
     log.harvest_live().unwrap();
-    drop(ram.dirty_bitmap().drain().unwrap());
+    ram.set_baseline().unwrap();
     // SAFETY: it is a descriptor of a vCPU of this virtual machine, and has no other owner.
     let other = unsafe { vm.create_vcpu_from_rawfd(other.into_raw_fd()) };
     let mut other = vcpus.adopt(other.unwrap());

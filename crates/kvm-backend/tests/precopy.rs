@@ -6,12 +6,15 @@ mod support;
 
 use std::cell::RefCell;
 use std::error::Error;
+use std::sync::{Arc, Mutex};
 
 use dirty_bitmap::TakenBitmap;
-use kvm_backend::{DirtyLog, GuestRam, Precopy, PrecopyError};
+use kvm_backend::{DirtyLog, GuestRam, Precopy, PrecopyError, RamSlots, create_vm, open_kvm};
 use page_reader::PageReader;
 use support::{Guest, HIGH, PAGE, offset};
 use test_machine::needs;
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 type AnyError = Box<dyn Error>;
 
@@ -167,6 +170,83 @@ fn failed_pause_returns_the_marks() {
     let copy = precopy.finish(|| Ok(guest.vcpus.pause()?), |_| Ok(()), never);
     copy.unwrap_err();
     assert_eq!(pages_marked(&guest), all);
+}
+
+#[test]
+fn host_writes_are_marked_before_each_take() {
+    needs!(Kvm);
+    let mut guest = Guest::touching();
+    let log = started(&guest);
+    let ram = guest.ram.clone();
+    let image = Image::new(&ram);
+    let write = |pages: &TakenBitmap| image.write(&ram, pages);
+    // The marks of a device, which are not in the bitmap of the RAM.
+    let device = Arc::new(Mutex::new(vec![]));
+    let device_writes = |address: u64| {
+        ram.write_unmarked_at(offset(address), &[7]).unwrap();
+        device.lock().unwrap().push(offset(address));
+    };
+    let marks = Arc::clone(&device);
+    let options = Precopy::options().mark_host_writes(move |bitmap| {
+        let mut marks = marks.lock().unwrap();
+        marks.drain(..).try_for_each(|at| bitmap.mark(at).map(drop))
+    });
+    let mut precopy = options.begin(&log).unwrap();
+    precopy.live_round::<AnyError>(write).unwrap();
+    device_writes(0x30_0000);
+    precopy.live_round::<AnyError>(write).unwrap();
+    assert!(image.wrote(0x30_0000));
+
+    device_writes(HIGH);
+    let capture = |_: &_| {
+        device_writes(0x38_0000); // the last write, in the pause
+        Ok(())
+    };
+    let copy = finish!(precopy, guest, capture, write).unwrap();
+    assert!(image.wrote(HIGH) && image.wrote(0x38_0000) && !image.wrote(0x30_0000));
+    assert!(*image.bytes.borrow() == guest.image());
+    copy.epoch.release().unwrap();
+
+    // Without rounds, the last take is the second.
+    let precopy = options.begin(&log).unwrap();
+    device_writes(HIGH);
+    drop(finish!(precopy, guest, |_| Ok(()), write).unwrap());
+    assert!(image.wrote(HIGH));
+}
+
+#[test]
+fn failure_to_mark_host_writes_takes_no_mark() {
+    needs!(Kvm);
+    let guest = Guest::touching();
+    let log = started(&guest);
+    let all = pages_marked(&guest);
+    let fails = |_: &_| Err::<(), _>("no marks");
+    let error = Precopy::options().mark_host_writes(fails).begin(&log);
+    let error = error.unwrap_err();
+    assert!(matches!(error, PrecopyError::HostWrites(_)), "{error:?}");
+    assert!(error.to_string().ends_with(": no marks"));
+    assert_eq!(pages_marked(&guest), all);
+    drop(Precopy::begin(&log).unwrap());
+}
+
+#[test]
+fn atomic_bitmaps_of_the_ram_must_be_moved() {
+    needs!(Kvm);
+    let vm = create_vm(&open_kvm().unwrap()).unwrap();
+    let ranges = [(GuestAddress(0), 1 << 20)];
+    let memory = Arc::new(GuestMemoryMmap::<AtomicBitmap>::from_ranges(&ranges).unwrap());
+    let ram = guest_ram::GuestRam::from_guest_memory(Arc::clone(&memory)).unwrap();
+    let ram = Arc::new(GuestRam::from(ram));
+    let log = DirtyLog::start(&Arc::new(RamSlots::register(&vm, &ram, 0).unwrap())).unwrap();
+    let error = Precopy::begin(&log).unwrap_err();
+    assert!(matches!(error, PrecopyError::MarksElsewhere), "{error:?}");
+    ram.set_baseline().unwrap();
+    memory.write_obj(7_u32, GuestAddress(0x3000)).unwrap();
+    let mut precopy = Precopy::options()
+        .mark_host_writes(move |bitmap| bitmap.mark_guest_memory(&memory))
+        .begin(&log)
+        .unwrap();
+    assert_eq!(precopy.live_round::<AnyError>(|_| Ok(())).unwrap(), 1);
 }
 
 #[test]

@@ -80,6 +80,12 @@ where
     pub fn layout(&self) -> &RamLayout {
         &self.layout
     }
+
+    /// Returns the memory.
+    #[must_use]
+    pub fn memory(&self) -> &P {
+        &self.memory
+    }
 }
 
 /// Returns `len` bytes inside one region.

@@ -5,8 +5,8 @@ use std::io;
 use std::sync::Arc;
 
 use dirty_bitmap::{
-    DirtyBitmap, EpochReclaimed, GeometryError, OutOfRange, Runs, TakenBitmap, TrackedBitmap,
-    TrackedEpoch,
+    EpochReclaimed, GeometryError, LoggedBitmap, LoggedEpoch, OutOfRange, Runs, TakenBitmap,
+    TrackedBitmap, TrackedEpoch,
 };
 use page_reader::{HostMemory, PageReader, RamLayout};
 
@@ -78,7 +78,7 @@ pub trait Tracker: Send + Sync {
 #[derive(Debug, Clone, Copy)]
 pub enum Dirty<'a> {
     /// Found by a hypervisor's log.
-    Logged(&'a DirtyBitmap),
+    Logged(&'a LoggedBitmap),
     /// Found by write faults.
     Tracked(&'a TrackedBitmap),
 }
@@ -122,7 +122,7 @@ impl<'a> Dirty<'a> {
 /// The pages of one save. They become dirty again unless the save is released.
 #[derive(Debug)]
 pub enum Epoch {
-    Logged(dirty_bitmap::Epoch<Arc<DirtyBitmap>>),
+    Logged(LoggedEpoch),
     Tracked(TrackedEpoch),
 }
 

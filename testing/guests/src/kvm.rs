@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use dirty_bitmap::{Epoch as LoggedEpoch, TakenBitmap};
+use dirty_bitmap::TakenBitmap;
 use kvm_backend::{
-    DirtyLog, GuestRam, MsrList, PauseError, RamSlots, Vcpu, VcpuState, Vcpus, long_mode,
+    DirtyLog, GuestRam, MsrList, PauseError, PausedHarvest, RamSlots, Vcpu, VcpuState, Vcpus,
+    long_mode,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VmFd};
 use page_reader::{PageReader, RamLayout};
@@ -162,19 +163,16 @@ struct LogTracker {
 }
 
 impl LogTracker {
-    /// Moves the log into the bitmap. A paused guest stays paused until its pages are copied: one
-    /// thread both runs and saves it.
-    fn harvest(&self) -> anyhow::Result<()> {
+    /// Moves the log into the bitmap of a paused guest. It stays paused until its pages are copied:
+    /// one thread both runs and saves it.
+    fn harvest_paused(&self) -> anyhow::Result<Option<PausedHarvest>> {
         match self.vcpus.pause() {
-            Ok(paused) => drop(self.log.harvest(paused)?),
+            Ok(paused) => Ok(Some(self.log.harvest(paused)?)),
             // The guest runs, or is about to. A consistent image includes the state of the
             // processor, which only a paused guest has.
-            Err(PauseError::Running { .. } | PauseError::IoPending { .. }) => {
-                self.log.harvest_live()?;
-            }
-            Err(error) => return Err(error.into()),
+            Err(PauseError::Running { .. } | PauseError::IoPending { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
         }
-        Ok(())
     }
 }
 
@@ -184,17 +182,22 @@ impl Tracker for LogTracker {
     }
 
     fn begin(&self) -> anyhow::Result<Epoch> {
-        self.harvest()?;
-        let dirty = Arc::clone(self.log.slots().ram().dirty_bitmap());
-        Ok(Epoch::Logged(LoggedEpoch::begin(dirty)?))
+        let epoch = match self.harvest_paused()? {
+            Some(harvest) => harvest.begin_epoch()?,
+            None => self.log.begin_live_epoch()?,
+        };
+        Ok(Epoch::Logged(epoch))
     }
 
     fn extend<'e>(&self, epoch: &'e mut Epoch) -> anyhow::Result<&'e TakenBitmap> {
-        self.harvest()?;
-        match epoch {
-            Epoch::Logged(epoch) => Ok(epoch.extend()?.bitmap()),
-            Epoch::Tracked(_) => bail!("the epoch belongs to another tracker"),
-        }
+        let Epoch::Logged(epoch) = epoch else {
+            bail!("the epoch belongs to another tracker");
+        };
+        let extension = match self.harvest_paused()? {
+            Some(harvest) => harvest.extend(epoch)?,
+            None => self.log.extend_live(epoch)?,
+        };
+        Ok(extension.bitmap())
     }
 }
 
@@ -264,7 +267,7 @@ impl Guest for Machine {
     fn track(&mut self) -> anyhow::Result<Arc<dyn Tracker>> {
         let log = DirtyLog::start(&self.slots)?;
         // Clear the marks: the first snapshot is a full one, so no diff needs the earlier writes.
-        self.ram.dirty_bitmap().begin_epoch()?.release()?;
+        self.ram.set_baseline()?;
         Ok(Arc::new(LogTracker {
             log,
             vcpus: self.vcpus.clone(),

@@ -1,6 +1,7 @@
 //! What a hypervisor with a log of dirty pages has to provide.
 
-use guest_ram::GuestRam;
+use dirty_bitmap::{LoggedEpoch, TakenBitmap};
+use guest_ram::LoggedRam;
 use test_machine::Need;
 
 /// A guest that increments words, whose writes a hypervisor logs. Each vCPU has its own word in
@@ -15,7 +16,7 @@ pub trait LoggedBackend: Send + Sync + Sized + 'static {
     fn new(regions: [(u64, u64); 2]) -> Self;
 
     /// Returns the RAM. Its bitmap receives the log, and its host writes mark pages.
-    fn ram(&self) -> &GuestRam;
+    fn ram(&self) -> &LoggedRam;
 
     /// Returns the number of vCPUs: at least two.
     fn vcpus(&self) -> usize;
@@ -24,11 +25,18 @@ pub trait LoggedBackend: Send + Sync + Sized + 'static {
     /// thread. The addresses are above the first 128 KiB.
     fn increment(&self, vcpu: usize, addresses: &[u64]);
 
-    /// Moves the log into the bitmap while vCPUs may run. Every page that was written before the
-    /// call is marked when it returns.
-    fn harvest_live(&self);
+    /// Moves the log into the bitmap while vCPUs may run, and takes all marks. Every page that was
+    /// written before the call is in the epoch when it returns.
+    fn begin_live(&self) -> LoggedEpoch;
 
-    /// Does the same while no vCPU runs, and calls `copy` before one may run again: the last
-    /// harvest of a save. No vCPU [increments](Self::increment) during the call.
-    fn harvest_paused(&self, copy: impl FnOnce());
+    /// Does the same for the pages since, and calls `copy` with them.
+    fn extend_live(&self, epoch: &mut LoggedEpoch, copy: impl FnOnce(&TakenBitmap));
+
+    /// Does what [`begin_live`](Self::begin_live) does while no vCPU runs, and calls `copy` before
+    /// one may run again. No vCPU [increments](Self::increment) during the call.
+    fn begin_paused(&self, copy: impl FnOnce(LoggedEpoch));
+
+    /// Does what [`extend_live`](Self::extend_live) does while no vCPU runs: the last harvest of a
+    /// save.
+    fn extend_paused(&self, epoch: &mut LoggedEpoch, copy: impl FnOnce(&TakenBitmap));
 }

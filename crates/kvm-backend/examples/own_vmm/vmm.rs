@@ -90,9 +90,9 @@ impl Vmm {
         self.vcpu.complete_io(|_| ())?; // ramsnap
         let paused = self.vcpus.pause()?; // ramsnap
         let state = VcpuState::capture(&self.msrs, &paused, &self.vcpu)?; // ramsnap
-        let _harvest = self.log.harvest(paused)?; // ramsnap
+        let harvest = self.log.harvest(paused)?; // ramsnap
         self.ram.dirty_bitmap().mark_guest_memory(&self.memory)?; // ramsnap
-        let epoch = self.ram.dirty_bitmap().begin_epoch()?; // ramsnap
+        let epoch = harvest.begin_epoch()?; // ramsnap
         let seal = parent.into_iter().fold(Seal::new(), Seal::parent); // ramsnap
         let options = MemoryWriter::options().layout(Layout::Sealed).seal(seal); // ramsnap
         let mut writer = options.open(to, self.ram.layout().ram_size(), 4096)?; // ramsnap

@@ -1,15 +1,19 @@
 //! Moves KVM's dirty log into a bitmap.
 
-use std::io;
+mod epochs;
+mod errors;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use guest_ram::host_page_size;
 use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE};
 use page_reader::RamRange;
-use thiserror::Error;
 
 use super::slots::{RamSlots, SlotError};
 use super::vcpus::Paused;
+
+pub use epochs::PausedHarvest;
+pub use errors::{HarvestError, LogEpochError, StartError};
 
 /// The number of pages that one call clears: 1 GiB in pages of 4 KiB. During the call, KVM holds
 /// the lock of the guest's page tables, and vCPUs that fault wait.
@@ -18,7 +22,8 @@ const CLEAR_PAGES: usize = 1 << 18;
 /// KVM's log of the pages that a guest writes.
 ///
 /// A harvest moves the log into the [bitmap of the guest's RAM][bitmap], in which the host's writes
-/// are marked too.
+/// are marked too. Only a harvest makes an epoch of that bitmap, because the pages in the log are
+/// not in the bitmap before.
 ///
 /// The log is on from [`start`](Self::start) until [`stop`](Self::stop). Dropping the value leaves
 /// the log on, and the next `start` finds its contents. No log contains the writes before the first
@@ -38,11 +43,12 @@ const CLEAR_PAGES: usize = 1 << 18;
 /// [`harvest_live`](Self::harvest_live) may be called at any time. When it returns, every page that
 /// was written before the call is marked in the bitmap. Each page that it marked is write-protected
 /// again, so a later write is in a later harvest. The order for a copy of a *running* guest is
-/// therefore: harvest, take the marks, copy those pages, repeat. A page that is written while it is
-/// copied may be torn: a later harvest reports it. The last round, for a consistent image, is
-/// [`harvest`](Self::harvest). It takes a [`Paused`], which exists only when every vCPU has left
-/// the guest and has completed its I/O. Every device thread that writes guest memory must have
-/// stopped, too.
+/// therefore: harvest, take the marks, copy those pages, repeat.
+/// [`begin_live_epoch`](Self::begin_live_epoch) and [`extend_live`](Self::extend_live) make the
+/// first two steps. A page that is written while it is copied may be torn: a later harvest reports
+/// it. The last round, for a consistent image, is [`harvest`](Self::harvest). It takes a
+/// [`Paused`], which exists only when every vCPU has left the guest and has completed its I/O.
+/// Every device thread that writes guest memory must have stopped, too.
 ///
 /// A vCPU has left the guest when `KVM_RUN` has returned. KVM has then added what the processor
 /// itself logged (Intel's PML).
@@ -106,23 +112,6 @@ pub struct HarvestStats {
     pub pages: u64,
     /// The size of such a page in bytes: the page size of the host.
     pub page_size: u64,
-}
-
-/// The result of the last harvest of a paused guest. The vCPUs stay paused until the value is
-/// dropped: drop it when the pages are copied.
-#[derive(Debug)]
-#[must_use = "the vCPUs may run when this is dropped"]
-pub struct PausedHarvest {
-    stats: HarvestStats,
-    _paused: Paused,
-}
-
-impl PausedHarvest {
-    /// Returns the numbers of the harvest.
-    #[must_use]
-    pub fn stats(&self) -> HarvestStats {
-        self.stats
-    }
 }
 
 impl DirtyLog {
@@ -208,10 +197,8 @@ impl DirtyLog {
         if !Arc::ptr_eq(paused.machine(), self.slots.machine()) {
             return Err(HarvestError::OtherMachine);
         }
-        Ok(PausedHarvest {
-            stats: self.harvest_live()?,
-            _paused: paused,
-        })
+        let stats = self.harvest_live()?;
+        Ok(PausedHarvest::new(stats, Arc::clone(&self.slots), paused))
     }
 
     /// Marks every page in the log and protects it again, while the guest may run. The pages may be
@@ -321,70 +308,4 @@ fn offers_manual_protect(slots: &RamSlots) -> bool {
         .machine()
         .check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
     offered > 0 && offered as u32 & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0
-}
-
-/// An error of switching the dirty log on.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum StartError {
-    /// The RAM has a log already.
-    #[error("the dirty log of this RAM was started already: use that DirtyLog, or drop it first")]
-    AlreadyStarted,
-    /// KVM does not offer `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
-    #[error(
-        "this KVM can't protect logged pages on demand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, \
-         Linux 5.2): use `DirtyLog::start`, which selects a supported way"
-    )]
-    NoManualProtect,
-    /// KVM offers the capability, but refuses to enable it.
-    #[error("KVM offers KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, but refuses to set it: {0}")]
-    EnableManualProtect(#[source] io::Error),
-    /// The log of a slot can't be switched on.
-    #[error(transparent)]
-    Slot(#[from] SlotError),
-}
-
-/// An error of a harvest. No page is lost: see [`DirtyLog::harvest`].
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum HarvestError {
-    /// The paused vCPUs belong to another virtual machine. Nothing was harvested.
-    #[error(
-        "the paused vCPUs belong to another virtual machine than the logged slots: \
-         pause the vCPUs of this one"
-    )]
-    OtherMachine,
-    /// `KVM_GET_DIRTY_LOG` failed.
-    #[error(
-        "KVM_GET_DIRTY_LOG of memory slot {slot} failed: the slot was removed or its log switched \
-         off, not by this crate; restore the slot with its log on, then harvest again: {source}"
-    )]
-    Get {
-        /// The slot number.
-        slot: u32,
-        /// The error of KVM.
-        #[source]
-        source: io::Error,
-    },
-    /// `KVM_CLEAR_DIRTY_LOG` failed.
-    #[error(
-        "KVM_CLEAR_DIRTY_LOG of memory slot {slot} failed: its pages are marked, and the next \
-         harvest marks them again: {source}"
-    )]
-    Clear {
-        /// The slot number.
-        slot: u32,
-        /// The error of KVM.
-        #[source]
-        source: io::Error,
-    },
-    /// The bitmap refused a part of the log. The rest of that slot's log is marked.
-    #[error("the log of memory slot {slot} does not fit the bitmap: {source}")]
-    Mark {
-        /// The slot number.
-        slot: u32,
-        /// The error of the bitmap.
-        #[source]
-        source: dirty_bitmap::DirtyLogError,
-    },
 }

@@ -1,10 +1,16 @@
 //! Copies a running guest's RAM in rounds, in the order that loses no page.
 
-use dirty_bitmap::{BeginEpochError, DirtyBitmap, Epoch, ExtendError, TakenBitmap};
-use thiserror::Error;
+mod options;
+
+use std::error::Error;
+use std::sync::Arc;
+
+use dirty_bitmap::{BeginEpochError, ExtendError, Extension, LoggedEpoch, TakenBitmap};
 
 use super::dirty_log::{DirtyLog, HarvestError};
 use super::vcpus::Paused;
+
+pub use options::PrecopyOptions;
 
 /// A copy of a running guest's RAM (pre-copy), whose steps are made in the order that loses no
 /// page.
@@ -15,10 +21,10 @@ use super::vcpus::Paused;
 ///
 /// | step | who |
 /// |---|---|
-/// | harvest the log, take the marks, write their pages, repeat | `live_round`, and `write` |
+/// | harvest the log, mark host writes, take the marks, write their pages, repeat | `live_round`, and `write` |
 /// | make the vCPUs leave the guest, complete their I/O, pause them | `pause` |
 /// | capture their state | `capture` |
-/// | harvest the log, take the last marks | `finish` |
+/// | harvest the log, mark host writes, take the last marks | `finish` |
 /// | write their pages | `write` |
 /// | let the vCPUs run | `finish` |
 /// | commit the file, release the epoch | the caller, with the epoch that `finish` returns |
@@ -27,10 +33,14 @@ use super::vcpus::Paused;
 /// because the save is cancelled, all marks return to the bitmap, and no page is lost.
 ///
 /// The closures may fail with any error `E` that a [`PrecopyError`] converts to, such as
-/// `Box<dyn Error>`. Every device that writes guest memory must
-/// [mark its writes](crate#writes-of-the-host), and stop in `pause`. With an `AtomicBitmap` of
-/// `vm-memory`, call `DirtyBitmap::mark_guest_memory` in `pause`, after the devices have stopped:
-/// marks that are taken before the last step only are missing from the image.
+/// `Box<dyn Error>`.
+///
+/// # Writes of the host
+/// Every device that writes guest memory must [mark its writes](crate#writes-of-the-host), and stop
+/// in `pause`. [`begin`](Self::begin) is for RAM in whose bitmap all host writes are marked as they
+/// are made. With an `AtomicBitmap` of `vm-memory`, or another place that has marks of host writes,
+/// pass a function that moves them: [`PrecopyOptions::mark_host_writes`]. It is called before each
+/// take of marks, the last one in the pause included.
 ///
 /// # Examples
 /// ```
@@ -79,7 +89,8 @@ use super::vcpus::Paused;
 #[must_use = "all marks return to the bitmap when this is dropped"]
 pub struct Precopy<'l> {
     log: &'l DirtyLog,
-    epoch: Epoch<&'l DirtyBitmap>,
+    epoch: LoggedEpoch,
+    options: PrecopyOptions,
     stage: Stage,
 }
 
@@ -98,11 +109,11 @@ enum Stage {
 #[derive(Debug)]
 #[must_use = "all marks return to the bitmap when the epoch is dropped"]
 #[non_exhaustive]
-pub struct Precopied<'l, T> {
+pub struct Precopied<T> {
     /// The state that `capture` returned.
     pub state: T,
     /// The epoch of all pages that were written: release it once the file is durable.
-    pub epoch: Epoch<&'l DirtyBitmap>,
+    pub epoch: LoggedEpoch,
     /// The number of pages of the bitmap that were written while the guest was paused.
     pub pages: u64,
 }
@@ -111,14 +122,36 @@ impl<'l> Precopy<'l> {
     /// Harvests the log of the running guest, and takes all marks. The first round writes their
     /// pages: all of the RAM, if the log was just started.
     ///
+    /// All host writes must be marked in the bitmap as they are made; otherwise use
+    /// [`options`](Self::options).
+    ///
     /// # Errors
-    /// Returns [`PrecopyError::Harvest`], or [`PrecopyError::Begin`] if another epoch is open.
+    /// Returns [`PrecopyError::Harvest`], [`PrecopyError::Begin`] if another epoch is open, and
+    /// [`PrecopyError::MarksElsewhere`] if the RAM is guest memory of `vm-memory` with
+    /// `AtomicBitmap`s.
     pub fn begin(log: &'l DirtyLog) -> Result<Self, PrecopyError> {
-        log.harvest_live()?;
-        let epoch = log.slots().ram().dirty_bitmap().begin_epoch()?;
+        PrecopyOptions::default().begin(log)
+    }
+
+    /// Returns a builder for a copy whose host writes are not marked as they are made.
+    pub fn options() -> PrecopyOptions {
+        PrecopyOptions::default()
+    }
+
+    /// Begins a copy with these options.
+    fn begin_with(log: &'l DirtyLog, options: PrecopyOptions) -> Result<Self, PrecopyError> {
+        if log.slots().ram().marks_elsewhere() && !options.marks_host_writes() {
+            return Err(PrecopyError::MarksElsewhere);
+        }
+        let bitmap = Arc::clone(log.slots().ram().dirty_bitmap());
+        let epoch = LoggedEpoch::begin_after(bitmap, |bitmap| {
+            log.harvest_live()?;
+            options.mark(bitmap)
+        })?;
         Ok(Self {
             log,
             epoch,
+            options,
             stage: Stage::Begun,
         })
     }
@@ -158,7 +191,7 @@ impl<'l> Precopy<'l> {
         pause: impl FnOnce() -> Result<Paused, E>,
         capture: impl FnOnce(&Paused) -> Result<T, E>,
         write: impl FnOnce(&TakenBitmap) -> Result<(), E>,
-    ) -> Result<Precopied<'l, T>, E> {
+    ) -> Result<Precopied<T>, E> {
         self.check_written()?;
         let paused = pause()?;
         // The capture may make KVM write guest memory, so it precedes the harvest.
@@ -166,7 +199,7 @@ impl<'l> Precopy<'l> {
         let harvest = self.log.harvest(paused).map_err(PrecopyError::from)?;
         if self.stage == Stage::Begun {
             // The pages of the first take and of this one, in one write.
-            let _ = self.epoch.extend().map_err(PrecopyError::from)?;
+            let _ = extend(&mut self.epoch, &self.options)?;
         }
         let pages = self.write_taken(write)?;
         drop(harvest); // the vCPUs may run
@@ -185,7 +218,7 @@ impl<'l> Precopy<'l> {
         self.check_written()?;
         let pages = match self.stage {
             Stage::Begun => self.epoch.bitmap(),
-            _ => self.epoch.extend().map_err(PrecopyError::from)?.bitmap(),
+            _ => extend(&mut self.epoch, &self.options)?.bitmap(),
         };
         // Until `write` has returned, these pages are in the epoch and in no file.
         self.stage = Stage::Failed;
@@ -202,9 +235,17 @@ impl<'l> Precopy<'l> {
     }
 }
 
+/// Takes the marks that were set since the last take, after the log was harvested.
+fn extend<'e>(
+    epoch: &'e mut LoggedEpoch,
+    options: &PrecopyOptions,
+) -> Result<Extension<'e>, PrecopyError> {
+    epoch.extend_after(|bitmap| options.mark(bitmap))
+}
+
 /// An error of copying a running guest's RAM. No page is lost: all marks return to the bitmap when
 /// the [`Precopy`] is dropped.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PrecopyError {
     /// KVM's log could not be harvested.
@@ -216,6 +257,16 @@ pub enum PrecopyError {
     /// The marks that were set since the last round could not be taken.
     #[error(transparent)]
     Extend(#[from] ExtendError),
+    /// The RAM is guest memory of `vm-memory` with `AtomicBitmap`s, whose marks would be missing
+    /// from the image. No mark was taken.
+    #[error(
+        "writes of the host are marked in the AtomicBitmaps of the guest memory: pass \
+         `mark_guest_memory` to `PrecopyOptions::mark_host_writes`"
+    )]
+    MarksElsewhere,
+    /// The function that marks host writes failed. No mark was taken.
+    #[error("failed to mark the writes of the host: {0}")]
+    HostWrites(#[source] Box<dyn Error + Send + Sync>),
     /// An earlier write failed.
     #[error(
         "pages of an earlier round were not written: drop this copy, which marks its pages again, \

@@ -7,12 +7,12 @@ use std::ops::{Deref, Range};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use guest_ram::{GuestRamError, RamOwner};
+use guest_ram::{GuestRamError, LoggedRam, RamOwner};
 use page_reader::{HostMemory, PageReader, PopulatedRanges, RamLayout, RamRange};
 
 pub use options::GuestRamOptions;
 
-/// The RAM of a KVM guest: a [`guest_ram::GuestRam`], to which it dereferences, that KVM maps in
+/// The RAM of a KVM guest: a [`guest_ram::LoggedRam`], to which it dereferences, that KVM maps in
 /// memory slots.
 ///
 /// KVM's dirty log has only the guest's writes. The host writes through
@@ -20,6 +20,17 @@ pub use options::GuestRamOptions;
 /// the pages in the [`dirty_bitmap`](guest_ram::GuestRam::dirty_bitmap). The VMM calls
 /// [`mark`](guest_ram::GuestRam::mark) for a device that writes through the host address (virtio,
 /// vhost).
+///
+/// The bitmap is a [`LoggedBitmap`](dirty_bitmap::LoggedBitmap): an epoch begins only after a
+/// harvest of the log, by [`PausedHarvest::begin_epoch`](crate::PausedHarvest::begin_epoch),
+/// [`DirtyLog::begin_live_epoch`](crate::DirtyLog::begin_live_epoch) or
+/// [`Precopy`](crate::Precopy). Before the harvest, the pages that the guest wrote are in KVM's log
+/// and not in the bitmap:
+/// ```compile_fail,E0599
+/// # fn example(ram: &kvm_backend::GuestRam) {
+/// ram.dirty_bitmap().begin_epoch();
+/// # }
+/// ```
 ///
 /// # Examples
 /// ```
@@ -39,7 +50,7 @@ pub use options::GuestRamOptions;
 #[derive(Debug)]
 #[must_use = "the RAM is unmapped when this is dropped"]
 pub struct GuestRam {
-    ram: guest_ram::GuestRam,
+    ram: LoggedRam,
     memfd: Option<OwnedFd>,
     log: Mutex<LogState>,
 }
@@ -80,7 +91,7 @@ impl GuestRam {
         GuestRamOptions::default()
     }
 
-    fn over(ram: guest_ram::GuestRam, memfd: Option<OwnedFd>) -> Self {
+    fn over(ram: LoggedRam, memfd: Option<OwnedFd>) -> Self {
         Self {
             ram,
             memfd,
@@ -108,16 +119,16 @@ impl GuestRam {
 }
 
 /// Converts RAM of any owner.
-impl From<guest_ram::GuestRam> for GuestRam {
-    fn from(ram: guest_ram::GuestRam) -> Self {
+impl From<LoggedRam> for GuestRam {
+    fn from(ram: LoggedRam) -> Self {
         Self::over(ram, None)
     }
 }
 
 impl Deref for GuestRam {
-    type Target = guest_ram::GuestRam;
+    type Target = LoggedRam;
 
-    fn deref(&self) -> &guest_ram::GuestRam {
+    fn deref(&self) -> &LoggedRam {
         &self.ram
     }
 }

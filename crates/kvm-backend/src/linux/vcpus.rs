@@ -32,15 +32,16 @@ use super::machine::Machine;
 ///    memory (for example the flag of a preempted vCPU).
 /// 4. [`DirtyLog::harvest`](crate::DirtyLog::harvest) takes that value, and returns another that
 ///    keeps the vCPUs out of the guest.
-/// 5. The pages are copied, and the returned value is dropped: the vCPUs may run.
+/// 5. [`PausedHarvest::begin_epoch`](crate::PausedHarvest::begin_epoch) takes the marks. The pages
+///    are copied, and the value of the harvest is dropped: the vCPUs may run.
 ///
 /// If a step is skipped:
 /// - **Complete I/O**: KVM writes the bytes after the pages were copied, and the image lacks them.
 ///   `pause` therefore fails.
 /// - **Capture**: the image has no vCPU state. A capture after the harvest may let KVM write a page
 ///   that the image then lacks. The harvest therefore consumes the pause that the capture needs.
-/// - **Harvest**: the pages that were written since the last harvest are still in KVM's log. This
-///   image lacks them, and the next diff has them.
+/// - **Harvest**: the pages that were written since the last harvest are still in KVM's log. An
+///   image without them would mix two moments. Therefore only a harvest begins an epoch.
 /// - **Copy**: releasing the epoch discards the marks of pages that are in no image. All later
 ///   diffs lack these pages too, until the guest writes them again.
 ///
@@ -50,7 +51,7 @@ use super::machine::Machine;
 /// use std::sync::Barrier;
 /// use std::sync::atomic::{AtomicBool, Ordering};
 ///
-/// use kvm_backend::{DirtyLog, GuestRam, Vcpu, Vcpus};
+/// use kvm_backend::{DirtyLog, Vcpu, Vcpus};
 /// use kvm_ioctls::VcpuExit;
 ///
 /// fn handle(exit: VcpuExit<'_>) { /* devices */ }
@@ -77,15 +78,11 @@ use super::machine::Machine;
 /// }
 ///
 /// /// Saves the guest, after all vCPU threads have reached the barrier.
-/// fn save(
-///     vcpus: &Vcpus,
-///     log: &DirtyLog,
-///     ram: &GuestRam,
-/// ) -> Result<(), Box<dyn std::error::Error>> {
+/// fn save(vcpus: &Vcpus, log: &DirtyLog) -> Result<(), Box<dyn std::error::Error>> {
 ///     let paused = vcpus.pause()?; // an error while a vCPU runs or has I/O pending
 ///     // ... capture the vCPUs' state ...
 ///     let harvest = log.harvest(paused)?;
-///     let epoch = ram.dirty_bitmap().begin_epoch()?;
+///     let epoch = harvest.begin_epoch()?;
 ///     // ... copy the pages of `epoch.bitmap()` ...
 ///     drop(harvest); // the vCPUs may run
 ///     epoch.release_after(commit)?; // restores the marks if `commit` fails

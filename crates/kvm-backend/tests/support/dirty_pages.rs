@@ -1,8 +1,9 @@
 //! The pages in a dirty log.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use dirty_bitmap::DirtyBitmap;
+use dirty_bitmap::{BeginEpochError, DirtyBitmap, LoggedBitmap, LoggedEpoch};
 use kvm_backend::DirtyLog;
 
 use super::{CODE, Guest, HIGH, HIGH_SIZE, LOW_SIZE, PAGE, TABLES, offset};
@@ -21,9 +22,20 @@ pub const TOUCHED: [u64; 7] = [
 /// Takes the contents of the log, without the host's writes.
 pub fn logged(guest: &Guest, log: &DirtyLog) -> DirtyBitmap {
     let marks = guest.ram.dirty_bitmap();
-    drop(marks.drain().unwrap());
+    drop(drain(marks));
     log.harvest_live().unwrap();
-    marks.drain().unwrap()
+    drain(marks)
+}
+
+/// Takes the marks of the bitmap without a harvest, which a VMM must not do.
+pub fn drain(marks: &Arc<LoggedBitmap>) -> DirtyBitmap {
+    let harvest = |_: &_| Ok::<_, BeginEpochError>(());
+    let epoch = LoggedEpoch::begin_after(Arc::clone(marks), harvest).unwrap();
+    let taken = epoch.bitmap();
+    let copy = DirtyBitmap::new(taken.ram_start(), taken.ram_size(), taken.page_size()).unwrap();
+    copy.mark_all(taken).unwrap();
+    epoch.release().unwrap();
+    copy
 }
 
 /// Returns the numbers of the marked pages, without those of the page tables, which the processor

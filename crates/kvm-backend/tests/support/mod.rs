@@ -282,7 +282,7 @@ impl Guest {
     pub fn log(&self, reprotect: Reprotect) -> DirtyLog {
         let log = DirtyLog::start_with(&self.slots, reprotect).unwrap();
         log.harvest_live().unwrap();
-        let _ = self.ram.dirty_bitmap().drain().unwrap();
+        self.ram.set_baseline().unwrap();
         log
     }
 

@@ -42,8 +42,7 @@ impl<B: LoggedBackend> Saved<B> {
     /// Makes a save of a stopped guest. One that is not `durable` fails after the copy.
     fn save(&mut self, durable: bool) {
         let Self { backend, image } = self;
-        backend.harvest_paused(|| {
-            let epoch = backend.ram().dirty_bitmap().begin_epoch().unwrap();
+        backend.begin_paused(|epoch| {
             copy(backend.ram(), epoch.bitmap(), image);
             if durable {
                 epoch.release().unwrap();
@@ -123,9 +122,7 @@ pub fn saves_while_all_vcpus_write<B: LoggedBackend>() {
     for round in 0..rounds(3, 30) {
         let Saved { backend, image } = &mut saved;
         assert!(backend.vcpus() > 1, "the suite needs several vCPUs");
-        let bitmap = backend.ram().dirty_bitmap();
-        backend.harvest_live();
-        let mut epoch = bitmap.begin_epoch().unwrap();
+        let mut epoch = backend.begin_live();
         copy(backend.ram(), epoch.bitmap(), image);
         thread::scope(|scope| {
             let backend = &*backend;
@@ -139,11 +136,10 @@ pub fn saves_while_all_vcpus_write<B: LoggedBackend>() {
             };
             let running: Vec<_> = (0..backend.vcpus()).map(vcpu).collect();
             while !running.iter().all(|vcpu| vcpu.is_finished()) {
-                backend.harvest_live();
-                copy(backend.ram(), &epoch.extend().unwrap(), image);
+                backend.extend_live(&mut epoch, |pages| copy(backend.ram(), pages, image));
             }
         });
-        backend.harvest_paused(|| copy(backend.ram(), &epoch.extend().unwrap(), image));
+        backend.extend_paused(&mut epoch, |pages| copy(backend.ram(), pages, image));
         epoch.release().unwrap();
         saved.assert_complete(&format!("round {round}"));
     }
@@ -155,14 +151,15 @@ pub fn next_write<B: LoggedBackend>() {
     let Some(saved) = Saved::<B>::new(test) else {
         return;
     };
-    let (ram, bitmap) = (saved.backend.ram(), saved.backend.ram().dirty_bitmap());
+    let ram = saved.backend.ram();
     for address in [LOW_SIZE - 8, HIGH, HIGH + HIGH_SIZE - 8] {
         for time in 0..3 {
             saved.backend.increment(0, &[address]);
-            saved.backend.harvest_live();
-            let marks = bitmap.drain().unwrap();
+            let epoch = saved.backend.begin_live();
             let offset = ram.layout().offset_of(address).unwrap();
-            assert!(marks.is_dirty(offset).unwrap(), "{address:#x}, {time}");
+            let marked = epoch.bitmap().is_dirty(offset).unwrap();
+            assert!(marked, "{address:#x}, {time}");
+            epoch.release().unwrap();
         }
     }
 }
@@ -194,7 +191,7 @@ pub fn discarded_page<B: LoggedBackend>() {
 
 /// Discards the first bytes of a region, as a balloon device does.
 #[cfg(target_os = "linux")]
-fn discard(ram: &guest_ram::GuestRam, region: usize, len: usize) {
+fn discard(ram: &guest_ram::LoggedRam, region: usize, len: usize) {
     use nix::sys::mman::{MmapAdvise, madvise};
 
     let start = ram.host_address(region).cast();

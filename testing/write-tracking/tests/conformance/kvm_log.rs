@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use kvm_backend::{DirtyLog, Reprotect, Vcpu, Vcpus, long_mode};
+use dirty_bitmap::{LoggedEpoch, TakenBitmap};
+use kvm_backend::{DirtyLog, PausedHarvest, Reprotect, Vcpu, Vcpus, long_mode};
 use test_machine::Need;
 use write_tracking::LoggedBackend;
 
@@ -62,10 +63,8 @@ impl Logged {
         vcpu.complete_io(|exit| panic!("{exit:?}")).unwrap();
     }
 
-    fn harvest_paused(&self, copy: impl FnOnce()) {
-        let harvest = self.log.harvest(self.all.pause().unwrap()).unwrap();
-        copy();
-        drop(harvest);
+    fn harvest(&self) -> PausedHarvest {
+        self.log.harvest(self.all.pause().unwrap()).unwrap()
     }
 }
 
@@ -78,7 +77,7 @@ macro_rules! backend {
                 Self(Logged::new(regions, Reprotect::$name))
             }
 
-            fn ram(&self) -> &guest_ram::GuestRam {
+            fn ram(&self) -> &guest_ram::LoggedRam {
                 &self.0.ram
             }
 
@@ -90,12 +89,22 @@ macro_rules! backend {
                 self.0.increment(vcpu, addresses);
             }
 
-            fn harvest_live(&self) {
-                self.0.log.harvest_live().unwrap();
+            fn begin_live(&self) -> LoggedEpoch {
+                self.0.log.begin_live_epoch().unwrap()
             }
 
-            fn harvest_paused(&self, copy: impl FnOnce()) {
-                self.0.harvest_paused(copy);
+            fn extend_live(&self, epoch: &mut LoggedEpoch, copy: impl FnOnce(&TakenBitmap)) {
+                copy(&self.0.log.extend_live(epoch).unwrap());
+            }
+
+            fn begin_paused(&self, copy: impl FnOnce(LoggedEpoch)) {
+                let harvest = self.0.harvest();
+                copy(harvest.begin_epoch().unwrap());
+            }
+
+            fn extend_paused(&self, epoch: &mut LoggedEpoch, copy: impl FnOnce(&TakenBitmap)) {
+                let harvest = self.0.harvest();
+                copy(&harvest.extend(epoch).unwrap());
             }
         }
     };

@@ -3,9 +3,11 @@
 #![allow(unsafe_code)]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use guest_ram::{GuestRam, host_page_size};
+use dirty_bitmap::{BeginEpochError, ExtendError, Extension, LoggedEpoch, TakenBitmap};
+use guest_ram::{LoggedRam, host_page_size};
 use page_reader::RamLayout;
 use test_machine::Need;
 use write_tracking::{LOW_SIZE, LoggedBackend, suite};
@@ -47,7 +49,7 @@ makes!(
 
 /// A guest whose vCPUs are threads. Each sets the bit of a page after it has written to it.
 pub(super) struct Soft<M> {
-    ram: GuestRam,
+    ram: LoggedRam,
     /// One bit for each page of the memory file.
     log: Box<[AtomicU64]>,
     /// The pages that were ever in the log.
@@ -56,6 +58,22 @@ pub(super) struct Soft<M> {
 }
 
 impl<M: Makes> Soft<M> {
+    fn begin(&self, harvest: impl FnOnce()) -> LoggedEpoch {
+        let bitmap = Arc::clone(self.ram.dirty_bitmap());
+        let begun = LoggedEpoch::begin_after(bitmap, |_| {
+            harvest();
+            Ok::<_, BeginEpochError>(())
+        });
+        begun.unwrap()
+    }
+
+    fn harvest_paused(&self) {
+        // The vCPUs are the threads that call `increment`, and none does.
+        if M::MISTAKE != Mistake::NoLastHarvest {
+            self.harvest();
+        }
+    }
+
     fn harvest(&self) {
         let first_page = match M::MISTAKE {
             Mistake::OneRegion => LOW_SIZE / host_page_size(),
@@ -86,10 +104,10 @@ impl<M: Makes> LoggedBackend for Soft<M> {
         let layout = RamLayout::new(regions).unwrap();
         let words = (layout.ram_size() / host_page_size()).div_ceil(64);
         let zeros = || (0..words).map(|_| AtomicU64::new(0)).collect();
-        let ram = GuestRam::new(layout).unwrap();
+        let ram = LoggedRam::new(layout).unwrap();
         ram.write(0, b"booted").unwrap();
         match M::MISTAKE {
-            Mistake::LogBeginsClean => drop(ram.dirty_bitmap().drain().unwrap()),
+            Mistake::LogBeginsClean => ram.set_baseline().unwrap(),
             _ => ram.mark_all(),
         }
         Self {
@@ -100,7 +118,7 @@ impl<M: Makes> LoggedBackend for Soft<M> {
         }
     }
 
-    fn ram(&self) -> &GuestRam {
+    fn ram(&self) -> &LoggedRam {
         &self.ram
     }
 
@@ -128,17 +146,29 @@ impl<M: Makes> LoggedBackend for Soft<M> {
         }
     }
 
-    fn harvest_live(&self) {
-        self.harvest();
+    fn begin_live(&self) -> LoggedEpoch {
+        self.begin(|| self.harvest())
     }
 
-    fn harvest_paused(&self, copy: impl FnOnce()) {
-        // The vCPUs are the threads that call `increment`, and none does.
-        if M::MISTAKE != Mistake::NoLastHarvest {
-            self.harvest();
-        }
-        copy();
+    fn extend_live(&self, epoch: &mut LoggedEpoch, copy: impl FnOnce(&TakenBitmap)) {
+        copy(&extend(epoch, || self.harvest()));
     }
+
+    fn begin_paused(&self, copy: impl FnOnce(LoggedEpoch)) {
+        copy(self.begin(|| self.harvest_paused()));
+    }
+
+    fn extend_paused(&self, epoch: &mut LoggedEpoch, copy: impl FnOnce(&TakenBitmap)) {
+        copy(&extend(epoch, || self.harvest_paused()));
+    }
+}
+
+fn extend(epoch: &mut LoggedEpoch, harvest: impl FnOnce()) -> Extension<'_> {
+    let extended = epoch.extend_after(|_| {
+        harvest();
+        Ok::<_, ExtendError>(())
+    });
+    extended.unwrap()
 }
 
 /// Returns whether the suite accepts a backend that makes a mistake.

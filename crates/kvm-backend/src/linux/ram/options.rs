@@ -3,7 +3,7 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use dirty_bitmap::DirtyBitmap;
+use dirty_bitmap::{Logged, LoggedBitmap};
 use guest_ram::{GuestRamError, RamOwner};
 use page_reader::{RamLayout, RamRange};
 
@@ -14,7 +14,7 @@ use crate::linux::memory;
 #[derive(Clone, Debug, Default)]
 #[must_use = "options do nothing until `allocate`, `own` or `adopt`"]
 pub struct GuestRamOptions {
-    ram: guest_ram::GuestRamOptions,
+    ram: guest_ram::GuestRamOptions<Logged>,
     memfd: Option<String>,
     huge_pages: bool,
 }
@@ -51,10 +51,11 @@ impl GuestRamOptions {
     }
 
     /// Marks host writes in this bitmap, instead of in a new one with pages of the host's size.
+    /// [`LoggedBitmap::logged`] creates it.
     ///
     /// The bitmap must cover the memory file: it must start at 0 and be as large as the RAM. If the
     /// layout has one region, the bitmap may also start at the region's guest-physical address.
-    pub fn dirty_bitmap(mut self, dirty: Arc<DirtyBitmap>) -> Self {
+    pub fn dirty_bitmap(mut self, dirty: Arc<LoggedBitmap>) -> Self {
         self.ram = self.ram.dirty_bitmap(dirty);
         self
     }
@@ -101,19 +102,25 @@ impl GuestRamOptions {
     /// Guest memory of the crate `vm-memory`, whose writes mark the same bitmap:
     /// ```
     /// use std::sync::Arc;
-    /// use dirty_bitmap::DirtyBitmap;
+    /// use dirty_bitmap::{DirtyBitmapSlice, LoggedBitmap};
     /// use kvm_backend::GuestRam;
     /// use page_reader::GuestMemoryReader;
-    /// use vm_memory::{GuestAddress, GuestMemoryMmap};
+    /// use vm_memory::mmap::MmapRegionBuilder;
+    /// use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
     ///
-    /// # let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
-    /// // Of `DirtyBitmapSlice`s of the bitmap.
-    /// let bitmap = Arc::new(DirtyBitmap::new(0, 1 << 20, 4096)?);
-    /// let memory = Arc::new(memory);
-    /// let owner = GuestMemoryReader::new(memory)?;
-    /// let ram = GuestRam::options()
-    ///     .dirty_bitmap(bitmap)
-    ///     .own(owner.layout().clone(), owner)?;
+    /// let bitmap = Arc::new(LoggedBitmap::logged(0, 1 << 20, 4096)?);
+    /// let slice = DirtyBitmapSlice::new(bitmap, 0, 1 << 20)?;
+    /// let mapping = MmapRegionBuilder::new_with_bitmap(1 << 20, slice)
+    ///     .with_mmap_prot(nix::libc::PROT_READ | nix::libc::PROT_WRITE)
+    ///     .with_mmap_flags(nix::libc::MAP_ANONYMOUS | nix::libc::MAP_PRIVATE | nix::libc::MAP_NORESERVE)
+    ///     .build()?;
+    /// let region = GuestRegionMmap::new(mapping, GuestAddress(0)).ok_or("too large")?;
+    /// let memory = Arc::new(GuestMemoryMmap::from_regions(vec![region])?);
+    ///
+    /// let owner = GuestMemoryReader::new(Arc::clone(&memory))?;
+    /// let ram = GuestRam::options().own(owner.layout().clone(), owner)?;
+    /// memory.write_obj(7_u32, GuestAddress(0x3000))?; // a device
+    /// assert!(ram.dirty_bitmap().is_dirty(0x3000)?);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn own(&self, layout: RamLayout, owner: impl RamOwner) -> Result<GuestRam, GuestRamError> {

@@ -42,6 +42,7 @@ pub(crate) const CRATES: [(&str, Tiers); 5] = [
             "allocations",
             "contents",
             "epochs",
+            "logged",
             "loom",
             "loom_epochs",
             "loom_tracker",

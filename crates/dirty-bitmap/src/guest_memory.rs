@@ -1,121 +1,16 @@
 //! The bitmap as a dirty bitmap of the `vm-memory` crate.
 
-use std::sync::Arc;
+mod slice;
 
 use thiserror::Error;
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice, WithBitmapSlice};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::bitmap::DirtyBitmap;
-use crate::geometry::OutOfRange;
-use crate::kind::{Markable, Untracked};
+use crate::kind::Markable;
 use crate::ranges::runs_of_word;
 
-/// The part of a shared bitmap that belongs to one region of guest memory.
-///
-/// Each write through a `GuestMemoryMmap<DirtyBitmapSlice>` marks its pages in the bitmap, after
-/// the bytes are written ([mark last](DirtyBitmap#mark-last)). A hypervisor's dirty log does not
-/// have these writes, because it has only those of the guest.
-///
-/// Not marked are writes that do not go through the methods of `vm-memory`: by a pointer from
-/// `get_host_address` or `as_ptr`, by the kernel (vhost, io_uring into guest memory), and by
-/// another process that maps the memory (vhost-user). Mark these by
-/// [`mark_range`](DirtyBitmap::mark_range), which takes offsets in the memory file if there are
-/// several regions.
-///
-/// `vm-memory`'s `NewBitmap` is not implemented, so `GuestMemoryMmap::from_ranges` is not
-/// available: it would create a bitmap for each region. Create the regions as in the example.
-///
-/// # Examples
-/// ```
-/// use std::sync::Arc;
-///
-/// use dirty_bitmap::{DirtyBitmap, DirtyBitmapSlice};
-/// use vm_memory::mmap::MmapRegionBuilder;
-/// use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
-///
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// // 1 MiB at 0 and 1 MiB at 4 GiB. The bitmap covers the memory file, which has no gap.
-/// let bitmap = Arc::new(DirtyBitmap::new(0, 2 << 20, 4096)?);
-/// let mut regions = Vec::new();
-/// let mut offset = 0;
-/// for (start, size) in [(0, 1 << 20), (4 << 30, 1 << 20)] {
-///     let slice = DirtyBitmapSlice::new(Arc::clone(&bitmap), offset, size as u64)?;
-///     let mapping = MmapRegionBuilder::new_with_bitmap(size, slice)
-///         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-///         .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
-///         .build()?;
-///     regions.push(GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or("too large")?);
-///     offset += size as u64;
-/// }
-/// let memory = GuestMemoryMmap::from_regions(regions)?;
-///
-/// memory.write_obj(7_u32, GuestAddress((4 << 30) + 0x3000))?; // a device
-/// assert!(bitmap.runs().eq([0x10_3000..0x10_4000]));
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Debug)]
-#[must_use = "a slice marks nothing until a region of guest memory uses it"]
-pub struct DirtyBitmapSlice<K = Untracked> {
-    bitmap: Arc<DirtyBitmap<K>>,
-    /// The first byte of the slice, as an offset from the start of the RAM.
-    offset: usize,
-}
-
-impl<K: Markable> DirtyBitmapSlice<K> {
-    /// Returns the slice of the `len` bytes from `offset` on, counted from the start of the RAM.
-    ///
-    /// The length is that of the region that will use the slice. `vm-memory` does not check it.
-    ///
-    /// # Errors
-    /// Returns [`OutOfRange`] if the bytes are not inside the RAM of the bitmap.
-    pub fn new(bitmap: Arc<DirtyBitmap<K>>, offset: u64, len: u64) -> Result<Self, OutOfRange> {
-        let ram = bitmap.marks.ram;
-        let address = ram.start.saturating_add(offset);
-        let (_, inside) = ram.clip(address, len);
-        inside?;
-        let outside = || ram.out_of_range(address, address.saturating_add(len));
-        let offset = usize::try_from(offset).map_err(|_| outside())?;
-        Ok(Self { bitmap, offset })
-    }
-
-    /// Returns the whole bitmap.
-    #[must_use]
-    pub fn bitmap(&self) -> &Arc<DirtyBitmap<K>> {
-        &self.bitmap
-    }
-}
-
-impl<K> Clone for DirtyBitmapSlice<K> {
-    fn clone(&self) -> Self {
-        Self {
-            bitmap: Arc::clone(&self.bitmap),
-            offset: self.offset,
-        }
-    }
-}
-
-impl<'a, K: Markable + 'static> WithBitmapSlice<'a> for DirtyBitmapSlice<K> {
-    // A reference, because cloning an Arc for each access would make threads wait for each other.
-    type S = RefSlice<'a, DirtyBitmap<K>>;
-}
-
-/// Offsets are relative to the start of the slice.
-impl<K: Markable + 'static> Bitmap for DirtyBitmapSlice<K> {
-    /// Marks as `DirtyBitmap` does, and panics in the same cases.
-    fn mark_dirty(&self, offset: usize, len: usize) {
-        self.slice_at(0).mark_dirty(offset, len);
-    }
-
-    fn dirty_at(&self, offset: usize) -> bool {
-        self.slice_at(0).dirty_at(offset)
-    }
-
-    fn slice_at(&self, offset: usize) -> RefSlice<'_, DirtyBitmap<K>> {
-        RefSlice::new(&*self.bitmap, self.offset.saturating_add(offset))
-    }
-}
+pub use slice::{DirtyBitmapSlice, SliceError};
 
 impl<'a, K: Markable + 'static> WithBitmapSlice<'a> for DirtyBitmap<K> {
     type S = RefSlice<'a, Self>;
@@ -156,7 +51,8 @@ impl<K: Markable> DirtyBitmap<K> {
     ///
     /// # Order
     /// Call this before each [`begin_epoch`](DirtyBitmap::begin_epoch) and
-    /// [`extend`](crate::Epoch::extend), so that the marks are in that epoch. Devices may write
+    /// [`extend`](crate::Epoch::extend), so that the marks are in that epoch. With `Precopy` of the
+    /// crate `kvm-backend`, pass the call to `PrecopyOptions::mark_host_writes`. Devices may write
     /// during the call. `vm-memory` writes first and then marks, so a mark that this method moves
     /// stands for bytes that a later copy includes, and a mark that is set later stays for the next
     /// call. No mark is lost if the save fails: it is in this bitmap, and the epoch restores it.
