@@ -9,6 +9,10 @@ struct Async;
 #[doc = include_str!("../../../docs/guides/firecracker-files.md")]
 struct FirecrackerFiles;
 
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/guides/fuzzers.md")]
+struct Fuzzers;
+
 #[cfg(all(doctest, target_os = "linux"))]
 #[doc = include_str!("../../../docs/guides/squib-snapshot.md")]
 struct SquibSnapshot;
