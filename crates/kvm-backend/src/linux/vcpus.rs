@@ -172,6 +172,17 @@ impl Vcpus {
     }
 
     /// Adds a vCPU of this virtual machine that was created elsewhere and may have run.
+    ///
+    /// <div class="warning">
+    ///
+    /// A vCPU of another virtual machine is not detected. Linux does not report which virtual
+    /// machine the descriptor of a vCPU belongs to: its name in `/proc/self/fd` is `kvm-vcpu` and
+    /// the number of the vCPU, its `fdinfo` and `kcmp` say nothing of the virtual machine, and its
+    /// statistics (`KVM_GET_STATS_FD`) name the process only. Adopt only vCPUs that the `VmFd` of
+    /// [`new`](Self::new) has created, and all of them. The vCPUs of that `VmFd` that are not in
+    /// the set run on during a pause, and the image then lacks what they write.
+    ///
+    /// </div>
     pub fn adopt(&self, fd: VcpuFd) -> Vcpu {
         let state = self.states.add_adopted();
         Vcpu { fd, state }

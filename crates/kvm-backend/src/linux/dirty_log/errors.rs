@@ -28,7 +28,7 @@ pub enum StartError {
     Slot(#[from] SlotError),
 }
 
-/// An error of a harvest. No page is lost: see [`DirtyLog::harvest`].
+/// An error of a harvest. No page is lost: see [`DirtyLog::harvest`](crate::DirtyLog::harvest).
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum HarvestError {
