@@ -1,5 +1,7 @@
 //! The modules that use the framework, on macOS on Apple silicon.
 
+mod create_error;
+mod create_vcpu;
 mod errors;
 #[cfg(feature = "macos-15")]
 mod gic;
@@ -12,7 +14,6 @@ mod gic_cpu;
 mod gic_interrupts;
 #[cfg(feature = "macos-15")]
 mod gic_place;
-mod identification;
 mod machine;
 mod newer;
 mod numbers;
@@ -22,6 +23,7 @@ mod sme;
 mod stage2;
 mod sys;
 mod vcpu;
+mod vcpu_set;
 mod vcpu_state;
 #[cfg(feature = "macos-15")]
 mod vcpu_turns;
@@ -31,6 +33,7 @@ mod vm;
 pub use applevisor_sys::hv_reg_t as Register;
 /// A system register.
 pub use applevisor_sys::hv_sys_reg_t as SysReg;
+pub use create_error::CreateVmError;
 pub use errors::{CaptureError, HvError, RestoreError};
 #[cfg(feature = "macos-15")]
 pub use gic::GicError;
@@ -43,4 +46,4 @@ pub use vcpu::{Canceller, Vcpu};
 pub use vcpu_state::Restored;
 #[cfg(feature = "macos-15")]
 pub use vcpu_turns::{RestoreVcpuError, VcpuTurn, VcpuTurnsError};
-pub use vm::{CreateVmError, PAGE_SIZE, Vm, VmOptions, has_hypervisor};
+pub use vm::{PAGE_SIZE, Vm, VmOptions, has_hypervisor};

@@ -1,16 +1,27 @@
-//! The state of the framework's interrupt controller.
+//! The sizes and the state of the framework's interrupt controller.
 
 #![allow(unsafe_code)]
 
 use thiserror::Error;
 
 use super::errors::HvError;
+use super::gic_place::{GicSizes, GicSizesError};
 use super::machine::Object;
 use super::newer;
 use super::vm::Vm;
 use crate::state::GicState;
 
 impl Vm {
+    /// Returns the sizes and alignments with which a [`GicPlace`](crate::GicPlace) is chosen. No machine needs to
+    /// exist.
+    ///
+    /// # Errors
+    /// Returns [`GicSizesError`] if this macOS has no interrupt controller or the framework
+    /// refuses.
+    pub fn gic_sizes() -> Result<GicSizes, GicSizesError> {
+        GicSizes::read()
+    }
+
     /// Captures the state of the interrupt controller. Every vCPU must be stopped.
     ///
     /// The controller's registers of each CPU are in its [`VcpuState`](crate::VcpuState).

@@ -9,7 +9,6 @@ use thiserror::Error;
 
 use super::errors::HvError;
 use super::newer::{self, UnsupportedFunction};
-use super::vm::Vm;
 
 /// The guest-physical addresses of the interrupt controller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +34,7 @@ pub struct MsiRegion {
 }
 
 /// The sizes and alignments of the interrupt controller in bytes, and the numbers of its
-/// interrupts. Returned by [`Vm::gic_sizes`].
+/// interrupts. Returned by [`Vm::gic_sizes`](crate::Vm::gic_sizes).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GicSizes {
@@ -66,20 +65,15 @@ impl MsiRegion {
     }
 }
 
-impl Vm {
-    /// Returns the sizes and alignments with which a [`GicPlace`] is chosen. No machine needs to
-    /// exist.
-    ///
-    /// # Errors
-    /// Returns [`GicSizesError`] if this macOS has no interrupt controller or the framework
-    /// refuses.
-    pub fn gic_sizes() -> Result<GicSizes, GicSizesError> {
+impl GicSizes {
+    /// Reads the sizes from the framework.
+    pub(super) fn read() -> Result<Self, GicSizesError> {
         let (mut first, mut count) = (0, 0);
         let range = newer::hv_gic_get_spi_interrupt_range()?;
         // SAFETY: both addresses are of variables.
         let code = unsafe { range(&raw mut first, &raw mut count) };
         HvError::check("hv_gic_get_spi_interrupt_range", code)?;
-        Ok(GicSizes {
+        Ok(Self {
             distributor: size(
                 "hv_gic_get_distributor_size",
                 newer::hv_gic_get_distributor_size()?,

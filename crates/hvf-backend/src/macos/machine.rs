@@ -77,9 +77,9 @@ pub(crate) use gic::GicInstance;
 
 #[cfg(feature = "macos-15")]
 mod gic {
+    use super::super::create_error::CreateVmError;
     use super::super::gic_place::{GicPlace, MsiRegion};
     use super::super::newer;
-    use super::super::vm::CreateVmError;
     use super::*;
 
     /// A machine with an interrupt controller of the framework.

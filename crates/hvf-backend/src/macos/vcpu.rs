@@ -13,7 +13,6 @@ use applevisor_sys::{
 };
 
 use super::errors::HvError;
-use super::identification;
 use super::numbers::{EXIT_CANCELED, EXIT_EXCEPTION, EXIT_VTIMER_ACTIVATED};
 use super::vm::Vm;
 use crate::exit::{Exception, Exit};
@@ -69,19 +68,11 @@ pub struct Vcpu {
 #[derive(Clone, Debug)]
 pub struct Canceller(Arc<Mutex<Option<hv_vcpu_t>>>);
 
-impl Vm {
-    /// Creates a vCPU, which belongs to this thread.
-    ///
-    /// It reports no more physical address bits than the machine has (ID_AA64MMFR0_EL1.PARange),
-    /// and no scalable matrix extension (ID_AA64PFR1_EL1.SME), unless the machine was created with
-    /// `Vm::options().sme(true)`.
-    ///
-    /// # Errors
-    /// Returns [`HvError`] if the framework has no more vCPUs (`HV_NO_RESOURCES`), or if this
-    /// thread already has one (`HV_BUSY`).
-    pub fn create_vcpu(&self) -> Result<Vcpu, HvError> {
+impl Vcpu {
+    /// Creates a vCPU of this thread, as the framework has it.
+    pub(super) fn create(vm: &Vm) -> Result<Self, HvError> {
         // Held during the call, so that the numbers have the order of the calls.
-        let mut vcpus = self.vcpus.lock();
+        let mut vcpus = vm.vcpus.lock();
         let (mut id, mut exit) = (0, ptr::null());
         // SAFETY: the VM exists. Both addresses are of variables of the types that the framework
         // writes. A null configuration is the default.
@@ -93,20 +84,16 @@ impl Vm {
         let creation_index = vcpus.add(id);
         // Dropping the vCPU locks them.
         drop(vcpus);
-        let vcpu = Vcpu {
+        Ok(Self {
             id,
             creation_index,
             exit: exit.cast(),
             live_id: Arc::new(Mutex::new(Some(id))),
             _not_send: PhantomData,
-            vm: self.clone(),
-        };
-        identification::limit(&vcpu)?;
-        Ok(vcpu)
+            vm: vm.clone(),
+        })
     }
-}
 
-impl Vcpu {
     /// Runs the guest until an exit.
     ///
     /// After a handled write fault, run the vCPU again. The guest then repeats the instruction.
@@ -121,7 +108,7 @@ impl Vcpu {
     /// # Errors
     /// Returns the [`HvError`] of the call.
     pub fn run(&mut self) -> Result<Exit, HvError> {
-        if self.is_pausing() {
+        if self.vm.vcpus.is_pausing() {
             return Ok(Exit::Canceled);
         }
         // SAFETY: the vCPU exists and belongs to this thread, because `Vcpu` is not Send. The guest

@@ -1,9 +1,10 @@
-//! The registers of a new vCPU by which the guest finds out what the CPU has.
+//! Creating a vCPU, with the registers by which the guest finds out what the CPU has.
 
 use applevisor_sys::hv_sys_reg_t;
 
 use super::errors::HvError;
 use super::vcpu::Vcpu;
+use super::vm::Vm;
 
 /// The sizes of physical addresses in bits, by their number in ID_AA64MMFR0_EL1.PARange, bits 3 to
 /// 0 (Arm ARM, D24.2).
@@ -14,10 +15,27 @@ const PA_RANGE: u64 = 0xf;
 /// ID_AA64PFR1_EL1.SME (Arm ARM, D24.2).
 const SME: u64 = 0xf << 24;
 
+impl Vm {
+    /// Creates a vCPU, which belongs to this thread.
+    ///
+    /// It reports no more physical address bits than the machine has (ID_AA64MMFR0_EL1.PARange),
+    /// and no scalable matrix extension (ID_AA64PFR1_EL1.SME), unless the machine was created with
+    /// `Vm::options().sme(true)`.
+    ///
+    /// # Errors
+    /// Returns [`HvError`] if the framework has no more vCPUs (`HV_NO_RESOURCES`), or if this
+    /// thread already has one (`HV_BUSY`).
+    pub fn create_vcpu(&self) -> Result<Vcpu, HvError> {
+        let vcpu = Vcpu::create(self)?;
+        limit(&vcpu)?;
+        Ok(vcpu)
+    }
+}
+
 /// Limits the registers of a new vCPU to what its machine has.
 ///
 /// The framework reports the address bits of the CPU, also where the machine has fewer.
-pub(super) fn limit(vcpu: &Vcpu) -> Result<(), HvError> {
+fn limit(vcpu: &Vcpu) -> Result<(), HvError> {
     let machine = pa_range(vcpu.vm.address_bits());
     change(vcpu, hv_sys_reg_t::ID_AA64MMFR0_EL1, |value| {
         value & !PA_RANGE | (value & PA_RANGE).min(machine)
