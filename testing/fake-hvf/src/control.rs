@@ -22,6 +22,7 @@ static EXIT_REASON: AtomicU64 = AtomicU64::new(NONE);
 static HAS_SME: AtomicBool = AtomicBool::new(true);
 static HAS_HYPERVISOR: AtomicBool = AtomicBool::new(true);
 static MAX_ADDRESS_BITS: AtomicU32 = AtomicU32::new(40);
+static IDENTIFICATION: Mutex<BTreeMap<u16, u64>> = Mutex::new(BTreeMap::new());
 
 /// Serializes the tests of a program, because a process has one machine. [Resets](reset) what an
 /// earlier test has set.
@@ -63,6 +64,11 @@ pub fn set_system(system: System) {
 /// Sets whether vCPUs have the scalable matrix extension, as those of an M4.
 pub fn set_sme(has: bool) {
     HAS_SME.store(has, Relaxed);
+}
+
+/// Sets the value of a register that identifies the CPU, in vCPUs that are created from now on.
+pub fn set_identification(register: u16, value: u64) {
+    identification().insert(register, value);
 }
 
 /// Sets the largest number of bits of guest-physical addresses. Older Macs have 36.
@@ -119,6 +125,7 @@ pub fn reset() {
     set_max_address_bits(40);
     set_system(System::MacOs26);
     set_sme(true);
+    identification().clear();
     CLOCK.store(NONE, Relaxed);
     take_exit_reason();
 }
@@ -131,6 +138,13 @@ pub(crate) fn take_exit_reason() -> Option<u32> {
 pub(crate) fn stopped_clock() -> Option<u64> {
     let ticks = CLOCK.load(Relaxed);
     (ticks != NONE).then_some(ticks)
+}
+
+/// Returns the registers that tests have set.
+pub(crate) fn identification() -> MutexGuard<'static, BTreeMap<u16, u64>> {
+    IDENTIFICATION
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
 }
 
 pub(crate) fn is_entitled() -> bool {

@@ -120,6 +120,7 @@ impl Default for SystemRegisters {
             registers.insert(ID_AA64PFR1_EL1, 1);
             registers.retain(|register, _| !OF_SME.contains(register));
         }
+        registers.extend(&*control::identification());
         Self(registers)
     }
 }
