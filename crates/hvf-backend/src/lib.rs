@@ -93,6 +93,11 @@
 //!   the interrupt controller needs.
 //! - **Signal interrupts of devices**: [`Vm::set_spi`] and [`Vm::send_msi`], at the addresses of
 //!   [`GicPlace`] and [`MsiRegion`] ([`Vm::gic_sizes`]).
+//! - **Keep the machine and vCPUs of a VMM**: [`VmOptions::adopt`] and [`Vm::adopt_vcpu`], or
+//!   `adopt_applevisor` for the objects of the crate `applevisor`.
+//! - **Start from an image**: [`Stage2::start`] maps it into the guest with the tracker active.
+//! - **Move guests between kinds of Macs**: [`CpuFeatures`], which a guest is limited to by
+//!   [`VmOptions::cpu_features`].
 //! - **Run a program without firmware or kernel**: [`el1`].
 //!
 //! # Entitlement
@@ -169,7 +174,8 @@
 //!
 //! # Features
 //! Each feature adds options, which require that version of macOS, and includes the features before
-//! it.
+//! it, except for `applevisor`.
+//! - `applevisor`: adoption of the machine and vCPUs of the crate `applevisor`.
 //! - `macos-13`: guest-physical addresses of more than 36 bits.
 //! - `macos-15`: the framework's interrupt controller and its state.
 //! - `macos-26`: stage 2 in pages of 4 KiB.
@@ -186,6 +192,7 @@ use fake_hvf as _;
 
 #[cfg(test)]
 mod auto_traits;
+mod cpu_features;
 pub mod el1;
 mod exit;
 #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
@@ -197,16 +204,22 @@ mod syndrome;
 mod tracker;
 
 // The crates whose types are in public signatures.
+#[cfg(all(
+    any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake),
+    feature = "applevisor"
+))]
+pub use applevisor;
 pub use dirty_bitmap;
 pub use guest_ram;
 pub use page_reader;
 
+pub use cpu_features::{CpuFeatures, MissingFeature};
 pub use exit::{Exception, Exit};
 #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 pub use macos::{
-    Canceller, CaptureError, CreateVmError, HvError, MapError, PAGE_SIZE, Paused, ProtectError,
-    Register, RestoreError, Restored, Stage2, SysReg, UnsupportedFunction, Vcpu, Vm, VmOptions,
-    has_hypervisor,
+    AdoptVcpuError, AdoptedVcpu, Canceller, CaptureError, CreateVcpuError, CreateVmError, HvError,
+    MapError, PAGE_SIZE, Paused, ProtectError, Register, RestoreError, Restored, Stage2,
+    StartError, SysReg, UnsupportedFunction, Vcpu, Vm, VmOptions, has_hypervisor,
 };
 #[cfg(all(
     any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake),

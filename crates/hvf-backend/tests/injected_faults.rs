@@ -14,8 +14,8 @@ use dirty_bitmap::{Policy, WriteProtection};
 use fake_hvf::{Code, control};
 use hvf_backend::el1::{self, Start};
 use hvf_backend::{
-    CreateVmError, ExitAction, GuestRam, HvError, PAGE_SIZE, Register, Stage2, SysReg, Vcpu,
-    VcpuState, Vm, VmOptions, has_hypervisor,
+    CreateVcpuError, CreateVmError, ExitAction, GuestRam, PAGE_SIZE, Register, Stage2, SysReg,
+    Vcpu, VcpuState, Vm, VmOptions, has_hypervisor,
 };
 use page_reader::RamLayout;
 
@@ -375,7 +375,9 @@ fn a_second_vcpu_of_a_thread_is_an_error() {
     control::reset();
     let vm = Vm::new().unwrap();
     let vcpu = vm.create_vcpu().unwrap();
-    let error: HvError = vm.create_vcpu().unwrap_err();
+    let CreateVcpuError::Refused(error) = vm.create_vcpu().unwrap_err() else {
+        panic!("another error");
+    };
     assert_eq!((error.call, error.code), ("hv_vcpu_create", Code::BUSY.0));
     drop((vcpu, vm));
     control::reset();

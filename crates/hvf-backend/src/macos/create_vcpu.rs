@@ -1,18 +1,22 @@
 //! Creating a vCPU, with the registers by which the guest finds out what the CPU has.
 
 use applevisor_sys::hv_sys_reg_t;
+use thiserror::Error;
 
 use super::errors::HvError;
+use super::registers;
 use super::vcpu::Vcpu;
 use super::vm::Vm;
+use crate::cpu_features::{CpuFeatures, MissingFeature, listed};
+use crate::state::Encoding;
 
-/// The sizes of physical addresses in bits, by their number in ID_AA64MMFR0_EL1.PARange, bits 3 to
-/// 0 (Arm ARM, D24.2).
+/// The sizes of physical addresses in bits, by their number in bits 3 to 0 (Arm ARM,
+/// ID_AA64MMFR0_EL1.PARange).
 const ADDRESS_BITS: [u32; 8] = [32, 36, 40, 42, 44, 48, 52, 56];
 
 const PA_RANGE: u64 = 0xf;
 
-/// ID_AA64PFR1_EL1.SME (Arm ARM, D24.2).
+/// Bits 27 to 24 (Arm ARM, ID_AA64PFR1_EL1.SME).
 const SME: u64 = 0xf << 24;
 
 impl Vm {
@@ -22,12 +26,17 @@ impl Vm {
     /// and no scalable matrix extension (ID_AA64PFR1_EL1.SME), unless the machine was created with
     /// `Vm::options().sme(true)`.
     ///
+    /// With [`VmOptions::cpu_features`](crate::VmOptions::cpu_features), it reports exactly these.
+    ///
     /// # Errors
-    /// Returns [`HvError`] if the framework has no more vCPUs (`HV_NO_RESOURCES`), or if this
-    /// thread already has one (`HV_BUSY`).
-    pub fn create_vcpu(&self) -> Result<Vcpu, HvError> {
+    /// Returns [`CreateVcpuError`], for example if the framework has no more vCPUs
+    /// (`HV_NO_RESOURCES`), or if this thread already has one (`HV_BUSY`).
+    pub fn create_vcpu(&self) -> Result<Vcpu, CreateVcpuError> {
         let vcpu = Vcpu::create(self)?;
         limit(&vcpu)?;
+        if let Some(features) = &self.cpu_features {
+            apply(&vcpu, features)?;
+        }
         Ok(vcpu)
     }
 }
@@ -44,6 +53,34 @@ fn limit(vcpu: &Vcpu) -> Result<(), HvError> {
         return Ok(());
     }
     change(vcpu, hv_sys_reg_t::ID_AA64PFR1_EL1, |value| value & !SME)
+}
+
+/// Makes a new vCPU report these features.
+fn apply(vcpu: &Vcpu, features: &CpuFeatures) -> Result<(), CreateVcpuError> {
+    let own = vcpu.cpu_features()?;
+    let missing = own.lacks(features);
+    if !missing.is_empty() {
+        return Err(CreateVcpuError::MissingFeatures { missing });
+    }
+    for (encoding, value) in features.registers() {
+        // A register that this system does not have, of which nothing is needed.
+        if own.value(encoding).is_none_or(|own| own == value) {
+            continue;
+        }
+        let Some(register) = registers::by_encoding(encoding.0) else {
+            continue;
+        };
+        vcpu.set_system_register(register, value)?;
+        let found = vcpu.system_register(register)?;
+        if found != value {
+            return Err(CreateVcpuError::NotTaken {
+                register: encoding,
+                written: value,
+                found,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Changes a register, unless it already has the new value.
@@ -63,6 +100,38 @@ fn change(
 fn pa_range(bits: u32) -> u64 {
     let within = ADDRESS_BITS.iter().take_while(|known| **known <= bits);
     within.count().saturating_sub(1) as u64
+}
+
+/// An error for creating a vCPU. It does not exist.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum CreateVcpuError {
+    /// The CPU lacks features of `VmOptions::cpu_features`.
+    #[error(
+        "this Mac lacks CPU features of the machine ({}): include this Mac's own features in the \
+         intersection (`CpuFeatures::intersect`)",
+        listed(.missing)
+    )]
+    MissingFeatures {
+        /// The features, at least one.
+        missing: Vec<MissingFeature>,
+    },
+    /// The framework ignored a value of `VmOptions::cpu_features`.
+    #[error(
+        "{register} was set to {written:#x}, but reads {found:#x}: this macOS does not hide such \
+         CPU features"
+    )]
+    NotTaken {
+        /// The register.
+        register: Encoding,
+        /// The written value.
+        written: u64,
+        /// The value that was read back.
+        found: u64,
+    },
+    /// The framework refused.
+    #[error("failed to create a vCPU: {0}")]
+    Refused(#[from] HvError),
 }
 
 #[cfg(test)]

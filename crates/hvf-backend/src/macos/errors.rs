@@ -4,6 +4,7 @@ use applevisor_sys::{hv_error_t, hv_return_t};
 use thiserror::Error;
 
 use super::newer::UnsupportedFunction;
+use crate::cpu_features::{MissingFeature, listed};
 use crate::state::Encoding;
 
 /// An error of a call to the framework.
@@ -103,6 +104,16 @@ pub enum RestoreError {
          that captured it"
     )]
     UnknownName(String),
+    /// The guest was promised features that this CPU, or this machine, does not have.
+    #[error(
+        "this Mac lacks CPU features that the guest was promised ({}): restore it on a Mac that has \
+         them, or create guests with the features of all Macs (`VmOptions::cpu_features`)",
+        listed(.missing)
+    )]
+    MissingFeatures {
+        /// The features, at least one.
+        missing: Vec<MissingFeature>,
+    },
     /// The state has registers of the scalable matrix extension in another number than the CPU.
     #[error(
         "the SME state has too few or too many Z or P registers: restore it as it was captured"

@@ -12,8 +12,8 @@ use super::vm::Vm;
 use crate::state::GicState;
 
 impl Vm {
-    /// Returns the sizes and alignments with which a [`GicPlace`](crate::GicPlace) is chosen. No machine needs to
-    /// exist.
+    /// Returns the sizes and alignments with which a [`GicPlace`](crate::GicPlace) is chosen. No
+    /// machine needs to exist.
     ///
     /// # Errors
     /// Returns [`GicSizesError`] if this macOS has no interrupt controller or the framework

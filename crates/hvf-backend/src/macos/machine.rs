@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+use std::any::Any;
 use std::ffi::c_void;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -10,9 +11,14 @@ use applevisor_sys::{hv_error_t, hv_return_t, hv_vm_create, hv_vm_destroy, os_re
 
 use super::errors::HvError;
 
-/// The machine, which ends when this is dropped.
+/// The machine.
 #[derive(Debug)]
-pub(crate) struct Machine(());
+pub(crate) enum Machine {
+    /// It ends when this is dropped.
+    Created,
+    /// It exists while its owner does.
+    Adopted(#[allow(dead_code, reason = "held until it is dropped")] Arc<dyn Any + Send + Sync>),
+}
 
 impl Machine {
     /// Creates the machine. Without a configuration, it has the defaults.
@@ -20,12 +26,15 @@ impl Machine {
         let config = config.map_or(ptr::null_mut(), Object::as_ptr);
         // SAFETY: the configuration is null or one of `hv_vm_config_create`.
         HvError::check("hv_vm_create", unsafe { hv_vm_create(config) })?;
-        Ok(Arc::new(Self(())))
+        Ok(Arc::new(Self::Created))
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        if matches!(self, Self::Adopted(_)) {
+            return;
+        }
         // SAFETY: this is the last use of the machine. If the call fails, the machine continues to
         // exist, and creating the next one returns an error.
         let _ = unsafe { hv_vm_destroy() };
@@ -87,6 +96,11 @@ mod gic {
     pub(crate) struct GicInstance(#[allow(dead_code, reason = "held until dropped")] Arc<Machine>);
 
     impl GicInstance {
+        /// Returns a machine that has an interrupt controller.
+        pub(crate) fn adopted(machine: Arc<Machine>) -> Self {
+            Self(machine)
+        }
+
         /// Adds the interrupt controller. The machine has no vCPU yet.
         pub(crate) fn create(
             machine: Arc<Machine>,

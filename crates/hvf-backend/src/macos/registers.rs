@@ -229,7 +229,7 @@ pub(crate) fn is_missing(register: R, read: &Result<u64, HvError>) -> bool {
 }
 
 /// Returns the bits of a register that only the CPU sets: ISTATUS of CNTV_CTL_EL0 and CNTP_CTL_EL0,
-/// which is set when the timer condition is met (Arm ARM, D24.10).
+/// which is set when the timer condition is met (Arm ARM, CNTV_CTL_EL0).
 pub(crate) fn read_only_bits(register: R) -> u64 {
     match register {
         R::CNTV_CTL_EL0 | R::CNTP_CTL_EL0 => 1 << 2,
@@ -241,13 +241,14 @@ pub(crate) fn read_only_bits(register: R) -> u64 {
 /// they were written.
 pub(crate) fn kept_bits(register: G) -> u64 {
     match register {
-        // Arm ARM, C5.2, SPSR_EL1 in AArch64: N, Z, C, V in 31 to 28, TCO, DIT, UAO, PAN, SS and IL
-        // in 25 to 20, ALLINT, SSBS and BTYPE in 13 to 10, D, A, I, F in 9 to 6, M in 4 to 0.
+        // Arm ARM, SPSR_EL1, exception taken from AArch64 state: N, Z, C, V in 31 to 28, TCO, DIT,
+        // UAO, PAN, SS and IL in 25 to 20, ALLINT, SSBS and BTYPE in 13 to 10, D, A, I, F in 9 to 6,
+        // M in 4 to 0.
         G::CPSR => 0xf3f0_3fdf,
-        // Arm ARM, C5.2.8: AHP, DN, FZ and RMode in 26 to 22, FZ16 in 19, IDE in 15, EBF in 13, the
+        // Arm ARM, FPCR: AHP, DN, FZ and RMode in 26 to 22, FZ16 in 19, IDE in 15, EBF in 13, the
         // enables of traps in 12 to 8, NEP, AH and FIZ in 2 to 0. Len and Stride are of AArch32.
         G::FPCR => 0x07c8_bf07,
-        // Arm ARM, C5.2.9: QC in 27, IDC in 7, and the cumulative exceptions in 4 to 0. N, Z, C and
+        // Arm ARM, FPSR: QC in 27, IDC in 7, and the cumulative exceptions in 4 to 0. N, Z, C and
         // V are of AArch32.
         G::FPSR => 0x0800_009f,
         _ => u64::MAX,

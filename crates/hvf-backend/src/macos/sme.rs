@@ -11,8 +11,7 @@ use super::newer::{self, UnsupportedFunction};
 use super::vcpu::Vcpu;
 use crate::state::{SmeState, StreamingRegisters, ZaRegisters};
 
-/// The lower bit of CPACR_EL1.SMEN: the guest may execute instructions of the extension (Arm ARM,
-/// D24.2).
+/// The lower bit of SMEN: the guest may execute instructions of the extension (Arm ARM, CPACR_EL1).
 const SME_ON: u64 = 1 << 24;
 
 const VECTORS: usize = 32;

@@ -78,16 +78,7 @@ impl Stage2 {
     /// # Errors
     /// Returns [`MapError`]. The regions that were already mapped are unmapped again.
     pub fn map(vm: &Vm, ram: &Arc<GuestRam>) -> Result<Self, MapError> {
-        let (granule, page_size) = (vm.granule(), ram.dirty_bitmap().page_size());
-        if page_size < granule {
-            return Err(MapError::PageBelowGranule { page_size, granule });
-        }
-        let mut stage2 = Self {
-            ram: Arc::clone(ram),
-            permissions: Mutex::new(()),
-            mapped: 0,
-            vm: vm.clone(),
-        };
+        let mut stage2 = Self::unmapped(vm, ram)?;
         for region in ram.layout().regions() {
             let host = ram.host_address(region.region).as_ptr().cast();
             // SAFETY: the region is mapped at this address.
@@ -107,6 +98,36 @@ impl Stage2 {
             stage2.mapped += 1;
         }
         Ok(stage2)
+    }
+
+    /// Adopts RAM that the VMM has mapped into the guest itself (`hv_vm_map`), readable, writable
+    /// and executable. Nothing is mapped, and dropping the value unmaps nothing.
+    ///
+    /// [`Stage2Tracker::stop`] makes the RAM writable again.
+    ///
+    /// # Errors
+    /// Returns [`MapError::PageBelowGranule`] if the pages of the bitmap are smaller than those of
+    /// stage 2.
+    ///
+    /// # Safety
+    /// While the value exists, the RAM is mapped into the guest of `vm`, at the addresses of its
+    /// layout. Processes that this one forks do not inherit it (see [`map`](Self::map)), or the VMM
+    /// forks none.
+    pub unsafe fn adopt(vm: &Vm, ram: &Arc<GuestRam>) -> Result<Self, MapError> {
+        Self::unmapped(vm, ram)
+    }
+
+    fn unmapped(vm: &Vm, ram: &Arc<GuestRam>) -> Result<Self, MapError> {
+        let (granule, page_size) = (vm.granule(), ram.dirty_bitmap().page_size());
+        if page_size < granule {
+            return Err(MapError::PageBelowGranule { page_size, granule });
+        }
+        Ok(Self {
+            ram: Arc::clone(ram),
+            permissions: Mutex::new(()),
+            mapped: 0,
+            vm: vm.clone(),
+        })
     }
 
     /// Creates a tracker that marks the guest's writes in the bitmap of the RAM. `GuestRam` marks

@@ -54,8 +54,9 @@ pub struct Vcpu {
     pub(crate) id: hv_vcpu_t,
     /// The number of vCPUs that the machine had created before.
     pub(crate) creation_index: u32,
-    /// The framework's exit structure.
-    exit: NonNull<RawExit>,
+    /// The framework's exit structure. None if another owner has created the vCPU, runs it and
+    /// destroys it.
+    exit: Option<NonNull<RawExit>>,
     /// The number of the vCPU while it exists.
     live_id: Arc<Mutex<Option<hv_vcpu_t>>>,
     /// Makes the type neither `Send` nor `Sync`.
@@ -87,7 +88,20 @@ impl Vcpu {
         Ok(Self {
             id,
             creation_index,
-            exit: exit.cast(),
+            exit: Some(exit.cast()),
+            live_id: Arc::new(Mutex::new(Some(id))),
+            _not_send: PhantomData,
+            vm: vm.clone(),
+        })
+    }
+
+    /// Returns a vCPU of this thread that another owner has created. None if there is one already.
+    pub(super) fn adopt(vm: &Vm, id: hv_vcpu_t, creation_index: u32) -> Option<Self> {
+        let is_new = vm.vcpus.lock().adopt(id, creation_index);
+        is_new.then(|| Self {
+            id,
+            creation_index,
+            exit: None,
             live_id: Arc::new(Mutex::new(Some(id))),
             _not_send: PhantomData,
             vm: vm.clone(),
@@ -111,6 +125,9 @@ impl Vcpu {
         if self.vm.vcpus.is_pausing() {
             return Ok(Exit::Canceled);
         }
+        let Some(exit) = self.exit else {
+            unreachable!("a vCPU of another owner is not lent for running");
+        };
         // SAFETY: the vCPU exists and belongs to this thread, because `Vcpu` is not Send. The guest
         // can only write its RAM, which no reference covers.
         let code = unsafe { hv_vcpu_run(self.id) };
@@ -118,7 +135,7 @@ impl Vcpu {
         // SAFETY: the structure stays valid while the vCPU exists. It has the layout of RawExit (a
         // 32-bit number, then three of 64 bits), of which any bits are a valid value. It is written
         // only while the vCPU runs.
-        let RawExit { reason, exception } = unsafe { self.exit.read() };
+        let RawExit { reason, exception } = unsafe { exit.read() };
         Ok(match reason {
             EXIT_CANCELED => Exit::Canceled,
             EXIT_EXCEPTION => Exit::Exception(Exception {
@@ -226,6 +243,9 @@ impl Drop for Vcpu {
     fn drop(&mut self) {
         *lock(&self.live_id) = None;
         self.vm.vcpus.remove(self.id);
+        if self.exit.is_none() {
+            return;
+        }
         // SAFETY: the vCPU exists, belongs to this thread and is not running. If the call fails,
         // the machine continues to exist, and creating the next machine returns an error.
         let _ = unsafe { hv_vcpu_destroy(self.id) };

@@ -117,6 +117,17 @@ impl State {
         number
     }
 
+    /// Adds a vCPU of this thread that another owner has created. Returns whether it is new.
+    pub(super) fn adopt(&mut self, id: hv_vcpu_t, creation_index: u32) -> bool {
+        if self.vcpus.iter().any(|vcpu| vcpu.id == id) {
+            return false;
+        }
+        let created = self.created.max(creation_index.saturating_add(1));
+        self.add(id);
+        self.created = created;
+        true
+    }
+
     /// Returns the vCPUs that may be in the guest.
     fn running(&self) -> Vec<hv_vcpu_t> {
         let this = thread::current().id();

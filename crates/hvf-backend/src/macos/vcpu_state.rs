@@ -15,7 +15,7 @@ use applevisor_sys::{
 use super::errors::{CaptureError, HvError, RestoreError};
 use super::numbers::{FIQ, IRQ};
 use super::vcpu::Vcpu;
-use super::{gic_cpu, registers, sme, sys};
+use super::{gic_cpu, registers, sme, sys, vcpu_features};
 use crate::state::{Encoding, SystemRegister, VcpuState, VirtualTimer};
 
 /// The differences of a restored vCPU from the captured one.
@@ -26,7 +26,8 @@ pub struct Restored {
     /// The system registers whose values differ from the captured ones, with the captured values.
     ///
     /// The framework accepted these values and ignored them. If the guest was captured on another
-    /// kind of Mac, this includes the registers that identify the CPU (`ID_*`, MIDR_EL1).
+    /// kind of Mac, this includes MIDR_EL1, and registers of features that could not be hidden
+    /// (`ID_*`).
     pub differing: Vec<SystemRegister>,
 }
 
@@ -106,6 +107,9 @@ impl VcpuState {
     /// `vtimer_offset` is the offset of the virtual counter from the host's counter. Pass the
     /// [`resuming_offset`](VirtualTimer::resuming_offset) of one vCPU to all vCPUs of the guest.
     ///
+    /// The CPU must have the [features](crate::CpuFeatures) that the guest was promised. Those that
+    /// it has in addition are hidden.
+    ///
     /// Every written register is read back. A difference is an error for a general or vector
     /// register, and is [reported](Restored::differing) for a system register.
     ///
@@ -117,6 +121,7 @@ impl VcpuState {
             return Err(RestoreError::UnknownName(unknown.name.clone()));
         }
         gic_cpu::check(vcpu, self)?;
+        vcpu_features::check(vcpu, self)?;
         set(
             vcpu,
             "hv_vcpu_set_vtimer_offset",

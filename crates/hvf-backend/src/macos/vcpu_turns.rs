@@ -6,14 +6,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use applevisor_sys::hv_sys_reg_t;
 use thiserror::Error;
 
-use super::errors::{HvError, RestoreError};
+use super::create_vcpu::CreateVcpuError;
+use super::errors::RestoreError;
 use super::gic::GicError;
 use super::vcpu::Vcpu;
 use super::vcpu_state::Restored;
 use super::vm::{Instance, Vm};
 use crate::state::{GicState, VcpuState};
 
-/// The affinity fields of MPIDR_EL1 (Arm ARM, MPIDR_EL1): Aff3, and Aff2 to Aff0.
+/// The affinity fields (Arm ARM, MPIDR_EL1): Aff3, and Aff2 to Aff0.
 const AFFINITY: u64 = 0xff_00ff_ffff;
 
 /// The turn of one vCPU in the restore of a machine, returned by [`Vm::restore_vcpus`].
@@ -305,8 +306,8 @@ pub enum VcpuTurnsError {
 #[non_exhaustive]
 pub enum RestoreVcpuError {
     /// The vCPU could not be created.
-    #[error("failed to create a vCPU: {0}")]
-    Create(#[source] HvError),
+    #[error("failed to restore a vCPU: {0}")]
+    Create(#[source] CreateVcpuError),
     /// The state of the interrupt controller could not be restored.
     #[error("failed to restore the machine of a vCPU: {0}")]
     Gic(#[from] GicError),

@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+use std::any::Any;
 use std::io;
 use std::sync::Arc;
 
@@ -18,6 +19,7 @@ use super::machine::{Machine, Object};
 use super::newer;
 use super::sys;
 use super::vcpu_set::VcpuSet;
+use crate::cpu_features::CpuFeatures;
 
 /// The default page size of stage 2 in bytes. It is also the page size of the host.
 pub const PAGE_SIZE: u64 = applevisor_sys::PAGE_SIZE as u64;
@@ -47,6 +49,8 @@ pub struct Vm {
     address_bits: u32,
     /// Whether new vCPUs keep the scalable matrix extension.
     pub(super) sme: bool,
+    /// What new vCPUs report, if it is not what the Mac has.
+    pub(super) cpu_features: Option<CpuFeatures>,
     pub(crate) vcpus: Arc<VcpuSet>,
 }
 
@@ -63,6 +67,7 @@ pub struct VmOptions {
     #[cfg(feature = "macos-26")]
     small_pages: bool,
     sme: bool,
+    cpu_features: Option<CpuFeatures>,
 }
 
 impl Vm {
@@ -155,6 +160,16 @@ impl VmOptions {
         self
     }
 
+    /// Sets the features that vCPUs report to the guest. By default, these are all that the Mac
+    /// has.
+    ///
+    /// This is for guests that are restored on other Macs: see [`CpuFeatures`]. With features that
+    /// this Mac does not have, [`create_vcpu`](Vm::create_vcpu) fails.
+    pub fn cpu_features(mut self, features: CpuFeatures) -> Self {
+        self.cpu_features = Some(features);
+        self
+    }
+
     /// Creates the machine.
     ///
     /// # Errors
@@ -168,13 +183,30 @@ impl VmOptions {
         let address_bits = self.checked_address_bits()?;
         let granule = self.granule();
         let machine = Machine::create(self.config()?.as_ref())?;
-        Ok(Vm {
-            instance: self.instance(machine)?,
+        Ok(self.vm(self.instance(machine)?, granule, address_bits))
+    }
+
+    /// Returns a machine that another owner has created as these options state.
+    pub(super) fn adopted(&self, owner: Arc<dyn Any + Send + Sync>) -> Result<Vm, CreateVmError> {
+        let address_bits = self.checked_address_bits()?;
+        let machine = Arc::new(Machine::Adopted(owner));
+        #[cfg(feature = "macos-15")]
+        if self.gic.is_some() {
+            let instance = Instance::Gic(GicInstance::adopted(machine));
+            return Ok(self.vm(instance, self.granule(), address_bits));
+        }
+        Ok(self.vm(Instance::Plain(machine), self.granule(), address_bits))
+    }
+
+    fn vm(&self, instance: Instance, granule: u64, address_bits: u32) -> Vm {
+        Vm {
+            instance,
             granule,
             address_bits,
             sme: self.sme,
+            cpu_features: self.cpu_features.clone(),
             vcpus: Arc::default(),
-        })
+        }
     }
 
     #[cfg(feature = "macos-13")]
