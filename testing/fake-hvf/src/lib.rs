@@ -32,6 +32,7 @@
 #![allow(
     missing_docs,
     non_camel_case_types,
+    non_upper_case_globals,
     clippy::missing_errors_doc,
     clippy::missing_panics_doc,
     clippy::missing_safety_doc,
@@ -70,8 +71,8 @@ pub use gic::{
 };
 pub use interrupts::{hv_vcpu_get_pending_interrupt, hv_vcpu_set_pending_interrupt};
 pub use macos::{
-    dlsym, mach_absolute_time, minherit, mmap, mmap64, os_release, sys_icache_invalidate, sysconf,
-    sysctlbyname,
+    dlsym, mach_absolute_time, mach_task_self_, mach_vm_page_range_query, minherit, mmap, mmap64,
+    os_release, sys_icache_invalidate, sysconf, sysctlbyname,
 };
 pub use memory::{hv_vm_allocate, hv_vm_deallocate, hv_vm_map, hv_vm_protect, hv_vm_unmap};
 pub use registers::{

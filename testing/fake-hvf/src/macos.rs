@@ -4,6 +4,8 @@
 //! a multiple of it.
 
 use std::ffi::{CStr, c_char, c_int, c_long, c_void};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 use crate::{control, objects, systems, timer, vcpu};
 
@@ -72,6 +74,51 @@ pub unsafe extern "C" fn sysctlbyname(
 #[unsafe(no_mangle)]
 pub extern "C" fn sys_icache_invalidate(_start: *mut c_void, _len: usize) {
     vcpu::forget_code();
+}
+
+/// The task of this process, which [`mach_vm_page_range_query`] takes.
+#[unsafe(no_mangle)]
+pub static mach_task_self_: u32 = 0x103;
+
+/// Writes a number for each page of a Mac: 1 (`VM_PAGE_QUERY_PAGE_PRESENT`) if any of it was
+/// touched, by Linux's page map.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mach_vm_page_range_query(
+    task: u32,
+    address: u64,
+    size: u64,
+    dispositions: u64,
+    count: *mut u64,
+) -> c_int {
+    const INVALID_ARGUMENT: c_int = 4;
+    /// The page is present, or swapped out.
+    const TOUCHED: u64 = 0b11 << 62;
+    let page = PAGE_SIZE as u64;
+    // SAFETY: the caller passes the address of its number.
+    if task != mach_task_self_ || !address.is_multiple_of(page) || unsafe { *count } < size / page {
+        return INVALID_ARGUMENT;
+    }
+    let Ok(map) = File::open("/proc/self/pagemap") else {
+        return INVALID_ARGUMENT;
+    };
+    let numbers = std::ptr::with_exposed_provenance_mut::<c_int>(dispositions as usize);
+    for number in 0..size / page {
+        // The host has four pages of 4 KiB for each.
+        let mut entries = [0; 32];
+        let at = (address + number * page) / (4 << 10) * 8;
+        if map.read_exact_at(&mut entries, at).is_err() {
+            return INVALID_ARGUMENT;
+        }
+        let (entries, _) = entries.as_chunks::<8>();
+        let touched = entries
+            .iter()
+            .any(|entry| u64::from_le_bytes(*entry) & TOUCHED != 0);
+        // SAFETY: the caller's array has room for a number for each page (checked by `count`).
+        unsafe { numbers.add(number as usize).write(c_int::from(touched)) };
+    }
+    // SAFETY: as above.
+    unsafe { *count = size / page };
+    0
 }
 
 /// Keeps memory from processes that this one forks. On Linux, `madvise` does.
