@@ -1,9 +1,9 @@
 //! Adds snapshots to a VMM that has a virtual machine, memory and vCPU of its own, created by
 //! `applevisor`.
 //!
-//! Run `cargo run --package ramsnap-hvf-backend --example own_memory [DIRECTORY]` on a Mac with
-//! Apple silicon. The workspace's cargo runner signs the program with the entitlement that the
-//! hypervisor requires.
+//! Run `cargo run --package ramsnap-hvf-backend --features applevisor --example own_memory
+//! [DIRECTORY]` on a Mac with Apple silicon. The workspace's cargo runner signs the program with
+//! the entitlement that the hypervisor requires.
 
 #[cfg(hvf_fake)]
 use fake_hvf as _;
@@ -13,57 +13,36 @@ mod snapshots {
     #![allow(unsafe_code)]
 
     use std::error::Error;
-    use std::io;
-    use std::ops::Range;
     use std::path::Path;
+    use std::ptr::NonNull;
     use std::sync::Arc;
 
     use applevisor::memory::Memory;
-    use applevisor::vcpu::{ExitReason, Vcpu};
-    use applevisor_sys::{HV_MEMORY_EXEC, HV_MEMORY_READ, HV_MEMORY_WRITE, hv_vm_protect};
-    use dirty_bitmap::{Policy, TrackedBitmap, WriteProtection};
-    use hvf_backend::{Exception, Exit, ExitAction, Stage2Tracker};
+    use applevisor::vcpu::Vcpu;
+    use dirty_bitmap::Policy;
+    use hvf_backend::{
+        Exit, ExitAction, GuestRam, PAGE_SIZE, Stage2, Stage2Tracker, VcpuState, Vm,
+    };
     use memory_writer::{ImageId, Layout, MemoryWriter, Seal};
-    use page_reader::{HostMemory, MappedMemory, RamLayout};
-
-    /// The write protection of the VMM's memory, which begins at this guest-physical address.
-    pub(crate) struct Stage2(u64);
-
-    impl Stage2 {
-        fn permit(&self, range: &Range<u64>, flags: u64) -> io::Result<()> {
-            let size = (range.end - range.start) as usize;
-            // SAFETY: the range is in the VMM's memory. Only the guest's permissions change.
-            match unsafe { hv_vm_protect(self.0 + range.start, size, flags) } {
-                0 => Ok(()),
-                code => Err(io::Error::other(format!("hv_vm_protect: {code:#x}"))),
-            }
-        }
-    }
-
-    impl WriteProtection for Stage2 {
-        type Error = io::Error;
-
-        fn protect(&self, range: Range<u64>) -> io::Result<()> {
-            self.permit(&range, HV_MEMORY_READ | HV_MEMORY_EXEC)
-        }
-
-        fn unprotect(&self, range: Range<u64>) -> io::Result<()> {
-            self.permit(&range, HV_MEMORY_READ | HV_MEMORY_WRITE | HV_MEMORY_EXEC)
-        }
-    }
+    use page_reader::RamLayout;
 
     /// Tracks the writes to the memory, which the VMM has mapped into its guest.
-    pub(crate) fn track(memory: &Memory) -> Result<Stage2Tracker<Stage2>, Box<dyn Error>> {
+    ///
+    /// # Safety
+    /// The memory stays mapped while the tracker exists, and the VMM accesses it by pointers only.
+    pub(crate) unsafe fn track(
+        vm: &Vm,
+        memory: &Memory,
+    ) -> Result<Stage2Tracker<Stage2>, Box<dyn Error>> {
         let start = memory.guest_addr().ok_or("map the memory first")?;
-        let size = memory.size() as u64;
-        let bitmap = Arc::new(TrackedBitmap::tracked(0, size, hvf_backend::PAGE_SIZE)?);
-        let layout = RamLayout::single(start, size)?;
-        Ok(Stage2Tracker::new(
-            layout,
-            &bitmap,
-            Policy::default(),
-            Stage2(start),
-        )?)
+        let layout = RamLayout::single(start, memory.size() as u64)?;
+        let host = NonNull::new(memory.host_addr()).ok_or("the memory has an address")?;
+        // SAFETY: the caller upholds that the memory stays mapped.
+        let ram = unsafe { GuestRam::options().adopt(layout, &[host]) }?;
+        ram.mark_all(); // the first save is a full one
+        // SAFETY: the VMM has mapped the memory into the guest.
+        let stage2 = unsafe { Stage2::adopt(vm, &Arc::new(ram)) }?;
+        Ok(stage2.track(Policy::default())?)
     }
 
     /// Runs the vCPU until an exit that the VMM handles.
@@ -71,40 +50,31 @@ mod snapshots {
         loop {
             let run_guard = tracker.enter();
             vcpu.run()?;
-            let info = vcpu.get_exit_info();
-            if info.reason != ExitReason::EXCEPTION {
-                return Ok(()); // a timer, or a request of another thread
-            }
-            let exception = info.exception;
-            let exit = Exit::Exception(Exception {
-                syndrome: exception.syndrome,
-                virtual_address: exception.virtual_address,
-                physical_address: exception.physical_address,
-            });
+            let exit = Exit::from(vcpu.get_exit_info());
             if tracker.handle_exit(&run_guard, &exit)? == ExitAction::Forward {
-                return Ok(());
+                return Ok(()); // a timer, a device, a hypercall, or a request of another thread
             }
         }
     }
 
-    /// Saves the memory of the stopped guest: all of it, or what changed since the image `parent`.
+    /// Saves the memory of the stopped guest, all of it or what changed since the image `parent`,
+    /// and the state of its vCPU.
     pub(crate) fn save(
-        memory: &Memory,
         tracker: &Stage2Tracker<Stage2>,
+        vcpu: &VcpuState,
         dest: &Path,
         parent: Option<ImageId>,
     ) -> Result<ImageId, Box<dyn Error>> {
         let epoch = tracker.checkpoint()?; // an error from here on restores the marks
-        // SAFETY: the memory stays mapped while it is borrowed. The VMM writes it by pointers only.
-        let ram = unsafe { HostMemory::new(memory.host_addr(), memory.size()) };
-        let ram = MappedMemory::new(tracker.layout().clone(), [ram])?;
+        let ram = tracker.protection().ram();
         let seal = parent.map_or(Seal::new(), |parent| Seal::new().parent(parent));
         let options = MemoryWriter::options().layout(Layout::Packed).seal(seal);
-        let mut writer = options.open(dest, memory.size() as u64, hvf_backend::PAGE_SIZE)?;
+        let mut writer = options.open(dest, ram.layout().ram_size(), PAGE_SIZE)?;
         let id = writer.image_id().ok_or("a packed image has an id")?;
+        writer.set_metadata(vcpu.to_bytes())?;
         match parent {
-            None => writer.write_full(&ram)?,
-            Some(_) => drop(writer.write_diff(&ram, epoch.bitmap())?),
+            None => writer.write_full(ram)?,
+            Some(_) => drop(writer.write_diff(ram, epoch.bitmap())?),
         }
         writer.commit_and_release(epoch)?;
         Ok(id)
@@ -112,10 +82,12 @@ mod snapshots {
 }
 
 #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
+#[allow(unsafe_code)]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     use applevisor::memory::MemPerms;
     use applevisor::vcpu::Reg;
     use applevisor::vm::VirtualMachine;
+    use hvf_backend::{VcpuState, Vm};
 
     const RAM: u64 = 0x8000_0000;
     /// Stores x0 at x1, and exits.
@@ -125,20 +97,24 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     ];
 
     let dir = std::path::PathBuf::from(std::env::args_os().nth(1).unwrap_or_else(|| ".".into()));
-    let vm = VirtualMachine::new()?;
-    let mut memory = vm.memory_create(16 << 20)?;
+    let machine = VirtualMachine::new()?;
+    let mut memory = machine.memory_create(16 << 20)?;
     memory.map(RAM, MemPerms::ReadWriteExec)?;
     for (address, code) in (RAM..).step_by(4).zip(CODE) {
         memory.write_u32(address, code)?;
     }
-    let vcpu = vm.vcpu_create()?;
+    let vcpu = machine.vcpu_create()?;
     vcpu.set_reg(Reg::CPSR, 0x3c5)?; // exception level 1, interrupts masked
 
-    let tracker = snapshots::track(&memory)?;
+    let vm = Vm::options().adopt_applevisor(&machine)?;
+    let adopted = vm.adopt_applevisor_vcpu(&vcpu, 0)?;
+    // SAFETY: `memory` is dropped after the tracker.
+    let tracker = unsafe { snapshots::track(&vm, &memory) }?;
     let mut parent = None;
     for number in 0..4 {
         let dest = dir.join(format!("{number}.mem"));
-        parent = Some(snapshots::save(&memory, &tracker, &dest, parent)?);
+        let state = VcpuState::capture(&adopted)?;
+        parent = Some(snapshots::save(&tracker, &state, &dest, parent)?);
         println!("{}: {parent:?}", dest.display());
         vcpu.set_reg(Reg::PC, RAM)?;
         vcpu.set_reg(Reg::X0, number + 1)?;

@@ -231,8 +231,8 @@ pub use macos::{
 };
 pub use ram::GuestRam;
 pub use state::{
-    Encoding, GicState, PhysicalTimer, SmeState, StreamingRegisters, SystemRegister, UnknownName,
-    VcpuState, VirtualTimer, ZaRegisters,
+    Encoding, GicState, PhysicalTimer, SmeState, StateError, StreamingRegisters, SystemRegister,
+    UnknownName, VcpuState, VirtualTimer, ZaRegisters,
 };
 pub use syndrome::Access;
 pub use tracker::{

@@ -1,5 +1,5 @@
 //! The state of a vCPU and of an interrupt controller, as data.
-
+mod bytes;
 mod physical_timer;
 mod stored;
 
@@ -10,12 +10,13 @@ use thiserror::Error;
 
 use crate::register_names;
 
+pub use bytes::StateError;
 pub use physical_timer::PhysicalTimer;
 
 /// The state of one vCPU, with which a new vCPU resumes the guest.
 ///
 /// The state is captured from a vCPU that is not running, and restored into a vCPU that has never
-/// run. It can be serialized in any serde format, on any machine. The first field is the number of
+/// run. It can be stored as [bytes](Self::to_bytes) or in any serde format, on any machine. The first field is the number of
 /// the format, so state of another format is an error instead of being misread. System registers
 /// are serialized by their names.
 ///

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::bail;
+use anyhow::{Context, bail, ensure};
 use clap::Parser;
 use harness::packages::{Install, Package};
 use serde_json::Value;
@@ -25,6 +25,9 @@ const PACKAGES: [Package; 3] = [
     Package::new("llvm-22", coverage::COV),
 ];
 
+/// The variable with which the fake denies a process, `control::NOT_ENTITLED` of `fake-hvf`.
+const NOT_ENTITLED: &str = "FAKE_HVF_NOT_ENTITLED";
+
 /// Apart from other builds, which are made without `--cfg hvf_fake`.
 const TARGET_DIR: &str = "target/fake-hvf";
 
@@ -32,8 +35,8 @@ const TARGET_DIR: &str = "target/fake-hvf";
 ///
 /// The code for macOS is compiled for Linux (`--cfg hvf_fake`) and linked with `testing/fake-hvf`,
 /// which runs arm64 guests in the emulator Unicorn. Runs the tests of the fake itself, those of
-/// hvf-backend with its fewest and its most features, both examples, and the demo with its guest of
-/// the framework. Then it prints how many lines of crates/hvf-backend/src/macos were executed, and
+/// hvf-backend with its fewest and its most features, its examples, among them the self-test for
+/// Macs, and the demo with its guest of the framework. Then it prints how many lines of crates/hvf-backend/src/macos were executed, and
 /// which were not. Less than 90 % are an error.
 ///
 /// It needs Linux on x86-64, and Debian's packages libunicorn-dev, llvm and llvm-22, which it
@@ -114,16 +117,66 @@ fn run_all(sh: &Shell) -> anyhow::Result<BTreeSet<PathBuf>> {
     }
     let dir = tempfile::tempdir()?;
     let dir = dir.path();
-    for example in ["snapshot", "own_memory"] {
+    for example in ["snapshot", "resume", "own_memory"] {
         let run = cmd!(
             sh,
             "cargo run --locked -p ramsnap-hvf-backend --all-features --example {example}"
         );
         run.arg("--").arg(dir).run()?;
     }
+    selftest(sh)?;
     let demo = ["--guest", "hvf", "--ram", "64M", "--rounds", "2"];
     cmd!(sh, "cargo run --locked -p demo -- {demo...}").run()?;
     Ok(programs)
+}
+
+/// Runs the self-test for Macs: every step passes, and steps that fail do not end the others.
+fn selftest(sh: &Shell) -> anyhow::Result<()> {
+    let run = || {
+        let run = "run --locked -p ramsnap-hvf-backend --all-features --example selftest -- --json";
+        cmd!(sh, "cargo").args(run.split(' '))
+    };
+    let report = run().read()?;
+    let steps = steps(&report)?;
+    let passed = |step: &&(String, String)| step.1 == "pass";
+    ensure!(!steps.is_empty(), "the self-test has no steps");
+    for (name, status) in &steps {
+        ensure!(
+            status == "pass",
+            "the step {name} of the self-test: {status}\n{report}"
+        );
+    }
+    let denied = run().env(NOT_ENTITLED, "1").ignore_status().output()?;
+    ensure!(
+        denied.status.code() == Some(1),
+        "the self-test did not fail: {denied:?}"
+    );
+    let denied = self::steps(std::str::from_utf8(&denied.stdout)?)?;
+    ensure!(denied.len() == steps.len(), "a step is missing: {denied:?}");
+    // Those of the file system need no entitlement.
+    let still = denied.iter().filter(passed).count();
+    ensure!(
+        (1..steps.len()).contains(&still),
+        "{still} steps passed: {denied:?}"
+    );
+    println!("selftest: {} steps passed", steps.len());
+    Ok(())
+}
+
+/// Returns the name and the status of each step of the self-test's report.
+fn steps(report: &str) -> anyhow::Result<Vec<(String, String)>> {
+    let report: Value = serde_json::from_str(report)?;
+    let steps = report["steps"].as_array().context("a report has steps")?;
+    let text = |step: &Value, key| -> anyhow::Result<String> {
+        let text = step[key].as_str();
+        Ok(text
+            .with_context(|| format!("a step has a {key}"))?
+            .to_owned())
+    };
+    let steps = steps
+        .iter()
+        .map(|step| Ok((text(step, "name")?, text(step, "status")?)));
+    steps.collect()
 }
 
 /// Returns the programs that cargo's JSON messages name.
@@ -139,6 +192,15 @@ fn executables(messages: &str) -> anyhow::Result<BTreeSet<PathBuf>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn steps_are_read_by_name_and_status() {
+        let report = r#"{"steps":[{"name":"sme","status":"pass","reason":null}]}"#;
+        let expected = [("sme".to_owned(), "pass".to_owned())];
+        assert_eq!(steps(report).expect("a report"), expected);
+        steps(r#"{"steps":[{"name":"sme"}]}"#).expect_err("no status");
+        steps("{}").expect_err("no steps");
+    }
 
     #[test]
     fn executables_are_those_of_the_messages() {

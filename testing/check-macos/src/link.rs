@@ -23,8 +23,8 @@ struct Linked {
 /// the examples of the same features. hvf-backend looks up the functions of newer systems at run
 /// time, so the programs start on the oldest.
 const PROGRAMS: Linked = Linked {
-    arguments: "--bin xtask --bin fs-matrix --bin demo --example snapshot --example own_memory \
-        --features ramsnap-page-reader/serde,ramsnap-page-reader/vm-memory",
+    arguments: "--bin xtask --bin fs-matrix --bin demo --example snapshot --example resume \
+        --example selftest --features ramsnap-page-reader/serde,ramsnap-page-reader/vm-memory",
     oldest: MacOs(11, 0),
 };
 
@@ -34,11 +34,12 @@ const WITHOUT_HYPERVISOR: [&str; 2] = ["xtask", "fs-matrix"];
 /// The least and the most that a user of `hvf-backend` can select.
 const SELECTIONS: [Linked; 2] = [
     Linked {
-        arguments: "--package ramsnap-hvf-backend --example snapshot --example own_memory",
+        arguments: "--package ramsnap-hvf-backend --example snapshot --example resume --example selftest",
         oldest: MacOs(11, 0),
     },
     Linked {
-        arguments: "--package ramsnap-hvf-backend --example snapshot --example own_memory --all-features",
+        arguments: "--package ramsnap-hvf-backend --example snapshot --example own_memory \
+        --example resume --example selftest --all-features",
         oldest: MacOs(11, 0),
     },
 ];
