@@ -1,6 +1,6 @@
 //! What tests set and ask: failures, the host's properties, and what the framework holds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -22,6 +22,8 @@ static EXIT_REASON: AtomicU64 = AtomicU64::new(NONE);
 static HAS_SME: AtomicBool = AtomicBool::new(true);
 static HAS_HYPERVISOR: AtomicBool = AtomicBool::new(true);
 static MAX_ADDRESS_BITS: AtomicU32 = AtomicU32::new(40);
+/// The registers that keep their values.
+static KEPT: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
 static IDENTIFICATION: Mutex<BTreeMap<u16, u64>> = Mutex::new(BTreeMap::new());
 
 /// Serializes the tests of a program, because a process has one machine. [Resets](reset) what an
@@ -69,6 +71,11 @@ pub fn set_sme(has: bool) {
 /// Sets the value of a register that identifies the CPU, in vCPUs that are created from now on.
 pub fn set_identification(register: u16, value: u64) {
     identification().insert(register, value);
+}
+
+/// Makes vCPUs ignore what is written to a register.
+pub fn keep(register: u16) {
+    kept().insert(register);
 }
 
 /// Sets the largest number of bits of guest-physical addresses. Older Macs have 36.
@@ -126,6 +133,7 @@ pub fn reset() {
     set_system(System::MacOs26);
     set_sme(true);
     identification().clear();
+    kept().clear();
     CLOCK.store(NONE, Relaxed);
     take_exit_reason();
 }
@@ -138,6 +146,11 @@ pub(crate) fn take_exit_reason() -> Option<u32> {
 pub(crate) fn stopped_clock() -> Option<u64> {
     let ticks = CLOCK.load(Relaxed);
     (ticks != NONE).then_some(ticks)
+}
+
+/// Returns the registers that keep their values.
+pub(crate) fn kept() -> MutexGuard<'static, BTreeSet<u16>> {
+    KEPT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns the registers that tests have set.
