@@ -68,7 +68,7 @@ pub struct MissingFeature {
 }
 
 impl CpuFeatures {
-    /// Creates features from the values of registers. Those that are not `ID_AA64*_EL1` are ignored.
+    /// Creates features from the values of registers. Ignores those that are not `ID_AA64*_EL1`.
     pub fn new(registers: impl IntoIterator<Item = (Encoding, u64)>) -> Self {
         let registers = registers.into_iter();
         Self(

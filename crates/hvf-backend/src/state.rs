@@ -16,9 +16,9 @@ pub use physical_timer::PhysicalTimer;
 /// The state of one vCPU, with which a new vCPU resumes the guest.
 ///
 /// The state is captured from a vCPU that is not running, and restored into a vCPU that has never
-/// run. It can be stored as [bytes](Self::to_bytes) or in any serde format, on any machine. The first field is the number of
-/// the format, so state of another format is an error instead of being misread. System registers
-/// are serialized by their names.
+/// run. It is stored as [bytes](Self::to_bytes) or in any serde format, on any machine. The first
+/// field is the number of the format, so state of another format is an error instead of being
+/// misread. System registers are serialized by their names.
 ///
 /// # Examples
 /// ```

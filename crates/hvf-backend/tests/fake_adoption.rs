@@ -122,6 +122,31 @@ fn an_adopted_machine_is_tracked_and_captured() {
 }
 
 #[test]
+fn exits_of_the_framework_are_converted() {
+    use applevisor_sys::{hv_exit_reason_t as Reason, hv_vcpu_exit_exception_t};
+    let exit = |reason| {
+        let exception = hv_vcpu_exit_exception_t {
+            syndrome: 1,
+            virtual_address: 2,
+            physical_address: 3,
+        };
+        Exit::from(hv_vcpu_exit_t { reason, exception })
+    };
+    assert_eq!(exit(Reason::CANCELED), Exit::Canceled);
+    assert_eq!(exit(Reason::VTIMER_ACTIVATED), Exit::VtimerActivated);
+    assert_eq!(exit(Reason::UNKNOWN), Exit::Unknown(3));
+    let Exit::Exception(found) = exit(Reason::EXCEPTION) else {
+        panic!("another exit");
+    };
+    let numbers = (
+        found.syndrome,
+        found.virtual_address,
+        found.physical_address,
+    );
+    assert_eq!(numbers, (1, 2, 3));
+}
+
+#[test]
 fn adopted_ram_stays_mapped_in_the_guest() {
     let _turn = control::turn();
     create();

@@ -117,3 +117,34 @@ fn features_are_hidden_on_a_system_without_later_registers() {
     let vcpu = vm.create_vcpu().unwrap();
     assert_eq!(vcpu.cpu_features().unwrap().value(zfr0), None);
 }
+
+#[test]
+fn a_feature_that_stays_visible_is_an_error() {
+    let _turn = control::turn();
+    let both = old_mac().intersect(&new_mac());
+    control::keep(ISAR0.0);
+    let vm = Vm::options().cpu_features(both.clone()).create().unwrap();
+    let error = vm.create_vcpu().unwrap_err();
+    let kept = matches!(
+        error,
+        CreateVcpuError::NotTaken {
+            register: ISAR0,
+            written: OLD_ISAR0,
+            found: NEW_ISAR0,
+        }
+    );
+    assert!(kept, "{error:?}");
+    assert!(!control::has_vcpu());
+    drop(vm);
+    // A restore reports the register.
+    let vcpu = Vm::new().unwrap().create_vcpu().unwrap();
+    let mut state = VcpuState::capture(&vcpu).unwrap();
+    for saved in &mut state.system {
+        if saved.register == ISAR0 {
+            saved.value = OLD_ISAR0;
+        }
+    }
+    let restored = state.restore(&vcpu, 0).unwrap();
+    assert_eq!(restored.differing.len(), 1);
+    assert_eq!(restored.differing[0].register, ISAR0);
+}

@@ -33,7 +33,7 @@ pub(crate) const STEPS: [Step; 4] = [
     },
     Step {
         name: "page-queries",
-        shows: "the kernel tells touched pages of memory from untouched ones",
+        shows: "the kernel reports which pages of memory were touched",
         run: page_queries,
     },
 ];

@@ -23,8 +23,8 @@ impl VmOptions {
     /// nothing.
     ///
     /// `owner` is kept until the last clone of the [`Vm`], and the last vCPU and
-    /// [`Stage2`](crate::Stage2) of it, is dropped. For a machine that lives until the process ends,
-    /// it is `()`.
+    /// [`Stage2`](crate::Stage2) of it, is dropped. Pass `()` for a machine that lives until the
+    /// process ends.
     ///
     /// Call this once for each machine. [`Vm::pause`] pauses the vCPUs that were
     /// [adopted](Vm::adopt_vcpu) by clones of this value.
@@ -213,8 +213,8 @@ mod of_applevisor {
             vcpu: &'a applevisor::vcpu::Vcpu,
             creation_index: u32,
         ) -> Result<AdoptedVcpu<'a>, AdoptVcpuError> {
-            // SAFETY: a process has one machine. The vCPU is borrowed, so it is not destroyed during
-            // `'a`. It is not Send, so this is its thread.
+            // SAFETY: a process has one machine. The vCPU is borrowed, so it is not destroyed
+            // during `'a`. It is not Send, so this is its thread.
             unsafe { self.adopt_vcpu(vcpu.id(), creation_index) }
         }
     }

@@ -242,8 +242,8 @@ pub(crate) fn read_only_bits(register: R) -> u64 {
 pub(crate) fn kept_bits(register: G) -> u64 {
     match register {
         // Arm ARM, SPSR_EL1, exception taken from AArch64 state: N, Z, C, V in 31 to 28, TCO, DIT,
-        // UAO, PAN, SS and IL in 25 to 20, ALLINT, SSBS and BTYPE in 13 to 10, D, A, I, F in 9 to 6,
-        // M in 4 to 0.
+        // UAO, PAN, SS and IL in 25 to 20, ALLINT, SSBS and BTYPE in 13 to 10, D, A, I, F in 9 to
+        // 6, M in 4 to 0.
         G::CPSR => 0xf3f0_3fdf,
         // Arm ARM, FPCR: AHP, DN, FZ and RMode in 26 to 22, FZ16 in 19, IDE in 15, EBF in 13, the
         // enables of traps in 12 to 8, NEP, AH and FIZ in 2 to 0. Len and Stride are of AArch32.
