@@ -44,8 +44,12 @@ pub(crate) fn in_host_memory<'a>(
     )
 }
 
-/// Returns all of `range`: no call of macOS distinguishes pages that were swapped out or compressed
-/// from those that were never written.
+/// Returns all of `range`.
+///
+/// `mach_vm_page_range_query` of macOS reports pages that are present or paged out. It is not used:
+/// a page of a mapped file is neither before it is touched, and its answers were never seen on a
+/// Mac (the step `page-queries` of `hvf-backend`'s self-test). A page that is taken for zeros by
+/// mistake would be lost.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn in_host_memory<'a>(
     host_memory: impl Fn(u64, usize) -> Option<HostMemory<'a>> + 'a,
