@@ -122,6 +122,9 @@ impl Deref for AdoptedVcpu<'_> {
 }
 
 /// Converts the exit of a vCPU that the VMM runs itself.
+///
+/// Reading the framework's structure as this type is undefined behavior for a reason of a later
+/// macOS. [`Vcpu::run`] reads the number.
 impl From<hv_vcpu_exit_t> for Exit {
     fn from(exit: hv_vcpu_exit_t) -> Self {
         use applevisor_sys::hv_exit_reason_t as Reason;
