@@ -294,10 +294,11 @@ fn memory_added_by_mapping_growth_is_zeros() {
     let images = images();
     let mut regions = Regions::new(&[5 * MIB]);
     let end = NonNull::new(regions.address(4 * MIB)).unwrap();
-    // SAFETY: nothing accesses these pages.
-    unsafe { munmap(end.cast(), MIB as usize) }.unwrap();
     regions.0[0].1 = 4 * MIB as usize;
     let ram = regions.adopt(on_demand(), open_chain(&images)).unwrap();
+    // Not before: the stack of a thread of the filling could take the place.
+    // SAFETY: nothing accesses these pages.
+    unsafe { munmap(end.cast(), MIB as usize) }.unwrap();
     let (old, new) = (4 * MIB as usize, 5 * MIB as usize);
     // SAFETY: as above; it does not move.
     let grown = unsafe { libc::mremap(regions.address(0).cast(), old, new, 0) };
