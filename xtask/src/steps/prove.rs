@@ -38,6 +38,12 @@ pub(super) const SUITE: Suite = Suite {
             run: macos,
         },
         Step {
+            name: "syndromes",
+            proves: "an emulated processor reports guest accesses to protected pages as recorded, and write permission resolves those that the decoder must recognize",
+            paths: &["crates/hvf-backend", "testing/syndromes"],
+            run: syndromes,
+        },
+        Step {
             name: "demo",
             proves: "the demo passes with RAM on both sides of the MMIO gap",
             paths: &["crates", "testing/demo", "testing/guests"],
@@ -138,13 +144,15 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "mutants",
-            proves: "the tests detect small changes to the five crates that could lose a page",
+            proves: "the tests detect small changes to the five crates that could lose a page, and to hvf-backend's code for macOS",
             paths: &[
                 "crates/atomic-file",
                 "crates/dirty-bitmap",
+                "crates/hvf-backend",
                 "crates/lazy-restore",
                 "crates/memory-image",
                 "crates/memory-writer",
+                "testing/fake-hvf",
                 "testing/mutants",
             ],
             run: mutants,
@@ -247,6 +255,10 @@ fn interleavings(context: &Context<'_>) -> anyhow::Result<()> {
 
 fn macos(context: &Context<'_>) -> anyhow::Result<()> {
     Ok(context.xtask("check-macos").run()?)
+}
+
+fn syndromes(context: &Context<'_>) -> anyhow::Result<()> {
+    context.program("syndromes", &[])
 }
 
 fn demo(context: &Context<'_>) -> anyhow::Result<()> {
