@@ -4,9 +4,33 @@
 /// that a tier does not detect are tested with the next one.
 pub(crate) type Tiers = &'static [&'static [&'static str]];
 
+/// A crate that is mutated.
+pub(crate) struct Mutated {
+    pub name: &'static str,
+    /// The percentage of its mutants that must be caught.
+    pub goal: usize,
+    /// The files that are mutated, as a pattern of cargo-mutants. `None` stands for all files.
+    pub files: Option<&'static str>,
+    /// The code for macOS is compiled for Linux and runs over `testing/fake-hvf`.
+    pub over_fake_hvf: bool,
+    pub tiers: Tiers,
+}
+
+impl Mutated {
+    const fn all_of(name: &'static str, tiers: Tiers) -> Self {
+        Self {
+            name,
+            goal: 90,
+            files: None,
+            over_fake_hvf: false,
+            tiers,
+        }
+    }
+}
+
 /// The crates in which a defect can lose a page, and their test files.
-pub(crate) const CRATES: [(&str, Tiers); 5] = [
-    (
+pub(crate) const CRATES: [Mutated; 6] = [
+    Mutated::all_of(
         "atomic-file",
         &[
             &[
@@ -36,7 +60,7 @@ pub(crate) const CRATES: [(&str, Tiers); 5] = [
             &["group_faults"],
         ],
     ),
-    (
+    Mutated::all_of(
         "dirty-bitmap",
         &[&[
             "allocations",
@@ -53,7 +77,7 @@ pub(crate) const CRATES: [(&str, Tiers); 5] = [
             "vm_memory",
         ]],
     ),
-    (
+    Mutated::all_of(
         "memory-writer",
         &[
             &["bad_input", "destinations", "layout_errors", "layouts"],
@@ -78,7 +102,7 @@ pub(crate) const CRATES: [(&str, Tiers); 5] = [
             &["claimed_ram", "memory", "releasing", "untouched", "zeros"],
         ],
     ),
-    (
+    Mutated::all_of(
         "memory-image",
         &[
             &[
@@ -102,7 +126,7 @@ pub(crate) const CRATES: [(&str, Tiers); 5] = [
             &["replaced_images", "zeroed"],
         ],
     ),
-    (
+    Mutated::all_of(
         "lazy-restore",
         &[
             &["filling", "memory", "sharing", "split", "start", "waiting"],
@@ -118,11 +142,30 @@ pub(crate) const CRATES: [(&str, Tiers); 5] = [
             &["events"],
         ],
     ),
+    // Its other modules run on all systems. Most of their tests need no framework.
+    Mutated {
+        name: "hvf-backend",
+        goal: 85,
+        files: Some("crates/hvf-backend/src/macos/**"),
+        over_fake_hvf: true,
+        tiers: &[
+            &[
+                "exits",
+                "fake_framework",
+                "fake_gic",
+                "fake_state",
+                "hypervisor",
+                "injected_faults",
+                "recorded_syndromes",
+            ],
+            &["fake_interrupts", "fake_vcpus"],
+        ],
+    },
 ];
 
 /// Returns the names of the crates that are mutated.
-pub(crate) fn crates() -> [&'static str; 5] {
-    CRATES.map(|(name, _)| name)
+pub(crate) fn crates() -> [&'static str; CRATES.len()] {
+    CRATES.map(|mutated| mutated.name)
 }
 
 #[cfg(test)]
@@ -135,7 +178,7 @@ mod tests {
     fn all_test_files_are_run() {
         let sh = Shell::new().expect("a shell");
         let crates = concat!(env!("CARGO_MANIFEST_DIR"), "/../../crates");
-        for (name, tiers) in CRATES {
+        for Mutated { name, tiers, .. } in CRATES {
             let files = sh.read_dir(format!("{crates}/{name}/tests"));
             let mut files: Vec<_> = files
                 .expect("tests")
