@@ -28,8 +28,8 @@ const TARGET_DIR: &str = "target/macos";
 ///
 /// Lints (clippy, warnings are errors) every crate, test, example and task for Apple silicon.
 /// Breaks lines for macOS in a copy of a crate, and shows that each is detected. Links
-/// hvf-backend's examples and xtask into Mach-O executables, and checks what macOS requires of
-/// them: load commands, oldest macOS, functions of the framework, signature.
+/// the demo, fs-matrix, xtask and hvf-backend's examples into Mach-O executables, and checks what
+/// macOS requires of them: load commands, oldest macOS, functions of the framework, signature.
 ///
 /// It requires the target in this toolchain (`rustup target add aarch64-apple-darwin`), or as root
 /// Debian's packages of a Rust toolchain with the standard library's source, which is built once
@@ -41,8 +41,8 @@ const TARGET_DIR: &str = "target/macos";
 struct CheckMacos {
     #[command(flatten)]
     install: Install,
-    /// Link only the programs that `cargo xtask` builds, not hvf-backend with its fewest and most
-    /// features
+    /// Link only the demo and fs-matrix, not xtask, and not hvf-backend's examples with its fewest
+    /// and most features
     #[arg(long)]
     quick: bool,
 }

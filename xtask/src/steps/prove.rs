@@ -33,7 +33,7 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "macos",
-            proves: "as in ci; and the example links with the fewest and the most features, for macOS 11",
+            proves: "as in ci; and xtask links, and the examples with the fewest and the most features, for macOS 11",
             paths: &["crates", "testing", "testing/check-macos"],
             run: macos,
         },
