@@ -6,18 +6,16 @@ mod decode;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::calls::Code;
-use crate::gic;
+use crate::exit::Exit;
 use crate::interrupts::Lines;
+use crate::machine;
 use crate::memory::{self, Mapped};
-use crate::system_registers::SystemRegisters;
-use crate::timer::VirtualTimer;
+use crate::state::{State, Stop};
 use crate::unicorn::{Engine, UnicornError, register};
-use crate::vcpu::{Exit, Shared};
-pub(crate) use decode::GuestException;
+use crate::vcpus::Shared;
 
 /// SCR_EL3 and HCR_EL2: the levels below are AArch64 and not secure.
 const CONTROL_OF_HIGHER_LEVELS: [(u16, u64); 2] = [(0xf088, 1 << 10 | 1), (0xe088, 1 << 31)];
@@ -32,59 +30,13 @@ pub(crate) struct Emulation {
     executed: Duration,
 }
 
-/// The state of a vCPU beside the registers in the engine.
-pub(crate) struct State {
-    pub shared: Arc<Shared>,
-    /// The address of the instruction that is executed.
-    pc: u64,
-    /// The page that it is in, where the guest may execute.
-    page: Option<u64>,
-    /// The number of instructions until the timer is read again.
-    until_timer: u32,
-    stop: Option<Stop>,
-    trap_breakpoints: bool,
-    pub lines: Lines,
-    pub system: SystemRegisters,
-    pub timer: VirtualTimer,
-}
-
-/// Why a callback stopped the engine.
-#[derive(Debug)]
-enum Stop {
-    /// The vCPU exits. The program counter is then this.
-    Exit(Exit, u64),
-    /// Something is to be looked at before the instruction at `pc`.
-    Attention,
-    /// An interrupt is taken before the instruction at `pc`.
-    Interrupt { fiq: bool },
-    /// The guest takes an exception to its own level 1.
-    Exception(GuestException),
-    /// Translated code is forgotten before the instruction at `next`.
-    ForgetCode { next: u64 },
-    /// The guest does what this crate does not emulate.
-    Unsupported(String),
-}
-
-/// The number of instructions between two looks at the timer.
-const TIMER_INTERVAL: u32 = 1024;
-
 impl Emulation {
     pub(crate) fn new(shared: Arc<Shared>) -> Result<Self, UnicornError> {
         let engine = Engine::new()?;
         for (register, value) in CONTROL_OF_HIGHER_LEVELS {
             engine.write_system(register, value)?;
         }
-        let state = Box::new(State {
-            shared,
-            pc: 0,
-            page: None,
-            until_timer: 0,
-            stop: None,
-            trap_breakpoints: false,
-            lines: Lines::default(),
-            system: SystemRegisters::default(),
-            timer: VirtualTimer::default(),
-        });
+        let state = Box::new(State::new(shared));
         let emulation = Self {
             engine,
             state: NonNull::from(Box::leak(state)),
@@ -212,7 +164,7 @@ impl Emulation {
         };
         match stop {
             // With an interrupt controller, the framework waits.
-            Stop::Exit(exit, pc) if exit.is_wait_for_interrupt() && gic::exists() => {
+            Stop::Exit(exit, pc) if exit.is_wait_for_interrupt() && machine::has_gic() => {
                 state.shared.waiting.store(true, Ordering::SeqCst);
                 let interrupted = state.wait();
                 state.shared.waiting.store(false, Ordering::SeqCst);
@@ -236,27 +188,6 @@ impl Emulation {
             }
         }
         Ok(Ok(None))
-    }
-}
-
-impl State {
-    /// Returns the lines that are pending: those that the host has set, and the controller's.
-    pub(crate) fn lines(&self) -> Lines {
-        let irq = self.shared.interrupt.load(Ordering::Relaxed);
-        self.lines.with_irq(irq)
-    }
-
-    /// Waits for an interrupt. Returns false if something else is to be looked at first.
-    fn wait(&self) -> bool {
-        loop {
-            if self.lines().any() {
-                return true;
-            }
-            if self.shared.attention.load(Ordering::SeqCst) || self.timer_is_due() {
-                return false;
-            }
-            thread::sleep(Duration::from_micros(100));
-        }
     }
 }
 

@@ -1,11 +1,9 @@
 //! Pending interrupts, and exceptions that the guest takes to its own level 1.
 
-use crate::calls::{Code, Outcome, framework, give};
-use crate::emulation::State;
+use crate::calls::Code;
 use crate::registers;
-use crate::system_registers::{ELR_EL1, ESR_EL1, SPSR_EL1, VBAR_EL1};
+use crate::system_registers::{ELR_EL1, SPSR_EL1, SystemRegisters, VBAR_EL1};
 use crate::unicorn::{Engine, UnicornError, register};
-use crate::vcpu;
 
 /// `hv_interrupt_type_t` of Apple's header. `applevisor-sys` has the two names the other way round.
 const IRQ: u32 = 0;
@@ -22,8 +20,8 @@ const FLAGS: u64 = 0b1111 << 28;
 /// The interrupts that are pending until the vCPU exits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Lines {
-    irq: bool,
-    fiq: bool,
+    pub irq: bool,
+    pub fiq: bool,
 }
 
 impl Lines {
@@ -45,7 +43,7 @@ impl Lines {
         self
     }
 
-    fn line(&mut self, kind: u32) -> Result<&mut bool, Code> {
+    pub(crate) fn line(&mut self, kind: u32) -> Result<&mut bool, Code> {
         match kind {
             IRQ => Ok(&mut self.irq),
             FIQ => Ok(&mut self.fiq),
@@ -56,75 +54,35 @@ impl Lines {
 
 /// The offset of the kind of exception from the start of a group of vectors.
 #[derive(Clone, Copy)]
-enum Vector {
+pub(crate) enum Vector {
     Synchronous = 0x000,
     Irq = 0x080,
     Fiq = 0x100,
 }
 
-impl State {
-    /// Takes an interrupt before the instruction at `pc`.
-    ///
-    /// The line stays pending: the framework clears it when the vCPU exits, and the guest has
-    /// interrupts masked until it returns from its handler. Here it is taken once.
-    pub(crate) fn take_interrupt(
-        &mut self,
-        engine: &Engine,
-        fiq: bool,
-        pc: u64,
-    ) -> Result<(), UnicornError> {
-        let vector = if fiq { Vector::Fiq } else { Vector::Irq };
-        match fiq {
-            true => self.lines.fiq = false,
-            false => self.lines.irq = false,
-        }
-        self.enter_level_1(engine, vector, pc)
-    }
-
-    /// Takes an exception of the guest's own.
-    pub(crate) fn take_exception(
-        &mut self,
-        engine: &Engine,
-        exception: &crate::emulation::GuestException,
-    ) -> Result<(), UnicornError> {
-        self.system.set(ESR_EL1, exception.syndrome);
-        self.enter_level_1(engine, Vector::Synchronous, exception.return_address)
-    }
-
-    /// Arm ARM, `AArch64.TakeException`.
-    fn enter_level_1(
-        &mut self,
-        engine: &Engine,
-        vector: Vector,
-        return_address: u64,
-    ) -> Result<(), UnicornError> {
-        let pstate: u64 = engine.read(register::PSTATE)?;
-        let group = match (pstate & LEVEL, pstate & OWN_STACK_POINTER) {
-            (0, _) => 0x400,
-            (_, 0) => 0x000,
-            (_, _) => 0x200,
-        };
-        engine.write_system(SPSR_EL1, pstate)?;
-        engine.write_system(ELR_EL1, return_address)?;
-        registers::set_pstate(engine, pstate & FLAGS | MASKED_ALL | 0b0101)?;
-        let vectors = self.system.get(VBAR_EL1);
-        engine.write(register::PC, vectors + group + vector as u64)
-    }
+/// An exception that the guest takes to its own level 1.
+#[derive(Debug)]
+pub(crate) struct GuestException {
+    pub syndrome: u64,
+    /// The value of ELR_EL1.
+    pub return_address: u64,
 }
 
-fn set(id: u64, kind: u32, pending: bool) -> Outcome {
-    vcpu::own(id, |vcpu| {
-        *vcpu.emulation.state().lines.line(kind)? = pending;
-        Ok(())
-    })
-}
-
-framework! {
-    fn hv_vcpu_get_pending_interrupt(id: u64, kind: u32, pending: *mut bool) {
-        vcpu::own(id, |vcpu| give(pending, *vcpu.emulation.state().lines.line(kind)?))
-    }
-
-    fn hv_vcpu_set_pending_interrupt(id: u64, kind: u32, pending: bool) {
-        set(id, kind, pending)
-    }
+/// Arm ARM, `AArch64.TakeException`.
+pub(crate) fn enter_level_1(
+    engine: &Engine,
+    system: &SystemRegisters,
+    vector: Vector,
+    return_address: u64,
+) -> Result<(), UnicornError> {
+    let pstate: u64 = engine.read(register::PSTATE)?;
+    let group = match (pstate & LEVEL, pstate & OWN_STACK_POINTER) {
+        (0, _) => 0x400,
+        (_, 0) => 0x000,
+        (_, _) => 0x200,
+    };
+    engine.write_system(SPSR_EL1, pstate)?;
+    engine.write_system(ELR_EL1, return_address)?;
+    registers::set_pstate(engine, pstate & FLAGS | MASKED_ALL | 0b0101)?;
+    engine.write(register::PC, system.get(VBAR_EL1) + group + vector as u64)
 }

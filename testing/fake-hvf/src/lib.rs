@@ -16,7 +16,9 @@
 //!   registers of translation are stored, and the guest's tables are never read.
 //! - **Caches, memory attributes and the order of memory accesses are those of the host.** Only
 //!   translated code is cached: code that the host replaces is stale until `ic ivau`.
-//! - **Atomic instructions of several vCPUs are not atomic to each other.**
+//! - **Atomic instructions of several vCPUs are not atomic to each other.** Each alone faults and
+//!   is repeated whole, as do exclusive, pair and vector stores and `dc zva`.
+//! - **Instructions that maintain data caches access no memory**, so they cause no fault.
 //! - **The guest does not reach the interrupt controller**: not by memory, and not by instructions.
 //!   The host sets its registers. Shared interrupts are signalled to the vCPU of their route, and
 //!   no guest acknowledges one. There are no private interrupts, and timers signal none.
@@ -42,21 +44,31 @@
 mod calls;
 pub mod control;
 mod emulation;
+mod exit;
 mod gic;
+mod gic_registers;
+mod host;
 mod interrupts;
+mod machine;
 mod macos;
 mod memory;
 mod objects;
 mod registers;
 mod sme;
+mod state;
+mod symbols;
 mod system_registers;
 mod systems;
 mod timer;
 mod unicorn;
 mod vcpu;
+mod vcpu_registers;
+mod vcpu_sme;
+mod vcpus;
 mod vm;
 
 pub use calls::Code;
+pub use exit::{ExitException, VcpuExit};
 pub use gic::{
     hv_gic_config_create, hv_gic_config_set_distributor_base,
     hv_gic_config_set_msi_interrupt_range, hv_gic_config_set_msi_region_base,
@@ -69,30 +81,28 @@ pub use gic::{
     hv_gic_set_distributor_reg, hv_gic_set_icc_reg, hv_gic_set_redistributor_reg, hv_gic_set_spi,
     hv_gic_set_state, hv_gic_state_create, hv_gic_state_get_data, hv_gic_state_get_size,
 };
-pub use interrupts::{hv_vcpu_get_pending_interrupt, hv_vcpu_set_pending_interrupt};
 pub use macos::{
     dlsym, mach_absolute_time, mach_task_self_, mach_vm_page_range_query, minherit, mmap, mmap64,
     os_release, sys_icache_invalidate, sysconf, sysctlbyname,
 };
 pub use memory::{hv_vm_allocate, hv_vm_deallocate, hv_vm_map, hv_vm_protect, hv_vm_unmap};
-pub use registers::{
-    hv_vcpu_get_reg, hv_vcpu_get_simd_fp_reg, hv_vcpu_set_reg, hv_vcpu_set_simd_fp_reg,
+pub use sme::SmeState;
+pub use vcpu::{
+    hv_vcpu_config_create, hv_vcpu_create, hv_vcpu_destroy, hv_vcpu_get_exec_time,
+    hv_vcpu_get_trap_debug_exceptions, hv_vcpu_get_trap_debug_reg_accesses, hv_vcpu_run,
+    hv_vcpu_set_trap_debug_exceptions, hv_vcpu_set_trap_debug_reg_accesses, hv_vcpus_exit,
+    hv_vm_get_max_vcpu_count,
 };
-pub use sme::{
-    SmeState, hv_sme_config_get_max_svl_bytes, hv_vcpu_get_sme_p_reg, hv_vcpu_get_sme_state,
-    hv_vcpu_get_sme_z_reg, hv_vcpu_get_sme_za_reg, hv_vcpu_get_sme_zt0_reg, hv_vcpu_set_sme_p_reg,
-    hv_vcpu_set_sme_state, hv_vcpu_set_sme_z_reg, hv_vcpu_set_sme_za_reg, hv_vcpu_set_sme_zt0_reg,
-};
-pub use system_registers::{hv_vcpu_get_sys_reg, hv_vcpu_set_sys_reg};
-pub use timer::{
-    hv_vcpu_get_vtimer_mask, hv_vcpu_get_vtimer_offset, hv_vcpu_set_vtimer_mask,
+pub use vcpu_registers::{
+    hv_vcpu_get_pending_interrupt, hv_vcpu_get_reg, hv_vcpu_get_simd_fp_reg, hv_vcpu_get_sys_reg,
+    hv_vcpu_get_vtimer_mask, hv_vcpu_get_vtimer_offset, hv_vcpu_set_pending_interrupt,
+    hv_vcpu_set_reg, hv_vcpu_set_simd_fp_reg, hv_vcpu_set_sys_reg, hv_vcpu_set_vtimer_mask,
     hv_vcpu_set_vtimer_offset,
 };
-pub use vcpu::{
-    ExitException, VcpuExit, hv_vcpu_config_create, hv_vcpu_create, hv_vcpu_destroy,
-    hv_vcpu_get_exec_time, hv_vcpu_get_trap_debug_exceptions, hv_vcpu_get_trap_debug_reg_accesses,
-    hv_vcpu_run, hv_vcpu_set_trap_debug_exceptions, hv_vcpu_set_trap_debug_reg_accesses,
-    hv_vcpus_exit, hv_vm_get_max_vcpu_count,
+pub use vcpu_sme::{
+    hv_sme_config_get_max_svl_bytes, hv_vcpu_get_sme_p_reg, hv_vcpu_get_sme_state,
+    hv_vcpu_get_sme_z_reg, hv_vcpu_get_sme_za_reg, hv_vcpu_get_sme_zt0_reg, hv_vcpu_set_sme_p_reg,
+    hv_vcpu_set_sme_state, hv_vcpu_set_sme_z_reg, hv_vcpu_set_sme_za_reg, hv_vcpu_set_sme_zt0_reg,
 };
 pub use vm::{
     hv_vm_config_create, hv_vm_config_get_default_ipa_granule, hv_vm_config_get_default_ipa_size,
@@ -100,3 +110,87 @@ pub use vm::{
     hv_vm_config_get_ipa_size, hv_vm_config_get_max_ipa_size, hv_vm_config_set_el2_enabled,
     hv_vm_config_set_ipa_granule, hv_vm_config_set_ipa_size, hv_vm_create, hv_vm_destroy,
 };
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    /// The modules. Each uses only modules before it.
+    const LAYERS: [&str; 25] = [
+        "unicorn",
+        "host",
+        "systems",
+        "calls",
+        "objects",
+        "exit",
+        "gic_registers",
+        "vcpus",
+        "machine",
+        "memory",
+        "vm",
+        "system_registers",
+        "registers",
+        "interrupts",
+        "timer",
+        "state",
+        "emulation",
+        "sme",
+        "vcpu",
+        "vcpu_registers",
+        "vcpu_sme",
+        "gic",
+        "symbols",
+        "macos",
+        "control",
+    ];
+
+    /// Returns the names of the modules that `source` uses.
+    fn used(source: &str) -> Vec<&str> {
+        fn name(path: &str) -> &str {
+            let end = path.find(|c: char| !(c.is_alphanumeric() || c == '_'));
+            &path[..end.unwrap_or(path.len())]
+        }
+        let mut used = Vec::new();
+        for (at, path) in source.match_indices("crate::") {
+            let rest = &source[at + path.len()..];
+            match rest.strip_prefix('{').and_then(|list| list.split_once('}')) {
+                Some((list, _)) => used.extend(list.split(',').map(|item| name(item.trim()))),
+                None => used.push(name(rest)),
+            }
+        }
+        used.retain(|name| LAYERS.contains(name));
+        used
+    }
+
+    #[test]
+    fn modules_use_only_modules_of_lower_layers() {
+        let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let layer = |name: &str| LAYERS.iter().position(|layer| *layer == name);
+        let mut found = 0;
+        for dir in ["", "emulation", "gic"] {
+            for file in fs::read_dir(src.join(dir)).expect("the sources") {
+                let path = file.expect("a file").path();
+                if path.extension().is_none_or(|extension| extension != "rs") {
+                    continue;
+                }
+                let module = if dir.is_empty() {
+                    path.file_stem().and_then(|name| name.to_str())
+                } else {
+                    Some(dir)
+                };
+                let Some(own) = module.and_then(layer) else {
+                    assert!(path.ends_with("lib.rs"), "{path:?} is in no layer");
+                    continue;
+                };
+                let source = fs::read_to_string(&path).expect("a source file");
+                for used in used(&source) {
+                    let used_layer = layer(used).expect("a module");
+                    assert!(used_layer <= own, "{path:?} uses {used}");
+                    found += 1;
+                }
+            }
+        }
+        assert!(found > 50, "{found} uses were found");
+    }
+}

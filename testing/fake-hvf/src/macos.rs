@@ -7,7 +7,8 @@ use std::ffi::{CStr, c_char, c_int, c_long, c_void};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use crate::{control, objects, systems, timer, vcpu};
+use crate::calls::answer;
+use crate::{host, objects, symbols, vcpus};
 
 /// The page size of a Mac in bytes.
 const PAGE_SIZE: usize = 16 << 10;
@@ -25,17 +26,7 @@ pub unsafe extern "C" fn os_release(object: *mut c_void) {
 /// Returns the host's counter.
 #[unsafe(no_mangle)]
 pub extern "C" fn mach_absolute_time() -> u64 {
-    if let Some(ticks) = control::stopped_clock() {
-        return ticks;
-    }
-    let mut now = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: the address is of a variable.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
-    let (seconds, nanos) = (now.tv_sec.cast_unsigned(), now.tv_nsec.cast_unsigned());
-    seconds * timer::FREQUENCY + nanos * 24 / 1000
+    host::ticks()
 }
 
 /// Reads `kern.hv_support`, the only name that this crate knows.
@@ -52,7 +43,7 @@ pub unsafe extern "C" fn sysctlbyname(
         unsafe { *libc::__errno_location() = error };
         -1
     };
-    if crate::calls::answer("sysctlbyname", || Ok(())) != 0 {
+    if answer("sysctlbyname", || Ok(())) != 0 {
         return fail(libc::EPERM);
     }
     // SAFETY: the caller passes a string that ends with a zero byte.
@@ -64,7 +55,7 @@ pub unsafe extern "C" fn sysctlbyname(
     // SAFETY: the caller's buffer has room for it (checked).
     unsafe {
         old.cast::<c_int>()
-            .write(c_int::from(control::has_hypervisor()));
+            .write(c_int::from(host::has_hypervisor()));
         *size = size_of::<c_int>();
     }
     0
@@ -73,7 +64,7 @@ pub unsafe extern "C" fn sysctlbyname(
 /// Forgets translated code, of any addresses.
 #[unsafe(no_mangle)]
 pub extern "C" fn sys_icache_invalidate(_start: *mut c_void, _len: usize) {
-    vcpu::forget_code();
+    vcpus::forget_code();
 }
 
 /// The task of this process, which [`mach_vm_page_range_query`] takes.
@@ -125,7 +116,7 @@ pub unsafe extern "C" fn mach_vm_page_range_query(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn minherit(start: *mut c_void, size: usize, inherit: c_int) -> c_int {
     const NONE: c_int = 2;
-    if crate::calls::answer("minherit", || Ok(())) != 0 || inherit != NONE {
+    if answer("minherit", || Ok(())) != 0 || inherit != NONE {
         // SAFETY: the address is of this thread's variable.
         unsafe { *libc::__errno_location() = libc::EINVAL };
         return -1;
@@ -142,7 +133,7 @@ pub unsafe extern "C" fn dlsym(library: *mut c_void, name: *const c_char) -> *mu
     // SAFETY: the caller passes a string that ends with a zero byte.
     let text = unsafe { CStr::from_ptr(name) };
     if text.to_bytes().starts_with(b"hv_") {
-        return systems::symbol(text).unwrap_or(std::ptr::null_mut());
+        return symbols::symbol(text).unwrap_or(std::ptr::null_mut());
     }
     // SAFETY: both strings end with a zero byte. This is the version of x86-64.
     let next = unsafe { libc::dlvsym(libc::RTLD_NEXT, c"dlsym".as_ptr(), c"GLIBC_2.2.5".as_ptr()) };

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::calls::{Code, Outcome, framework, give};
-use crate::{vcpu, vm};
+use crate::{machine, vcpus};
 
 pub(crate) const READ: u64 = 1;
 pub(crate) const WRITE: u64 = 1 << 1;
@@ -167,7 +167,7 @@ fn aligned(start: u64, size: usize, granule: u64) -> Result<Range<u64>, Code> {
 }
 
 fn map(host: *mut c_void, start: u64, size: usize, flags: u64) -> Outcome {
-    let (granule, bits) = vm::with(|machine| Ok((machine.granule, machine.address_bits)))?;
+    let (granule, bits) = machine::with(|machine| Ok((machine.granule, machine.address_bits)))?;
     let range = aligned(start, size, granule)?;
     let limit = 1_u64.checked_shl(bits).unwrap_or(u64::MAX);
     if flags & !ALL != 0 || range.end > limit || host.is_null() {
@@ -195,13 +195,13 @@ fn map(host: *mut c_void, start: u64, size: usize, flags: u64) -> Outcome {
     memory.version += 1;
     let version = memory.version;
     drop(memory);
-    vcpu::follow(version);
+    vcpus::follow(version);
     Ok(())
 }
 
 /// Apple's header permits any mapped range. Here it is a region as it was mapped.
 fn unmap(start: u64, size: usize) -> Outcome {
-    let granule = vm::with(|machine| Ok(machine.granule))?;
+    let granule = machine::with(|machine| Ok(machine.granule))?;
     let range = aligned(start, size, granule)?;
     let mut memory = write();
     let mut regions = memory.regions.iter();
@@ -211,12 +211,12 @@ fn unmap(start: u64, size: usize) -> Outcome {
     let version = memory.version;
     drop(memory);
     // The caller may unmap the memory from the process once this returns.
-    vcpu::follow(version);
+    vcpus::follow(version);
     Ok(())
 }
 
 fn protect(start: u64, size: usize, flags: u64) -> Outcome {
-    let granule = vm::with(|machine| Ok(machine.granule))?;
+    let granule = machine::with(|machine| Ok(machine.granule))?;
     let range = aligned(start, size, granule)?;
     if flags & !ALL != 0 {
         return Err(Code::BAD_ARGUMENT);
@@ -235,10 +235,10 @@ fn protect(start: u64, size: usize, flags: u64) -> Outcome {
     let version = memory.version;
     drop(memory);
     if readable_changes {
-        vcpu::follow(version);
+        vcpus::follow(version);
     }
     // A store that was permitted before is in memory once this returns.
-    vcpu::finish_stores();
+    vcpus::finish_stores();
     Ok(())
 }
 

@@ -1,22 +1,14 @@
 //! Objects of the framework, which the caller holds by an opaque pointer and releases.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::calls::Code;
 
-/// An object.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Object {
-    VmConfig(crate::vm::Config),
-    VcpuConfig,
-    GicConfig(crate::gic::Config),
-    GicState(Vec<u8>),
-}
-
 struct Objects {
-    live: BTreeMap<usize, Object>,
+    live: BTreeMap<usize, Box<dyn Any + Send>>,
     next: usize,
 }
 
@@ -30,22 +22,23 @@ fn objects() -> MutexGuard<'static, Objects> {
 }
 
 /// Returns a pointer that stands for a new object. It points at nothing.
-pub(crate) fn create(object: Object) -> *mut c_void {
+pub(crate) fn create<T: Any + Send>(object: T) -> *mut c_void {
     let mut objects = objects();
     objects.next += 0x10;
     let handle = objects.next;
-    objects.live.insert(handle, object);
+    objects.live.insert(handle, Box::new(object));
     std::ptr::without_provenance_mut(handle)
 }
 
-/// Calls `function` with an object. A pointer that stands for none is a bad argument.
-pub(crate) fn with<T>(
+/// Calls `function` with an object. A pointer that stands for none of this type is a bad argument.
+pub(crate) fn with<T: Any, R>(
     handle: *mut c_void,
-    function: impl FnOnce(&mut Object) -> Result<T, Code>,
-) -> Result<T, Code> {
+    function: impl FnOnce(&mut T) -> R,
+) -> Result<R, Code> {
     let mut objects = objects();
     let object = objects.live.get_mut(&handle.addr());
-    function(object.ok_or(Code::BAD_ARGUMENT)?)
+    let object = object.and_then(|object| object.downcast_mut());
+    Ok(function(object.ok_or(Code::BAD_ARGUMENT)?))
 }
 
 /// Ends an object. Returns whether it existed.

@@ -1,89 +1,22 @@
-//! Virtual CPUs: creating and ending them, and what other threads may do with them.
+//! A vCPU: creating, running and ending it.
 //!
 //! A vCPU lives in a variable of its thread, so no other thread finds it.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use crate::calls::{Code, Outcome, answer_object, framework, give};
 use crate::emulation::Emulation;
-use crate::gic::{self, Registers};
-use crate::objects::{self, Object};
+use crate::exit::{Exit, ExitException, VcpuExit};
+use crate::gic_registers::new_cpu_interface;
 use crate::sme::Sme;
-use crate::{control, vm};
+use crate::vcpus::{self, MAX_VCPUS, Shared};
+use crate::{host, machine, objects};
 
-/// The number of vCPUs of a machine.
-const MAX_VCPUS: usize = 16;
-
-/// `hv_vcpu_exit_t`
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct VcpuExit {
-    /// `hv_exit_reason_t`
-    pub reason: u32,
-    pub exception: ExitException,
-}
-
-/// `hv_vcpu_exit_exception_t`
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct ExitException {
-    pub syndrome: u64,
-    pub virtual_address: u64,
-    pub physical_address: u64,
-}
-
-/// The reasons of `hv_exit_reason_t`.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Exit {
-    Canceled,
-    Exception(ExitException),
-    VtimerActivated,
-}
-
-/// What other threads see of a vCPU.
-#[derive(Debug, Default)]
-pub(crate) struct Shared {
-    /// Another thread asked the vCPU to exit.
-    pub canceled: AtomicBool,
-    /// The vCPU looks at the other fields before its next instruction.
-    pub attention: AtomicBool,
-    /// The vCPU is in `hv_vcpu_run`.
-    pub running: AtomicBool,
-    /// The interrupt controller signals an interrupt.
-    pub interrupt: AtomicBool,
-    /// The guest waits for an interrupt.
-    pub waiting: AtomicBool,
-    /// The vCPU emulates instructions.
-    pub emulating: AtomicBool,
-    /// Translated code is to be forgotten.
-    pub stale_code: AtomicBool,
-    /// A store is permitted, and may not be in memory yet.
-    pub storing: AtomicBool,
-    /// The version of the memory that is mapped into the engine.
-    pub memory_version: AtomicU64,
-    /// The number of vCPUs that the process had created before.
-    pub serial: u64,
-    /// MPIDR_EL1
-    pub affinity: AtomicU64,
-    /// The registers of the vCPU's redistributor.
-    pub redistributor: Mutex<Registers>,
-    /// The interrupt controller's registers of this CPU.
-    pub cpu_interface: Mutex<BTreeMap<u16, u64>>,
-    /// The thread of the vCPU has ended without destroying it.
-    orphaned: AtomicBool,
-}
-
-impl Shared {
-    pub(crate) fn cpu_interface(&self) -> MutexGuard<'_, BTreeMap<u16, u64>> {
-        let interface = self.cpu_interface.lock();
-        interface.unwrap_or_else(PoisonError::into_inner)
-    }
-}
+/// The settings of a vCPU (`hv_vcpu_config_t`).
+struct Config;
 
 /// A vCPU, for its own thread.
 pub(crate) struct Vcpu {
@@ -100,46 +33,6 @@ thread_local! {
     static OWN: RefCell<Option<Vcpu>> = const { RefCell::new(None) };
 }
 
-/// All vCPUs by their numbers.
-static ALL: Mutex<Vec<Option<Arc<Shared>>>> = Mutex::new(Vec::new());
-
-fn all() -> MutexGuard<'static, Vec<Option<Arc<Shared>>>> {
-    ALL.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn each() -> Vec<Arc<Shared>> {
-    all().iter().flatten().cloned().collect()
-}
-
-/// Returns the vCPUs in the order in which they were created.
-pub(crate) fn in_order() -> Vec<Arc<Shared>> {
-    let mut vcpus = each();
-    vcpus.sort_by_key(|vcpu| vcpu.serial);
-    vcpus
-}
-
-/// Returns whether a vCPU exists. One whose thread ended without destroying it does.
-pub(crate) fn exist() -> bool {
-    !each().is_empty()
-}
-
-/// Returns whether a guest waits for an interrupt.
-pub(crate) fn waits() -> bool {
-    each()
-        .iter()
-        .any(|vcpu| vcpu.waiting.load(Ordering::SeqCst))
-}
-
-/// Forgets the vCPUs, whose threads have ended.
-pub(crate) fn clear() {
-    let owned = |vcpu: &Arc<Shared>| !vcpu.orphaned.load(Ordering::SeqCst);
-    assert!(
-        !each().iter().any(owned),
-        "a thread has a vCPU: only that thread can destroy it"
-    );
-    all().clear();
-}
-
 /// Calls `function` with a vCPU of this thread.
 pub(crate) fn own<T>(
     id: u64,
@@ -151,42 +44,10 @@ pub(crate) fn own<T>(
     })
 }
 
-/// Waits until no vCPU emulates with older mappings.
-pub(crate) fn follow(version: u64) {
-    for vcpu in each() {
-        vcpu.attention.store(true, Ordering::SeqCst);
-        while vcpu.emulating.load(Ordering::SeqCst)
-            && vcpu.memory_version.load(Ordering::SeqCst) < version
-        {
-            thread::yield_now();
-        }
-    }
-}
-
-/// Makes each vCPU forget translated code.
-pub(crate) fn forget_code() {
-    for vcpu in each() {
-        vcpu.stale_code.store(true, Ordering::SeqCst);
-        vcpu.attention.store(true, Ordering::SeqCst);
-    }
-}
-
-/// Waits until each store that is permitted now is in memory.
-pub(crate) fn finish_stores() {
-    for vcpu in each() {
-        while vcpu.storing.load(Ordering::SeqCst) {
-            thread::yield_now();
-        }
-    }
-}
-
 fn create(id: *mut u64, exit: *mut *const VcpuExit, config: *mut c_void) -> Outcome {
-    vm::with(|_| Ok(()))?;
+    machine::with(|_| Ok(()))?;
     if !config.is_null() {
-        objects::with(config, |object| match object {
-            Object::VcpuConfig => Ok(()),
-            _ => Err(Code::BAD_ARGUMENT),
-        })?;
+        objects::with(config, |_: &mut Config| ())?;
     }
     if OWN.with_borrow(Option::is_some) {
         return Err(Code::BUSY);
@@ -195,20 +56,11 @@ fn create(id: *mut u64, exit: *mut *const VcpuExit, config: *mut c_void) -> Outc
     let shared = Arc::new(Shared {
         serial: SERIAL.fetch_add(1, Ordering::SeqCst),
         affinity: AtomicU64::new(1 << 31),
-        cpu_interface: Mutex::new(gic::new_cpu_interface()),
+        cpu_interface: Mutex::new(new_cpu_interface()),
         ..Shared::default()
     });
-    let mut all = all();
-    let number = match all.iter().position(Option::is_none) {
-        Some(free) => free,
-        None if all.len() < MAX_VCPUS => {
-            all.push(None);
-            all.len() - 1
-        }
-        None => return Err(Code::NO_RESOURCES),
-    };
-    let vcpu = Vcpu {
-        id: number as u64,
+    let mut vcpu = Vcpu {
+        id: 0,
         emulation: Emulation::new(Arc::clone(&shared)).map_err(|_| Code::ERROR)?,
         shared: Arc::clone(&shared),
         sme: Sme::default(),
@@ -216,9 +68,12 @@ fn create(id: *mut u64, exit: *mut *const VcpuExit, config: *mut c_void) -> Outc
         trap_debug_exceptions: false,
         trap_debug_reg_accesses: false,
     };
-    give(id, vcpu.id)?;
     give(exit, &raw const *vcpu.exit)?;
-    all[number] = Some(shared);
+    if id.is_null() {
+        return Err(Code::BAD_ARGUMENT);
+    }
+    vcpu.id = vcpus::add(shared)?;
+    give(id, vcpu.id)?;
     OWN.set(Some(vcpu));
     Ok(())
 }
@@ -232,12 +87,12 @@ impl Drop for Vcpu {
 fn destroy(id: u64) -> Outcome {
     own(id, |_| Ok(()))?;
     OWN.set(None);
-    all()[id as usize] = None;
+    vcpus::remove(id);
     Ok(())
 }
 
 fn run(vcpu: &mut Vcpu) -> Outcome {
-    vm::with(|machine| {
+    machine::with(|machine| {
         machine.has_run = true;
         Ok(())
     })?;
@@ -251,7 +106,7 @@ fn run(vcpu: &mut Vcpu) -> Outcome {
         Exit::VtimerActivated => (2, ExitException::default()),
     };
     *vcpu.exit = VcpuExit {
-        reason: control::take_exit_reason().unwrap_or(reason),
+        reason: host::take_exit_reason().unwrap_or(reason),
         exception,
     };
     Ok(())
@@ -261,23 +116,16 @@ fn request_exits(ids: *const u64, count: u32) -> Outcome {
     if ids.is_null() && count > 0 {
         return Err(Code::BAD_ARGUMENT);
     }
-    let all = all();
     for number in 0..count as usize {
         // SAFETY: the caller passes `count` numbers.
-        let id = unsafe { ids.add(number).read() };
-        let vcpu = all.get(id as usize).and_then(Option::as_ref);
-        let vcpu = vcpu.ok_or(Code::BAD_ARGUMENT)?;
-        vcpu.canceled.store(true, Ordering::SeqCst);
-        vcpu.attention.store(true, Ordering::SeqCst);
+        vcpus::request_exit(unsafe { ids.add(number).read() })?;
     }
     Ok(())
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hv_vcpu_config_create() -> *mut c_void {
-    answer_object("hv_vcpu_config_create", || {
-        Some(objects::create(Object::VcpuConfig))
-    })
+    answer_object("hv_vcpu_config_create", || Some(objects::create(Config)))
 }
 
 framework! {

@@ -1,12 +1,10 @@
-//! The virtual machine of this process, and its configuration.
+//! Creating and ending the machine of this process, and its configuration.
 
 use std::ffi::c_void;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::calls::{Code, Outcome, answer_object, framework, give};
-use crate::gic::Gic;
-use crate::objects::{self, Object};
-use crate::{control, memory, vcpu};
+use crate::machine::{self, Machine};
+use crate::{host, memory, objects, vcpus};
 
 /// `hv_ipa_granule_t`
 const GRANULE_4K: u32 = 0;
@@ -30,50 +28,15 @@ impl Default for Config {
     }
 }
 
-/// The machine.
-#[derive(Debug)]
-pub(crate) struct Machine {
-    /// The number of bits of guest-physical addresses.
-    pub address_bits: u32,
-    /// The page size of stage 2 in bytes.
-    pub granule: u64,
-    /// Whether a vCPU has run.
-    pub has_run: bool,
-    pub gic: Option<Gic>,
-}
-
-static MACHINE: Mutex<Option<Machine>> = Mutex::new(None);
-
-fn lock() -> MutexGuard<'static, Option<Machine>> {
-    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Calls `function` with the machine. Without one, there is no device.
-pub(crate) fn with<T>(function: impl FnOnce(&mut Machine) -> Result<T, Code>) -> Result<T, Code> {
-    function(lock().as_mut().ok_or(Code::NO_DEVICE)?)
-}
-
-/// Ends the machine, also if memory is mapped or a vCPU exists.
-pub(crate) fn clear() {
-    *lock() = None;
-}
-
-fn config<T>(config: *mut c_void, function: impl FnOnce(&mut Config) -> T) -> Result<T, Code> {
-    objects::with(config, |object| match object {
-        Object::VmConfig(config) => Ok(function(config)),
-        _ => Err(Code::BAD_ARGUMENT),
-    })
-}
-
 fn create(settings: *mut c_void) -> Outcome {
-    if !control::is_entitled() {
+    if !host::is_entitled() {
         return Err(Code::DENIED);
     }
     let settings = match settings.is_null() {
         true => Config::default(),
-        false => config(settings, |config| *config)?,
+        false => objects::with(settings, |config: &mut Config| *config)?,
     };
-    let mut machine = lock();
+    let mut machine = machine::lock();
     if machine.is_some() {
         return Err(Code::BUSY);
     }
@@ -92,11 +55,11 @@ fn create(settings: *mut c_void) -> Outcome {
 
 /// The framework's header leaves open what becomes of mappings and vCPUs. Here they are in the way.
 fn destroy() -> Outcome {
-    let mut machine = lock();
+    let mut machine = machine::lock();
     if machine.is_none() {
         return Err(Code::NO_DEVICE);
     }
-    if vcpu::exist() || memory::is_mapped() {
+    if vcpus::exist() || memory::is_mapped() {
         return Err(Code::BUSY);
     }
     *machine = None;
@@ -106,7 +69,7 @@ fn destroy() -> Outcome {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hv_vm_config_create() -> *mut c_void {
     answer_object("hv_vm_config_create", || {
-        Some(objects::create(Object::VmConfig(Config::default())))
+        Some(objects::create(Config::default()))
     })
 }
 
@@ -120,7 +83,7 @@ framework! {
     }
 
     fn hv_vm_config_get_max_ipa_size(bits: *mut u32) {
-        give(bits, control::max_address_bits())
+        give(bits, host::max_address_bits())
     }
 
     fn hv_vm_config_get_default_ipa_size(bits: *mut u32) {
@@ -131,14 +94,14 @@ framework! {
         if bits == 0 {
             return Err(Code::BAD_ARGUMENT);
         }
-        if bits > control::max_address_bits() {
+        if bits > host::max_address_bits() {
             return Err(Code::UNSUPPORTED);
         }
-        config(settings, |config| config.address_bits = bits)
+        objects::with(settings, |config: &mut Config| config.address_bits = bits)
     }
 
     fn hv_vm_config_get_ipa_size(settings: *mut c_void, bits: *mut u32) {
-        give(bits, config(settings, |config| config.address_bits)?)
+        give(bits, objects::with(settings, |config: &mut Config| config.address_bits)?)
     }
 
     fn hv_vm_config_get_el2_supported(supported: *mut bool) {
@@ -146,12 +109,12 @@ framework! {
     }
 
     fn hv_vm_config_get_el2_enabled(settings: *mut c_void, enabled: *mut bool) {
-        config(settings, |_| ())?;
+        objects::with(settings, |_: &mut Config| ())?;
         give(enabled, false)
     }
 
     fn hv_vm_config_set_el2_enabled(settings: *mut c_void, enabled: bool) {
-        config(settings, |_| ())?;
+        objects::with(settings, |_: &mut Config| ())?;
         if enabled { Err(Code::UNSUPPORTED) } else { Ok(()) }
     }
 
@@ -160,13 +123,13 @@ framework! {
     }
 
     fn hv_vm_config_get_ipa_granule(settings: *mut c_void, granule: *mut u32) {
-        give(granule, config(settings, |config| config.granule)?)
+        give(granule, objects::with(settings, |config: &mut Config| config.granule)?)
     }
 
     fn hv_vm_config_set_ipa_granule(settings: *mut c_void, granule: u32) {
         if granule != GRANULE_4K && granule != GRANULE_16K {
             return Err(Code::BAD_ARGUMENT);
         }
-        config(settings, |config| config.granule = granule)
+        objects::with(settings, |config: &mut Config| config.granule = granule)
     }
 }

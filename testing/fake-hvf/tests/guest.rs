@@ -24,13 +24,22 @@ const PERMISSION: u64 = 0x0f;
 const ESR_EL1: u16 = 0xc290;
 const ELR_EL1: u16 = 0xc201;
 
-/// Each kind of store, to the address in x1, and whether it changes x1.
-const STORES: [(&str, u32, u64); 7] = [
+/// Each kind of store, to the address in x1, and by how much it changes x1. x2 and x3 have the
+/// value in memory.
+const STORES: [(&str, u32, u64); 15] = [
     ("str x0, [x1]", 0xf900_0020, 0),
     ("strb w0, [x1], #1", 0x3800_1420, 1),
     ("stp x0, x0, [x1], #16", 0xa881_0020, 16),
     ("str q0, [x1], #16", 0x3c81_0420, 16),
     ("stlr x0, [x1]", 0xc89f_fc20, 0),
+    ("stnp x0, x0, [x1]", 0xa800_0020, 0),
+    ("stp q0, q1, [x1], #32", 0xac81_0420, 32),
+    ("st1 {v0.16b}, [x1]", 0x4c00_7020, 0),
+    ("st4 {v0.2d-v3.2d}, [x1], #64", 0x4c9f_0c20, 64),
+    ("cas x2, x0, [x1]", 0xc8a2_7c20, 0),
+    ("casp x2, x3, x4, x5, [x1]", 0x4822_7c24, 0),
+    ("swpal x0, x2, [x1]", 0xf8e0_8022, 0),
+    ("stset x0, [x1]", 0xf820_303f, 0),
     ("ldadd x0, x2, [x1]", 0xf820_0022, 0),
     ("dc zva, x1", 0xd50b_7421, 0),
 ];
@@ -50,6 +59,8 @@ fn each_store_faults_and_is_repeated_whole() {
         vcpu.set(PC, program);
         vcpu.set(X0, 0x4242);
         vcpu.set(X1, DATA);
+        vcpu.set(2, before);
+        vcpu.set(3, before);
         for _ in 0..2 {
             let fault = vcpu.run();
             assert_eq!(
@@ -66,6 +77,28 @@ fn each_store_faults_and_is_repeated_whole() {
         assert_eq!(vcpu.get(X1), DATA + moved, "{name}");
         assert_ne!(ram.word(DATA), before, "{name}");
     }
+}
+
+#[test]
+fn an_exclusive_store_faults_and_its_loop_ends() {
+    let _turn = turn();
+    let _machine = Machine::new();
+    let ram = Ram::new();
+    let vcpu = Vcpu::new();
+    // ldxr x4, [x1]; stxr w5, x0, [x1]; cbnz w5, the load
+    ram.write(RAM, &[0xc85f_7c24, 0xc805_7c20, 0x35ff_ffc5, hvc(1)]);
+    ram.write(DATA, &[0x11; 16]);
+    ram.protect(DATA, PAGE, READ_AND_EXECUTE);
+    vcpu.set(PC, RAM);
+    vcpu.set(X0, 0x4242);
+    vcpu.set(X1, DATA);
+    let fault = vcpu.run();
+    let class_and_kind = fault.syndrome & !0x3f;
+    assert_eq!(class_and_kind, DATA_ABORT << 26 | IL | WRITE);
+    assert_eq!((fault.physical_address, vcpu.get(PC)), (DATA, RAM + 4));
+    ram.protect(DATA, PAGE, ALL);
+    assert_eq!(hypercall(vcpu.run()), 1);
+    assert_eq!(ram.word(DATA), 0x4242);
 }
 
 #[test]

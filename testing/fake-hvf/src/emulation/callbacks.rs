@@ -5,11 +5,14 @@ use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
 use super::decode;
-use super::{State, Stop, TIMER_INTERVAL};
+use crate::exit::{Exit, ExitException};
 use crate::memory::{self, EXEC, READ, Refusal, WRITE};
 use crate::registers;
+use crate::state::{State, Stop};
 use crate::unicorn::{Engine, RawEngine, SystemRegister, UnicornError, access, hook, register};
-use crate::vcpu::{Exit, ExitException};
+
+/// The number of instructions between two looks at the timer.
+const TIMER_INTERVAL: u32 = 1024;
 
 /// Adds the callbacks to an engine.
 pub(super) fn add(engine: &Engine, state: NonNull<State>) -> Result<(), UnicornError> {

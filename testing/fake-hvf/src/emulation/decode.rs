@@ -1,8 +1,9 @@
 //! What an instruction at which the engine stopped means (Arm ARM, C4 and D24).
 
-use super::Stop;
+use crate::exit::{Exit, ExitException};
+use crate::interrupts::GuestException;
 use crate::memory;
-use crate::vcpu::{Exit, ExitException};
+use crate::state::Stop;
 
 /// Exception classes (ESR_ELx.EC).
 const UNKNOWN: u64 = 0x00;
@@ -23,14 +24,6 @@ const MONITOR_CALL: u32 = 13;
 
 const WFI: u32 = 0xd503_207f;
 const WFE: u32 = 0xd503_205f;
-
-/// An exception that the guest takes to its own level 1.
-#[derive(Debug)]
-pub(crate) struct GuestException {
-    pub syndrome: u64,
-    /// The value of ELR_EL1.
-    pub return_address: u64,
-}
 
 /// Returns a syndrome of an instruction of 32 bits.
 pub(super) fn syndrome(class: u64, specific: u64) -> u64 {

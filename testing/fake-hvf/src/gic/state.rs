@@ -4,9 +4,10 @@
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
-use super::{Registers, with};
 use crate::calls::{Code, Outcome};
-use crate::{vcpu, vm};
+use crate::gic_registers::Registers;
+use crate::machine::{self, with_gic};
+use crate::vcpus::{self, Shared};
 
 /// The first word, and the version.
 const FORMAT: u64 = u64::from_le_bytes(*b"fakeGIC1");
@@ -14,11 +15,11 @@ const FORMAT: u64 = u64::from_le_bytes(*b"fakeGIC1");
 /// Returns the state, if no vCPU runs.
 pub(super) fn capture() -> Result<Vec<u8>, Code> {
     let mut words = vec![FORMAT];
-    with(|gic| {
+    with_gic(|gic| {
         append(&mut words, &gic.distributor);
         Ok(())
     })?;
-    let vcpus = vcpu::in_order();
+    let vcpus = vcpus::in_order();
     if vcpus.iter().any(|vcpu| vcpu.running.load(Ordering::SeqCst)) {
         return Err(Code::BUSY);
     }
@@ -36,13 +37,13 @@ pub(super) fn capture() -> Result<Vec<u8>, Code> {
 
 /// Restores a state. No vCPU has run, and each has an affinity of its own, that of the state.
 pub(super) fn restore(state: &[u8]) -> Outcome {
-    if vm::with(|machine| Ok(machine.has_run))? {
+    if machine::with(|machine| Ok(machine.has_run))? {
         return Err(Code::ERROR);
     }
-    with(|_| Ok(()))?;
+    with_gic(|_| Ok(()))?;
     let parsed = parse(state).ok_or(Code::BAD_ARGUMENT)?;
-    let vcpus = vcpu::in_order();
-    let affinity = |vcpu: &vcpu::Shared| vcpu.affinity.load(Ordering::SeqCst);
+    let vcpus = vcpus::in_order();
+    let affinity = |vcpu: &Shared| vcpu.affinity.load(Ordering::SeqCst);
     let own: Vec<u64> = vcpus.iter().map(|vcpu| affinity(vcpu)).collect();
     let distinct = own
         .iter()
@@ -54,7 +55,7 @@ pub(super) fn restore(state: &[u8]) -> Outcome {
     if !distinct || !same {
         return Err(Code::BAD_ARGUMENT);
     }
-    with(|gic| {
+    with_gic(|gic| {
         gic.distributor = parsed.distributor;
         Ok(())
     })?;
