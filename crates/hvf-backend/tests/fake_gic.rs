@@ -3,13 +3,10 @@
 //! The framework is that of `testing/fake-hvf`: `cargo xtask fake-hvf`.
 #![cfg(all(hvf_fake, feature = "macos-15"))]
 
-use fake_hvf::control;
-use hvf_backend::{Encoding, GicError, GicPlace, GicState, RestoreError, VcpuState, Vm};
+mod support;
 
-const PLACE: GicPlace = GicPlace {
-    distributor: 0x800_0000,
-    redistributors: 0x1000_0000,
-};
+use fake_hvf::control;
+use hvf_backend::{Encoding, GicError, GicState, RestoreError, VcpuState, Vm};
 
 #[test]
 fn a_machine_without_a_controller_has_no_state_of_it() {
@@ -24,7 +21,7 @@ fn a_machine_without_a_controller_has_no_state_of_it() {
 #[test]
 fn a_state_after_the_first_run_is_refused() {
     let _turn = control::turn();
-    let vm = Vm::options().gic(PLACE).create().unwrap();
+    let vm = Vm::options().gic(support::GIC).create().unwrap();
     let mut vcpu = vm.create_vcpu().unwrap();
     let gic = vm.capture_gic().unwrap();
     vm.restore_gic(&gic).unwrap();
@@ -39,7 +36,7 @@ fn a_state_after_the_first_run_is_refused() {
 #[test]
 fn a_state_without_controller_needs_none() {
     let _turn = control::turn();
-    let vm = Vm::options().gic(PLACE).create().unwrap();
+    let vm = Vm::options().gic(support::GIC).create().unwrap();
     let vcpu = vm.create_vcpu().unwrap();
     let mut state = VcpuState::capture(&vcpu).unwrap();
     state.gic_cpu.clear();
@@ -51,7 +48,7 @@ fn a_state_without_controller_needs_none() {
 #[test]
 fn an_unknown_register_of_the_controller_is_an_error() {
     let _turn = control::turn();
-    let vm = Vm::options().gic(PLACE).create().unwrap();
+    let vm = Vm::options().gic(support::GIC).create().unwrap();
     let vcpu = vm.create_vcpu().unwrap();
     let mut state = VcpuState::capture(&vcpu).unwrap();
     state.gic_cpu[0].register = Encoding(1);

@@ -8,20 +8,18 @@
     reason = "the framework's functions, with variables of the test"
 )]
 
+mod support;
+
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 
 use fake_hvf::{Code, control};
 use hvf_backend::{
-    CreateVmError, Exit, GicError, GicPlace, GuestRam, MsiRegion, Register, RestoreError, Stage2,
-    SysReg, Vcpu, VcpuState, Vm,
+    CreateVmError, Exit, GicError, GuestRam, MsiRegion, Register, RestoreError, Stage2, SysReg,
+    Vcpu, VcpuState, Vm,
 };
 use page_reader::RamLayout;
 
-const PLACE: GicPlace = GicPlace {
-    distributor: 0x800_0000,
-    redistributors: 0x1000_0000,
-};
 const MSIS: MsiRegion = MsiRegion {
     address: 0x900_0000,
     first_intid: 64,
@@ -39,7 +37,11 @@ const HVC_AT_IRQ: u32 = 0xd400_0002 | 0x280 << 5;
 
 /// Creates a machine whose guest only waits for interrupts, and its vCPU.
 fn waiting() -> (Stage2, Vcpu) {
-    let vm = Vm::options().gic(PLACE).gic_msis(MSIS).create().unwrap();
+    let vm = Vm::options()
+        .gic(support::GIC)
+        .gic_msis(MSIS)
+        .create()
+        .unwrap();
     let ram = Arc::new(GuestRam::new(RamLayout::single(RAM, 1 << 20).unwrap()).unwrap());
     let code = [WFI, BRANCH_BACK].map(u32::to_le_bytes).concat();
     ram.write(RAM, &code).unwrap();
@@ -185,7 +187,7 @@ fn region_for_messages_has_shared_interrupts() {
         first_intid: 1015,
         ..MSIS
     };
-    let error = Vm::options().gic(PLACE).gic_msis(region).create();
+    let error = Vm::options().gic(support::GIC).gic_msis(region).create();
     let error = error.unwrap_err();
     assert!(matches!(error, CreateVmError::Refused(_)), "{error:?}");
 }

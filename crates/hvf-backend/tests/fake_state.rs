@@ -3,6 +3,9 @@
 //! The framework is that of `testing/fake-hvf`: `cargo xtask fake-hvf`.
 #![cfg(hvf_fake)]
 
+#[cfg(feature = "macos-26")]
+mod support;
+
 use fake_hvf::control::{self, System};
 use fake_hvf::{SmeState, hv_vcpu_set_sme_state};
 use hvf_backend::{
@@ -350,11 +353,7 @@ mod options {
     fn an_option_of_a_newer_system_names_the_function() {
         let _turn = control::turn();
         control::set_system(System::MacOs13);
-        let place = hvf_backend::GicPlace {
-            distributor: 0x800_0000,
-            redistributors: 0x1000_0000,
-        };
-        let gic = Vm::options().gic(place);
+        let gic = Vm::options().gic(crate::support::GIC);
         assert_eq!(missing(&gic), Some(("hv_gic_config_create", "15.0")));
         let small_pages = Vm::options().small_pages(true);
         let function = ("hv_vm_config_set_ipa_granule", "26.0");

@@ -8,22 +8,20 @@
     reason = "the framework's functions, with variables of the test"
 )]
 
+mod support;
+
 use std::ops::Range;
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 
 use fake_hvf::{Code, control};
 use hvf_backend::{
-    Exit, GicPlace, GicState, GuestRam, Register, RestoreError, RestoreVcpuError, Stage2, SysReg,
-    Vcpu, VcpuState, VcpuTurnsError, Vm,
+    Exit, GicState, GuestRam, Register, RestoreError, RestoreVcpuError, Stage2, SysReg, Vcpu,
+    VcpuState, VcpuTurnsError, Vm,
 };
 use page_reader::RamLayout;
 use rstest::rstest;
 
-const PLACE: GicPlace = GicPlace {
-    distributor: 0x800_0000,
-    redistributors: 0x1000_0000,
-};
 const RAM: u64 = 0x8000_0000;
 const SIZE: u64 = 1 << 20;
 const VECTORS: u64 = RAM + 0x800;
@@ -49,7 +47,7 @@ fn hypercall(exit: Exit) -> u64 {
 /// Creates a machine with a program that makes hypercall 1, enables interrupts, and makes
 /// hypercall 2.
 fn machine() -> (Vm, Stage2) {
-    let vm = Vm::options().gic(PLACE).create().unwrap();
+    let vm = Vm::options().gic(support::GIC).create().unwrap();
     let ram = Arc::new(GuestRam::new(RamLayout::single(RAM, SIZE).unwrap()).unwrap());
     let code = [
         hvc(1),
@@ -213,7 +211,7 @@ fn vcpus_continue_with_their_interrupts(#[values(1, 2, 4)] count: u32) {
         index,
         x0: index.into(),
         affinity: affinity(index, count),
-        redistributor: PLACE.redistributors + u64::from(index) * (128 << 10),
+        redistributor: support::GIC.redistributors + u64::from(index) * (128 << 10),
         hypercall: if index % 2 == 1 { IRQ_VECTOR } else { 2 },
         vtimer_offset,
     };

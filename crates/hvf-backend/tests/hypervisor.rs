@@ -2,6 +2,9 @@
 //! `testing/fake-hvf` elsewhere (`--cfg hvf_fake`).
 #![cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 
+#[cfg(feature = "macos-15")]
+mod support;
+
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -281,12 +284,8 @@ fn the_interrupt_controller_is_restored() {
     let Some(_turn) = hypervisor("the_interrupt_controller_is_restored") else {
         return;
     };
-    let place = hvf_backend::GicPlace {
-        distributor: 0x800_0000,
-        redistributors: 0x1000_0000,
-    };
     let new = || {
-        let vm = Vm::options().gic(place).create().unwrap();
+        let vm = Vm::options().gic(support::GIC).create().unwrap();
         let vcpu = vm.create_vcpu().unwrap();
         vcpu.set_system_register(SysReg::MPIDR_EL1, 0x8000_0000)
             .unwrap();

@@ -4,6 +4,9 @@
 //! The framework is that of `testing/fake-hvf`: `cargo xtask fake-hvf`.
 #![cfg(hvf_fake)]
 
+#[cfg(feature = "macos-15")]
+mod support;
+
 use std::collections::BTreeSet;
 use std::error::Error;
 use std::ops::Range;
@@ -56,12 +59,7 @@ fn options() -> VmOptions {
     #[cfg(feature = "macos-13")]
     let options = options.address_bits(40);
     #[cfg(feature = "macos-15")]
-    let options = options
-        .gic(hvf_backend::GicPlace {
-            distributor: 0x800_0000,
-            redistributors: 0x1000_0000,
-        })
-        .gic_msis(MSIS);
+    let options = options.gic(support::GIC).gic_msis(MSIS);
     #[cfg(feature = "macos-26")]
     let options = options.small_pages(true);
     options

@@ -153,6 +153,7 @@ pub(crate) const CRATES: [Mutated; 6] = [
                 "exits",
                 "fake_framework",
                 "fake_gic",
+                "fake_registers",
                 "fake_state",
                 "hypervisor",
                 "injected_faults",
