@@ -6,7 +6,7 @@ mod coverage;
 mod wrapper;
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
@@ -30,6 +30,9 @@ const NOT_ENTITLED: &str = "FAKE_HVF_NOT_ENTITLED";
 
 /// Apart from other builds, which are made without `--cfg hvf_fake`.
 const TARGET_DIR: &str = "target/fake-hvf";
+
+/// The option that makes cargo name what it builds.
+const JSON: &str = "--message-format=json-render-diagnostics";
 
 /// Run hvf-backend's tests, examples and demo over a fake of Apple's Hypervisor framework
 ///
@@ -93,49 +96,59 @@ fn unavailable(why: &str) -> anyhow::Result<()> {
 
 /// Builds and runs everything. Returns the programs.
 fn run_all(sh: &Shell) -> anyhow::Result<BTreeSet<PathBuf>> {
-    let mut programs = BTreeSet::new();
-    // The fewest features first: without `macos-15`, another module replaces that of the
-    // interrupt controller.
-    let fewest = ["-p", "ramsnap-hvf-backend", "--lib", "--tests"];
-    let most = [
+    let backend = tests(sh, "crates/hvf-backend")?;
+    let fake = tests(sh, "testing/fake-hvf")?;
+    // All builds select `demo` or `adaptive`: with either, cargo selects the same features of all
+    // dependencies, and builds each once. `adaptive` selects no feature of hvf-backend.
+    let backend_only = ["-p", "ramsnap-hvf-backend", "-p", "adaptive"];
+    let all = [
         "-p",
         "ramsnap-hvf-backend",
         "-p",
         "fake-hvf",
+        "-p",
+        "demo",
         "--all-features",
-        "--lib",
-        "--tests",
-        "--examples",
     ];
-    for selection in [&fewest[..], &most[..]] {
-        let build = cmd!(
-            sh,
-            "cargo test --locked {selection...} --no-run --message-format=json-render-diagnostics"
-        );
-        programs.extend(executables(&build.read()?)?);
-        cmd!(sh, "cargo test --locked {selection...} --no-fail-fast").run()?;
+    let mut programs = BTreeSet::new();
+    // The fewest features first: without `macos-15`, another module replaces that of the
+    // interrupt controller.
+    for (packages, tests) in [
+        (&backend_only[..], backend.clone()),
+        (&all[..], [backend, fake].concat()),
+    ] {
+        let tests = &tests;
+        let build = cmd!(sh, "cargo test --locked {packages...} --lib {tests...}");
+        let built = build.args(["--no-run", JSON]).read()?;
+        programs.extend(executables(&built)?);
+        let test = cmd!(sh, "cargo test --locked {packages...} --lib {tests...}");
+        test.arg("--no-fail-fast").run()?;
     }
+    let built = cmd!(
+        sh,
+        "cargo build --locked {all...} --bin demo --examples {JSON}"
+    );
+    let built = executables(&built.read()?)?;
+    let program = |name: &str| {
+        let found = built.iter().find(|path| path.ends_with(name));
+        found.with_context(|| format!("cargo built no program {name}"))
+    };
     let dir = tempfile::tempdir()?;
     let dir = dir.path();
     for example in ["snapshot", "resume", "own_memory"] {
-        let run = cmd!(
-            sh,
-            "cargo run --locked -p ramsnap-hvf-backend --all-features --example {example}"
-        );
-        run.arg("--").arg(dir).run()?;
+        let example = program(example)?;
+        cmd!(sh, "{example} {dir}").run()?;
     }
-    selftest(sh)?;
-    let demo = ["--guest", "hvf", "--ram", "64M", "--rounds", "2"];
-    cmd!(sh, "cargo run --locked -p demo -- {demo...}").run()?;
+    selftest(sh, program("selftest")?)?;
+    let demo = program("demo")?;
+    cmd!(sh, "{demo} --guest hvf --ram 64M --rounds 2").run()?;
+    programs.extend(built);
     Ok(programs)
 }
 
 /// Runs the self-test for Macs: every step passes, and steps that fail do not end the others.
-fn selftest(sh: &Shell) -> anyhow::Result<()> {
-    let run = || {
-        let run = "run --locked -p ramsnap-hvf-backend --all-features --example selftest -- --json";
-        cmd!(sh, "cargo").args(run.split(' '))
-    };
+fn selftest(sh: &Shell, program: &Path) -> anyhow::Result<()> {
+    let run = || cmd!(sh, "{program} --json");
     let report = run().read()?;
     let steps = steps(&report)?;
     let passed = |step: &&(String, String)| step.1 == "pass";
@@ -177,6 +190,18 @@ fn steps(report: &str) -> anyhow::Result<Vec<(String, String)>> {
         .iter()
         .map(|step| Ok((text(step, "name")?, text(step, "status")?)));
     steps.collect()
+}
+
+/// Returns the options of `cargo test` that select the test files of a crate.
+fn tests(sh: &Shell, krate: &str) -> anyhow::Result<Vec<String>> {
+    let mut options = Vec::new();
+    for file in sh.read_dir(format!("{krate}/tests"))? {
+        if file.extension().is_some_and(|extension| extension == "rs") {
+            let name = file.file_stem().unwrap_or_default();
+            options.extend(["--test".into(), name.to_string_lossy().into_owned()]);
+        }
+    }
+    Ok(options)
 }
 
 /// Returns the programs that cargo's JSON messages name.
