@@ -159,7 +159,7 @@ pub(crate) const CRATES: [Mutated; 6] = [
                 "injected_faults",
                 "recorded_syndromes",
             ],
-            &["fake_interrupts", "fake_vcpus"],
+            &["fake_interrupts", "fake_pause", "fake_vcpus"],
         ],
     },
 ];
