@@ -4,6 +4,9 @@
 #![cfg(hvf_fake)]
 #![allow(unsafe_code)]
 
+#[cfg(feature = "macos-15")]
+mod support;
+
 use std::ptr;
 use std::sync::{Arc, Barrier};
 use std::thread;
@@ -302,10 +305,7 @@ mod of_applevisor {
 #[test]
 fn an_adopted_interrupt_controller_is_captured() {
     let _turn = control::turn();
-    let place = hvf_backend::GicPlace {
-        distributor: 0x800_0000,
-        redistributors: 0x1000_0000,
-    };
+    let place = support::GIC;
     let created = Vm::options().gic(place).create().unwrap();
     let own = OwnVcpu::new();
     // SAFETY: the owner keeps the machine.

@@ -151,9 +151,12 @@ pub(crate) const CRATES: [Mutated; 6] = [
         tiers: &[
             &[
                 "exits",
+                "fake_adoption",
+                "fake_features",
                 "fake_framework",
                 "fake_gic",
                 "fake_registers",
+                "fake_start",
                 "fake_state",
                 "hypervisor",
                 "injected_faults",
