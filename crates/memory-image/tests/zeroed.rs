@@ -6,7 +6,6 @@ use std::io;
 use std::ops::Range;
 
 use memory_image::{MappedChain, MappedImage};
-use page_reader::PageReader;
 use rstest::rstest;
 use support::open_chain;
 use test_images::{Images, whole};
@@ -61,6 +60,7 @@ fn discarded_memory_is_that_of_the_images_again() {
     use std::ptr::NonNull;
 
     use nix::sys::mman::{MmapAdvise, madvise};
+    use page_reader::PageReader;
 
     let images = images();
     let ram = MappedChain::open(&open_chain(&images)).unwrap();
