@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+mod fiemap;
 mod flags;
 mod handle;
 mod overlay;
@@ -18,6 +19,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::sys::statfs::{Statfs, fstatfs, statfs};
 
+pub(crate) use fiemap::first_unwritten;
 pub(crate) use flags::extent_size_hint;
 pub(crate) use handle::{StoredHandle, stored_handle, stored_handle_at};
 
@@ -233,90 +235,6 @@ pub(crate) fn on_one_layer(one: &File, other: &File) -> io::Result<bool> {
 pub(crate) fn file_system_block(file: &File) -> io::Result<u64> {
     let of_file_system = u64::try_from(fstatfs(file)?.block_size()).map_err(io::Error::other)?;
     Ok(of_file_system.max(file.metadata()?.blksize()))
-}
-
-/// Extents in one answer of the kernel: 14 KiB.
-const EXTENTS: usize = 256;
-
-/// `struct fiemap_extent` of `include/uapi/linux/fiemap.h`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct FiemapExtent {
-    logical: u64,
-    physical: u64,
-    length: u64,
-    reserved64: [u64; 2],
-    flags: u32,
-    reserved: [u32; 3],
-}
-
-/// `struct fiemap` with an array of extents.
-#[repr(C)]
-struct Fiemap {
-    start: u64,
-    length: u64,
-    flags: u32,
-    mapped_extents: u32,
-    extent_count: u32,
-    reserved: u32,
-    extents: [FiemapExtent; EXTENTS],
-}
-
-impl Default for Fiemap {
-    fn default() -> Self {
-        Self {
-            start: 0,
-            length: 0,
-            flags: 0,
-            mapped_extents: 0,
-            extent_count: 0,
-            reserved: 0,
-            extents: [FiemapExtent::default(); EXTENTS],
-        }
-    }
-}
-
-const FIEMAP_EXTENT_LAST: u32 = 0x1;
-const FIEMAP_EXTENT_UNWRITTEN: u32 = 0x800;
-/// `_IOWR('f', 11, struct fiemap)`; the size in it is that of the header, 32 bytes.
-const FS_IOC_FIEMAP: libc::Ioctl = 0xC020_660B_u32 as libc::Ioctl;
-
-/// Returns the offset of the first extent of `file` that has blocks and was never written. Returns
-/// `None` if there is none, or if the file system does not list extents: tmpfs.
-pub(crate) fn first_unwritten(file: &File) -> io::Result<Option<u64>> {
-    let len = file.metadata()?.len();
-    let mut at = 0;
-    while at < len {
-        let mut map = Fiemap {
-            start: at,
-            length: len - at,
-            extent_count: EXTENTS as u32,
-            ..Fiemap::default()
-        };
-        // SAFETY: FS_IOC_FIEMAP reads and writes a fiemap with as many extents as `extent_count`
-        // says, which `map` is for the length of the call; `file` is borrowed, so open.
-        let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP, &raw mut map) };
-        match Errno::result(result) {
-            Ok(_) => {}
-            Err(Errno::EINTR) => continue,
-            Err(errno) if super::is_unsupported(errno as i32) => return Ok(None),
-            Err(errno) => return Err(errno.into()),
-        }
-        let found = &map.extents[..(map.mapped_extents as usize).min(EXTENTS)];
-        let unwritten = found
-            .iter()
-            .find(|extent| extent.flags & FIEMAP_EXTENT_UNWRITTEN != 0);
-        if let Some(extent) = unwritten {
-            return Ok(Some(extent.logical));
-        }
-        let Some(last) = found.last() else { break };
-        let end = last.logical.saturating_add(last.length);
-        if last.flags & FIEMAP_EXTENT_LAST != 0 || end <= at {
-            break;
-        }
-        at = end;
-    }
-    Ok(None)
 }
 
 /// Mount options with which ext4 writes zeros into the rest of a small unwritten extent when a part

@@ -10,8 +10,9 @@ use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 
+use super::fiemap::{FIEMAP_FLAG_XATTR, has_fiemap};
 use super::flags::has_extents;
-use super::{FS_IOC_FIEMAP, Fiemap, statx};
+use super::statx;
 
 /// A file system below an overlayfs whose reports of holes are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,28 +53,6 @@ pub(crate) fn layer(file: &File) -> Option<Layer> {
     let btrfs = knows_attribute(file, c"btrfs.compression")
         && !knows_attribute(file, c"sparse-file.unknown");
     btrfs.then_some(Layer::Btrfs)
-}
-
-const FIEMAP_FLAG_XATTR: u32 = 0x2;
-
-/// Returns whether `FS_IOC_FIEMAP` with `flags` is supported. Lists no extent.
-fn has_fiemap(file: &File, flags: u32) -> bool {
-    let mut map = Fiemap {
-        start: 0,
-        length: 1,
-        flags,
-        extent_count: 0,
-        ..Fiemap::default()
-    };
-    loop {
-        // SAFETY: FS_IOC_FIEMAP reads and writes a fiemap with as many extents as `extent_count`
-        // says, which `map` is for the length of the call; `file` is borrowed, so open.
-        let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP, &raw mut map) };
-        match Errno::result(result) {
-            Err(Errno::EINTR) => {}
-            result => return result.is_ok(),
-        }
-    }
 }
 
 /// Returns whether `statx(2)` supports the attributes of XFS, and none of encryption, which ext4
