@@ -17,8 +17,10 @@ impl<K: BitmapKind> GuestRam<K> {
     /// Uses the memory of `owner`, which holds the memory file of this layout. The owner is dropped
     /// after the RAM.
     ///
-    /// What `owner` holds is the baseline of the next diff. The bitmap is that of `owner` if it
-    /// [has one](RamOwner::own_bitmap), and otherwise new and clean, in pages of the host's size.
+    /// What `owner` holds is the baseline of the next diff, and the [image](RamOwner::image_id) of
+    /// that state is its parent: a diff that names another one is refused. The bitmap is that of
+    /// `owner` if it [has one](RamOwner::own_bitmap), and otherwise new and clean, in pages of the
+    /// host's size.
     ///
     /// A balloon must not discard memory that maps images (`MappedChain`, `MappedImage`): after
     /// `madvise(MADV_DONTNEED)` it has the bytes of the images again. Let it write zeros instead.
@@ -79,6 +81,9 @@ impl<K: BitmapKind> GuestRamOptions<K> {
             // owner is dropped, which the mapping keeps.
             Ok(unsafe { Mapping::new(start, len, Arc::clone(&owner)) })
         })?;
+        if let Some(id) = owner.image_id() {
+            ram.dirty_bitmap().set_parent_id(Some(id));
+        }
         Ok(ram.owned_by(owner))
     }
 

@@ -89,6 +89,12 @@ pub unsafe trait RamOwner: PageReader + fmt::Debug + Send + Sync + 'static {
         Ok(None)
     }
 
+    /// Returns the id of the image whose state the memory has, if it has that of an image. It
+    /// becomes the [parent](DirtyBitmap::parent_id) of the next diff.
+    fn image_id(&self) -> Option<[u8; 16]> {
+        None
+    }
+
     /// Returns whether writes through the owner are marked in a place from which the VMM moves
     /// them to the bitmap of the RAM before each save: an `AtomicBitmap` of `vm-memory`.
     fn marks_elsewhere(&self) -> bool {
@@ -100,6 +106,10 @@ pub unsafe trait RamOwner: PageReader + fmt::Debug + Send + Sync + 'static {
 unsafe impl<O: RamOwner + ?Sized> RamOwner for Arc<O> {
     fn own_bitmap(&self) -> Result<Option<OwnerBitmap>, GuestRamError> {
         (**self).own_bitmap()
+    }
+
+    fn image_id(&self) -> Option<[u8; 16]> {
+        (**self).image_id()
     }
 
     fn marks_elsewhere(&self) -> bool {

@@ -52,7 +52,8 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// A save of such memory by the crate `memory-writer` fails, and its error names the error of the
 /// source: the kernel reports `EFAULT`, and the writer asks the reader
 /// ([`check_source`](PageReader::check_source)) for the cause. [`read_at`](PageReader::read_at)
-/// returns the error of the source instead of an access to a page that cannot be read.
+/// returns an error of the source that was recorded before. Its own access to a page that cannot be
+/// read gets `SIGBUS`, as any other.
 ///
 /// # Slow sources
 /// A [source](crate::RamSource) that is no chain may take long to read, such as a server. An access
@@ -128,7 +129,7 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 #[must_use = "the restore ends when this is dropped"]
 pub struct LazyRam {
-    pages: Arc<Pages>,
+    pub(crate) pages: Arc<Pages>,
     handler: Arc<PageFaultHandler>,
     prefetcher: Arc<Prefetcher>,
     /// The threads of both.

@@ -9,4 +9,8 @@ use crate::lazy_ram::LazyRam;
 // SAFETY: `host_memory` lends memory that is mapped readable and writable until the value is
 // dropped: its own region, or regions for which `LazyRamOptions::adopt` requires that. A missing
 // page is filled when it is touched. No reference to the memory exists.
-unsafe impl RamOwner for LazyRam {}
+unsafe impl RamOwner for LazyRam {
+    fn image_id(&self) -> Option<[u8; 16]> {
+        self.pages.source().image_id()
+    }
+}

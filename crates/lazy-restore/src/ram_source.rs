@@ -4,7 +4,9 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use memory_image::{Chain, SegmentSource};
+#[cfg(doc)]
+use guest_ram::RamOwner;
+use memory_image::{Chain, ImageId, SegmentSource};
 use page_reader::{HostMemory, PageReader, PopulatedRanges, RamLayout};
 
 /// A source that RAM is filled from while the guest runs: a [`Chain`], or any other reader.
@@ -61,6 +63,12 @@ use page_reader::{HostMemory, PageReader, PopulatedRanges, RamLayout};
 pub trait RamSource: PageReader + Send + Sync {
     /// Returns the size of the RAM in bytes. It never changes.
     fn ram_size(&self) -> u64;
+
+    /// Returns the id of the image whose state the bytes are, if they are that of an image. It
+    /// becomes the parent of the next diff of the RAM: see [`RamOwner::image_id`].
+    fn image_id(&self) -> Option<[u8; 16]> {
+        None
+    }
 
     /// Returns the part of `within` around the byte at `offset` that one read fetches at a good
     /// price, and whether it is known to be zeros.
@@ -139,6 +147,10 @@ impl RamSource for Chain {
         Chain::ram_size(self)
     }
 
+    fn image_id(&self) -> Option<[u8; 16]> {
+        self.id().map(ImageId::to_bytes)
+    }
+
     fn segment(&self, offset: u64, within: Range<u64>) -> RamSegment {
         let mut segments = self.segments(within);
         let segment = segments.find(|segment| segment.range.contains(&offset));
@@ -166,6 +178,10 @@ macro_rules! forward_to_pointee {
         impl<S: RamSource + ?Sized> RamSource for $pointer {
             fn ram_size(&self) -> u64 {
                 (**self).ram_size()
+            }
+
+            fn image_id(&self) -> Option<[u8; 16]> {
+                (**self).image_id()
             }
 
             fn segment(&self, offset: u64, within: Range<u64>) -> RamSegment {

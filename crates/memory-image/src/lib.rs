@@ -114,12 +114,14 @@
 //!   crate.
 //!
 //! # Limitations
-//! Reading a chain does not verify checksums: [`Image::verify`] does.
+//! Reading, mapping and restoring a chain do not verify checksums: [`Chain::verify`] does, and
+//! [`Chain::merge`] begins with it.
 
 #[cfg(test)]
 mod auto_traits;
 mod chain;
 mod compare;
+mod damage;
 mod error;
 mod image;
 mod image_file;
@@ -145,6 +147,7 @@ pub use vm_memory;
 pub use chain::Chain;
 pub use chain::segment::{Segment, SegmentSource};
 pub use compare::{CompareError, compare};
+pub use damage::{Damage, VerifyReport};
 pub use error::{
     ChainError, LinkError, MapError, MergeError, NotFullError, OpenImageError, ReadAmbiguity,
     ReadImageError, RestoreError, VerifyError,
@@ -156,7 +159,6 @@ pub use map::{MappedChain, MappedChainOptions, MappedImage};
 pub use restore::GuestMemoryTarget;
 pub use restore::{HostRam, RamTarget, TargetMemory};
 pub use sparse_file::{CancelGuard, CancelToken, Pass, Progress, ProgressFn};
-pub use verify::{Damage, VerifyReport};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use guest_ram::RamOwner;
+use image_format::ImageId;
 use page_reader::{HostMemory, PageReader, RamLayout};
 
 pub use chain::{MappedChain, MappedChainOptions};
@@ -62,6 +63,7 @@ use crate::image::Image;
 pub struct MappedImage {
     ram: Region,
     layout: Option<RamLayout>,
+    id: Option<ImageId>,
 }
 
 impl MappedImage {
@@ -103,6 +105,7 @@ impl MappedImage {
         Ok(Self {
             ram,
             layout: image.ram_layout(),
+            id: image.id(),
         })
     }
 
@@ -135,7 +138,11 @@ impl MappedImage {
 // SAFETY: `host_memory` lends memory of the region, which is mapped readable and writable until the
 // value is dropped. No reference to it exists. The documentation requires that the file is not
 // truncated.
-unsafe impl RamOwner for MappedImage {}
+unsafe impl RamOwner for MappedImage {
+    fn image_id(&self) -> Option<[u8; 16]> {
+        self.id.map(ImageId::to_bytes)
+    }
+}
 
 /// Implements [`PageReader`] for RAM that is mapped. It is read as the guest has it now: the images
 /// and the guest's writes.

@@ -1,20 +1,23 @@
 //! A chain as one image.
 
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use image_format::RAW_UNIT;
 use memory_writer::{MemoryWriter, MemoryWriterOptions, Seal, SnapshotError};
 
 use crate::chain::Chain;
-use crate::error::{MergeError, ReadImageError};
+use sparse_file::ProgressFn;
+
+use crate::error::{MergeError, ReadImageError, VerifyError};
 use crate::image::Image;
 
 impl Chain {
-    /// Writes the chain as one full raw image, staged beside `dest` and committed durably with mode
-    /// 0600; what none of the images stores stays a hole, unless it is shorter than 32 KiB. `dest`
-    /// may be one of the chain's own images, as for [`merge`](Self::merge). Returns the bytes of
-    /// the pages that the images store.
+    /// [Verifies](Self::verify) the chain, and writes it as one full raw image, staged beside
+    /// `dest` and committed durably with mode 0600; what none of the images stores stays a hole,
+    /// unless it is shorter than 32 KiB. `dest` may be one of the chain's own images, as for
+    /// [`merge`](Self::merge). Returns the bytes of the pages that the images store.
     ///
     /// # Errors
     /// Returns a [`MergeError`]. Nothing but the files that the error names is left behind.
@@ -23,9 +26,11 @@ impl Chain {
         self.merge(MemoryWriter::options(), dest)
     }
 
-    /// Writes the chain as one image, as `options` say: its layout, durability, progress. A chain
-    /// with a full base becomes a full image, a chain of diffs one diff. Returns the bytes of the
-    /// pages that the images store.
+    /// [Verifies](Self::verify) the chain, and writes it as one image, as `options` say: its
+    /// layout, durability, progress of the write. The new image gets new checksums, which would
+    /// hide damage of the old ones. [`write_to`](Self::write_to) does not verify. A chain with a
+    /// full base becomes a full image, a chain of diffs one diff. Returns the bytes of the pages
+    /// that the images store.
     ///
     /// `dest` may be one of the chain's own images. That image is replaced as it was when it was
     /// opened, and no other: what another writer has committed there since stays. See
@@ -57,6 +62,7 @@ impl Chain {
         options: MemoryWriterOptions,
         dest: impl AsRef<Path>,
     ) -> Result<u64, MergeError> {
+        self.verify(&mut |_| ControlFlow::Continue(()))?;
         let dest = dest.as_ref();
         let mut options = options.skip_untouched(true);
         let resolved = fs::canonicalize(dest).ok();
@@ -78,7 +84,8 @@ impl Chain {
 
     /// Writes all pages of the chain to a writer that was just opened, for RAM of
     /// [`ram_size`](Self::ram_size) bytes from address 0 on. [`merge`](Self::merge) calls this and
-    /// commits. Returns the number of bytes in the pages that the images store.
+    /// commits. [Verify](Self::verify) the chain first, unless it was verified already. Returns the
+    /// number of bytes in the pages that the images store.
     ///
     /// A chain of diffs is written in pages of its own [size](Self::page_size) or smaller ones: a
     /// larger page would also hold clean memory, whose bytes no diff has.
@@ -109,6 +116,29 @@ impl Chain {
         }
         self.check_unchanged()?;
         Ok(self.stored_runs().map(|run| run.end - run.start).sum())
+    }
+
+    /// Verifies the sealed and packed images by [`Image::verify`], oldest first. Raw images have no
+    /// checksums and are left out.
+    ///
+    /// Call this before the first use of images that were stored or copied. Reading, mapping and
+    /// restoring a chain do not verify it.
+    ///
+    /// # Errors
+    /// Returns a [`VerifyError`]: [`Damaged`](VerifyError::Damaged) for the first damaged image,
+    /// [`Cancelled`](VerifyError::Cancelled) if `progress` breaks. `progress` starts again for each
+    /// image.
+    pub fn verify(&self, progress: &mut ProgressFn<'_>) -> Result<(), VerifyError> {
+        for image in self.images().filter(|image| image.footer().is_some()) {
+            let report = image.verify(progress)?;
+            if !report.is_ok() {
+                return Err(VerifyError::Damaged {
+                    path: image.path().to_owned(),
+                    report,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Returns the error of the image that changed, if a write failed for that reason.

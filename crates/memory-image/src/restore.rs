@@ -97,6 +97,9 @@ impl Chain {
     /// Writes all of the RAM to `target`, including zeros, regardless of its previous content.
     /// [`restore_runs`](Self::restore_runs) does the same with a progress function.
     ///
+    /// Checksums are not compared: call [`verify`](Self::verify) first if the images were stored or
+    /// copied since they were written.
+    ///
     /// # Errors
     /// Returns a [`RestoreError`]. After an error the target may hold a part of the RAM. If an
     /// image was [written to](Self::check_unchanged) during the restore, the target may hold bytes

@@ -1,13 +1,12 @@
 //! Verifies the bytes of an image against its checksums.
 
-mod display;
-
 use std::ops::Range;
 
 use image_format::{Chunk, ChunkSum, Footer, HEADER_PAGE, Placement};
 use page_reader::{HostMemory, SecretBuffer};
 use sparse_file::{ExtentKind, Progress, ProgressFn, extents};
 
+use crate::damage::{Damage, VerifyReport};
 use crate::error::{ReadImageError, VerifyError};
 use crate::image::{Image, READ_SIZE};
 use crate::parallel;
@@ -15,39 +14,7 @@ use crate::parallel;
 /// Maximum number of listed damaged places. Further ones are only counted.
 const LISTED: usize = 1000;
 
-/// The result of [`Image::verify`].
-///
-/// Damage is part of the result, not an error. The compiler warns if the result is unused:
-/// ```compile_fail
-/// #![deny(unused_must_use)]
-/// use std::ops::ControlFlow;
-///
-/// fn verify(image: &memory_image::Image) -> Result<(), memory_image::VerifyError> {
-///     image.verify(&mut |_| ControlFlow::Continue(()))?;
-///     Ok(())
-/// }
-/// ```
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-#[must_use = "a damaged image is not an error: call `is_ok`"]
-pub struct VerifyReport {
-    /// Bytes of pages that were checksummed.
-    pub bytes: u64,
-    /// Chunks that were checksummed.
-    pub chunks: u64,
-    /// The damaged places, ascending by offset in the file: at most the first thousand found.
-    pub damage: Vec<Damage>,
-    /// The number of damaged places found.
-    pub damage_count: u64,
-}
-
 impl VerifyReport {
-    /// Returns whether no damage was found.
-    #[must_use]
-    pub fn is_ok(&self) -> bool {
-        self.damage_count == 0
-    }
-
     fn add(&mut self, checked: Checked) {
         if checked.chunk {
             self.chunks += 1;
@@ -58,37 +25,6 @@ impl VerifyReport {
             if self.damage.len() < LISTED {
                 self.damage.push(damage);
             }
-        }
-    }
-}
-
-/// Bytes that differ from the bytes that were written.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Damage {
-    /// The present pages of a chunk do not match its checksum.
-    Chunk {
-        /// The number of the chunk.
-        number: u64,
-        /// The guest offsets that it covers, in bytes.
-        guest: Range<u64>,
-        /// The offset of its first present byte in the file.
-        offset: u64,
-    },
-    /// Nonzero bytes where nothing was written: between pages, or before the first one. Restoring
-    /// does not read them. Mapping the file as it is would expose them.
-    NotZero {
-        /// The offset in the file of the first byte.
-        offset: u64,
-    },
-}
-
-impl Damage {
-    /// Returns its offset in the file, in bytes.
-    #[must_use]
-    pub fn offset(&self) -> u64 {
-        match self {
-            Self::Chunk { offset, .. } | Self::NotZero { offset } => *offset,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use dirty_bitmap::Untracked;
 use guest_ram::{GuestRam, GuestRamError, RamOwner};
-use memory_image::{Chain, Layout, MappedChain, MappedImage, RamTarget, RestoreError};
+use memory_image::{Chain, ImageId, Layout, MappedChain, MappedImage, RamTarget, RestoreError};
 use memory_writer::MemoryWriter;
 use page_reader::{PageReader, RamLayout};
 use rstest::rstest;
@@ -224,6 +224,29 @@ fn mapped_chain_is_ram_as_long_as_the_ram_lives(
     drop(ram);
     assert!(weak.upgrade().is_none());
     assert!(bytes(&guest.chain()) == guest.ram);
+}
+
+#[test]
+fn ram_of_an_image_has_the_image_as_the_parent_of_its_next_diff() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("full");
+    let options = MemoryWriter::options().layout(Layout::Sealed);
+    let layout = RamLayout::single(0, SIZE).unwrap();
+    let mut writer = options.open(&path, SIZE, 4096).unwrap();
+    writer.write_full(&vec![1; SIZE as usize]).unwrap();
+    let id = writer.image_id().map(ImageId::to_bytes);
+    writer.commit().unwrap();
+    let chain = Chain::open_sealed(&[&path]).unwrap();
+    let chain = MappedChain::open(&chain).unwrap();
+    let image = MappedImage::open(&path).unwrap();
+    let rams: [GuestRam; 2] = [
+        GuestRam::from_owner(layout.clone(), chain).unwrap(),
+        GuestRam::from_owner(layout, Arc::new(image)).unwrap(),
+    ];
+    for ram in rams {
+        assert!(id.is_some());
+        assert_eq!(ram.dirty_bitmap().parent_id(), id);
+    }
 }
 
 #[test]

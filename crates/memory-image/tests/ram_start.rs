@@ -11,11 +11,11 @@ const SIZE: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 
 /// Commits a single file, or a group.
-fn commit(mut writer: MemoryWriter, epoch: Epoch<&DirtyBitmap>, in_a_group: bool) {
+fn commit(mut writer: MemoryWriter, mut epoch: Epoch<&DirtyBitmap>, in_a_group: bool) {
     if !in_a_group {
         return writer.commit_and_release(epoch).unwrap();
     }
-    writer.check_epoch(&epoch).unwrap();
+    writer.check_epoch(&mut epoch).unwrap();
     let mut group = AtomicGroup::new();
     group.add(writer.finish().unwrap()).unwrap();
     epoch.release_after(|| group.commit()).unwrap();

@@ -6,8 +6,8 @@ use std::fs::File;
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 
-use memory_image::{Damage, Image, VerifyError};
-use memory_writer::{Layout, Seal};
+use memory_image::{Damage, Image, MergeError, VerifyError};
+use memory_writer::{Layout, MemoryWriter, Seal};
 use support::sealed_guest::{Guest, PAGE, options, verify};
 
 #[test]
@@ -119,4 +119,37 @@ fn a_thousand_damages_are_listed_and_all_are_counted() {
     let last = seen.last().unwrap();
     assert_eq!(last.done, last.total);
     assert!(last.total >= PAGE + DAMAGES * PAGE, "{last:?}");
+}
+
+#[test]
+fn merging_a_damaged_image_is_refused() {
+    for layout in [Layout::Sealed, Layout::Packed] {
+        let guest = Guest::with_history(layout);
+        let path = &guest.snapshots[0];
+        let at = Image::open(path).unwrap().footer().unwrap().runs[0].stored_at(0);
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let at = at.expect("the first page is present");
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+        let chain = guest.chain();
+        let dest = guest.path("merged");
+        let whole = MemoryWriter::options().layout(Layout::Packed);
+        let merged = chain.merge(whole.seal(chain.seal()), &dest);
+        for result in [merged, chain.flatten(&dest)] {
+            let Err(MergeError::Verify(VerifyError::Damaged {
+                path: named,
+                report,
+            })) = result
+            else {
+                panic!("{result:?}");
+            };
+            assert_eq!((&named, report.damage_count), (path, 1));
+            assert!(!dest.exists());
+        }
+        file.write_all_at(&byte, at).unwrap();
+        let chain = guest.chain();
+        chain.verify(&mut |_| ControlFlow::Continue(())).unwrap();
+        chain.flatten(&dest).unwrap();
+    }
 }

@@ -212,6 +212,31 @@ pub enum SnapshotError {
         /// [`parent_id`](dirty_bitmap::DirtyBitmap::parent_id).
         newest: ImageId,
     },
+    /// The diff names a raw image as its parent, but an image with an id released the marks of the
+    /// bitmap last. Nothing was written.
+    #[error(
+        "the diff {dest:?} names a raw image as its parent, but its bitmap has the marks since image \
+         {newest}: pass that id to Seal::parent, or call DirtyBitmap::set_parent_id with None if the \
+         raw image has the state of image {newest}"
+    )]
+    RawParent {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// The id of the image that the marks build on: the bitmap's
+        /// [`parent_id`](dirty_bitmap::DirtyBitmap::parent_id).
+        newest: ImageId,
+    },
+    /// The diff would replace the image that it names as its parent, and no chain could be read
+    /// without that image. Nothing was written.
+    #[error(
+        "the diff {dest:?} would replace its own parent, image {parent}: write it to another path"
+    )]
+    ReplacesParent {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// The id that was passed to [`Seal::parent`](crate::Seal::parent).
+        parent: ImageId,
+    },
     /// Metadata was passed for a raw snapshot.
     #[error(
         "the snapshot {dest:?} is raw and cannot store metadata: choose Layout::Sealed or \

@@ -1,9 +1,10 @@
 //! Checks that the pages of a write belong in an image with this footer.
 
+use std::fs::File;
 use std::path::Path;
 
 use dirty_bitmap::{DirtyBitmap, coalesce};
-use image_format::ImageId;
+use image_format::{Footer, ImageId};
 use page_reader::{PageReader, RamLayout};
 
 use crate::error::SnapshotError;
@@ -29,6 +30,23 @@ impl FooterBuilder {
         }
     }
 
+    /// Checks that the image at `dest`, which the new one replaces, is not its parent. A file that
+    /// cannot be read as an image is not.
+    pub(crate) fn check_keeps_parent(&self, dest: &Path) -> Result<(), SnapshotError> {
+        let Parent::Image(parent) = self.parent() else {
+            return Ok(());
+        };
+        let is_file = dest.metadata().is_ok_and(|metadata| metadata.is_file());
+        let footer = || Footer::read(&File::open(dest).ok()?).ok();
+        match is_file.then(footer).flatten() {
+            Some(footer) if footer.id == parent => Err(SnapshotError::ReplacesParent {
+                dest: dest.to_owned(),
+                parent,
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// Checks that the marks of a bitmap build on the parent of the image at `dest`, as far as both
     /// are known.
     pub(crate) fn check_marks<K>(
@@ -44,6 +62,10 @@ impl FooterBuilder {
                     newest,
                 })
             }
+            (Parent::Raw, Some(newest)) => Err(SnapshotError::RawParent {
+                dest: dest.into(),
+                newest,
+            }),
             _ => Ok(()),
         }
     }

@@ -293,8 +293,7 @@ impl<W: Write> PackedStream<W> {
         mut self,
         mut epoch: Epoch<B, K>,
     ) -> Result<W, SnapshotError> {
-        self.check_epoch(&epoch)?;
-        epoch.set_image_id(Some(self.image_id().to_bytes()));
+        self.check_epoch(&mut epoch)?;
         let dest = self.name.clone();
         let released = epoch.release_after(|| self.finish());
         released.map_err(|error| match error {
@@ -303,16 +302,23 @@ impl<W: Write> PackedStream<W> {
         })
     }
 
-    /// Checks that every page whose mark `epoch` holds was written after the mark was taken, as
+    /// Checks that every page whose mark `epoch` holds was written after the mark was taken, and
+    /// sets the id of the image in the epoch, as
     /// [`MemoryWriter::check_epoch`](crate::MemoryWriter::check_epoch) does.
     ///
     /// # Errors
-    /// Returns [`SnapshotError::EpochNotWritten`], [`SnapshotError::BitmapSize`] and
+    /// Returns [`SnapshotError::Incomplete`] if the write failed,
+    /// [`SnapshotError::EpochNotWritten`], [`SnapshotError::BitmapSize`] and
     /// [`SnapshotError::BitmapStart`].
     pub fn check_epoch<K, B: Deref<Target = DirtyBitmap<K>>>(
         &mut self,
-        epoch: &Epoch<B, K>,
+        epoch: &mut Epoch<B, K>,
     ) -> Result<(), SnapshotError> {
+        if self.state == State::Part {
+            return Err(SnapshotError::Incomplete {
+                dest: self.name.clone(),
+            });
+        }
         self.geometry
             .check_bitmap(epoch.bitmap(), self.ram_start, self.reader_start)?;
         if !self.written.covers(epoch) {
@@ -321,6 +327,7 @@ impl<W: Write> PackedStream<W> {
             });
         }
         self.set_ram_start(epoch.bitmap().ram_start());
+        epoch.set_image_id(Some(self.image_id().to_bytes()));
         Ok(())
     }
 

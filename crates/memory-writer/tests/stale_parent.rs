@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
 use dirty_bitmap::DirtyBitmap;
 use memory_writer::{ImageId, Layout, MemoryWriter, PackedStream, Seal, SnapshotError};
 use rstest::rstest;
@@ -10,8 +12,12 @@ use support::{Place, pattern};
 
 const SIZE: u64 = 8 * PAGE;
 
+/// Opens a writer to a path of its own.
 fn writer(place: &Place, seal: Seal, layout: Layout) -> MemoryWriter {
-    options(layout, seal).open(&place.dest, SIZE, PAGE).unwrap()
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let name = NUMBER.fetch_add(1, Relaxed).to_string();
+    let dest = place.dest.with_extension(name);
+    options(layout, seal).open(dest, SIZE, PAGE).unwrap()
 }
 
 /// Commits an image of all pages, or of the marked ones on top of `parent`, and returns its id.
@@ -100,4 +106,64 @@ fn failed_or_raw_save_does_not_set_the_parent() {
     raw.write_full(&ram).unwrap();
     raw.commit_and_release(epoch).unwrap();
     assert_eq!(marks.parent_id(), None);
+}
+
+#[rstest]
+fn diff_over_its_own_parent_is_refused(
+    #[values(Layout::Sealed, Layout::Packed)] full: Layout,
+    #[values(Layout::Sealed, Layout::Packed)] layout: Layout,
+) {
+    let (place, ram) = (Place::new(), pattern(SIZE as usize, 1));
+    let mut writer = options(full, Seal::new())
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    writer.write_full(&ram).unwrap();
+    let parent = writer.image_id().unwrap();
+    writer.commit().unwrap();
+    let diff = options(layout, Seal::new().parent(parent));
+    let error = diff.open(&place.dest, SIZE, PAGE).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::ReplacesParent { parent: named, .. } if named == parent),
+        "{error:?}"
+    );
+    // Another diff may replace it.
+    let other = options(layout, Seal::new().parent(ImageId::from_bytes([7; 16])));
+    drop(other.open(&place.dest, SIZE, PAGE).unwrap());
+}
+
+/// As for a member of a group.
+#[test]
+fn checked_epoch_sets_the_parent_when_it_is_released() {
+    let (place, ram) = (Place::new(), pattern(SIZE as usize, 1));
+    let marks = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
+    let mut epoch = marks.begin_epoch().unwrap();
+    let mut full = writer(&place, Seal::new(), Layout::Packed);
+    full.write_full(&ram).unwrap();
+    full.check_epoch(&mut epoch).unwrap();
+    let id = full.image_id().unwrap().to_bytes();
+    let staged = full.finish().unwrap();
+    epoch.release_after(|| staged.commit()).unwrap();
+    assert_eq!(marks.parent_id(), Some(id));
+}
+
+#[test]
+fn raw_parent_after_an_image_with_an_id_is_refused() {
+    let (place, ram) = (Place::new(), pattern(SIZE as usize, 1));
+    let marks = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
+    let full = save(&place, &ram, &marks, None);
+    marks.mark(PAGE).unwrap();
+    let epoch = marks.begin_epoch().unwrap();
+    let mut diff = writer(&place, Seal::new().on_raw_image(), Layout::Packed);
+    let error = diff.write_diff(&ram, epoch.bitmap()).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::RawParent { newest, .. } if newest == full),
+        "{error:?}"
+    );
+    drop((diff, epoch));
+    // The full image was turned into a raw one.
+    marks.set_parent_id(None);
+    let epoch = marks.begin_epoch().unwrap();
+    let mut diff = writer(&place, Seal::new().on_raw_image(), Layout::Packed);
+    diff.write_diff(&ram, epoch.bitmap()).unwrap();
+    diff.commit_and_release(epoch).unwrap();
 }

@@ -196,8 +196,9 @@ impl Interrupt {
         let Some(changed) = &mut state.changed else {
             if state.work == Work::Cancelled {
                 stderr::line_if_ready(
-                    "error: ramsnap was interrupted again before it had removed its staged file: \
-                     `ramsnap sweep DIR` removes it from the directory of the output",
+                    "error: ramsnap was interrupted again before it had cleaned up: a staged file may \
+                     be left beside the output, which `ramsnap sweep DIR` removes, and existing RAM \
+                     may be empty: restore it again",
                 );
             }
             process::exit(exit_status().code().into())

@@ -3,7 +3,7 @@
 use memory_writer::SnapshotError;
 use thiserror::Error;
 
-use super::{NotFullError, ReadImageError};
+use super::{NotFullError, ReadImageError, VerifyError};
 
 /// An error returned if a chain could not be written as one image.
 #[derive(Debug, Error)]
@@ -24,6 +24,9 @@ pub enum MergeError {
         /// The page size of the chain in bytes.
         chain: u64,
     },
+    /// An image of the chain is damaged, or could not be verified. Nothing was written.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
     /// An image cannot be opened again, or was changed while it was read.
     #[error(transparent)]
     Read(#[from] ReadImageError),

@@ -4,6 +4,7 @@ use std::io;
 use std::ops::{ControlFlow, Range};
 
 use guest_ram::RamOwner;
+use image_format::ImageId;
 use page_reader::RamLayout;
 use sparse_file::{Progress, ProgressFn};
 
@@ -79,6 +80,7 @@ use crate::trace;
 pub struct MappedChain {
     pub(super) ram: Region,
     pub(super) layout: Option<RamLayout>,
+    id: Option<ImageId>,
     mapped: u64,
     copied: u64,
 }
@@ -199,6 +201,7 @@ impl MappedChainOptions {
         Ok(MappedChain {
             ram,
             layout: chain.ram_layout().cloned(),
+            id: chain.id(),
             mapped: stored - copied,
             copied,
         })
@@ -207,7 +210,11 @@ impl MappedChainOptions {
 
 #[allow(unsafe_code)]
 // SAFETY: as for `MappedImage`, for the files of all images.
-unsafe impl RamOwner for MappedChain {}
+unsafe impl RamOwner for MappedChain {
+    fn image_id(&self) -> Option<[u8; 16]> {
+        self.id.map(ImageId::to_bytes)
+    }
+}
 
 /// Copies in file order, so that each file is opened once, independent of the limit of open files.
 fn copy(

@@ -69,8 +69,7 @@ impl MemoryWriter {
         mut self,
         mut epoch: Epoch<B, K>,
     ) -> Result<(), SnapshotError> {
-        self.check_epoch(&epoch)?;
-        epoch.set_image_id(self.image_id().map(ImageId::to_bytes));
+        self.check_epoch(&mut epoch)?;
         let dest = self.staged.dest_path().to_owned();
         epoch
             .release_after(|| self.commit())
@@ -84,8 +83,10 @@ impl MemoryWriter {
     ///
     /// [`commit_and_release`](Self::commit_and_release) includes this check. Call it where the file
     /// is committed as part of a group: before [`finish`](Self::finish), which
-    /// [`Epoch::release_after`] may run together with the commit of the group. Pass the
-    /// [id](Self::image_id) of the snapshot to [`Epoch::set_image_id`] there.
+    /// [`Epoch::release_after`] may run together with the commit of the group.
+    ///
+    /// Passes the [id](Self::image_id) of the snapshot to [`Epoch::set_image_id`]: once the epoch
+    /// is released, a diff that names another parent is refused.
     ///
     /// If neither [`MemoryWriterOptions::ram_start`](crate::MemoryWriterOptions::ram_start) nor a
     /// diff has set the start of the RAM, the check takes it from the epoch's bitmap, so that a
@@ -107,7 +108,7 @@ impl MemoryWriter {
     /// [`SnapshotError::BitmapStart`].
     pub fn check_epoch<K, B: Deref<Target = DirtyBitmap<K>>>(
         &mut self,
-        epoch: &Epoch<B, K>,
+        epoch: &mut Epoch<B, K>,
     ) -> Result<(), SnapshotError> {
         // Its pages are missing because a write failed, not because it was not made.
         if self.state == State::Incomplete {
@@ -120,6 +121,7 @@ impl MemoryWriter {
             });
         }
         self.set_ram_start(epoch.bitmap().ram_start());
+        epoch.set_image_id(self.image_id().map(ImageId::to_bytes));
         Ok(())
     }
 

@@ -29,6 +29,8 @@ impl MemoryWriterOptions {
     /// - [`SnapshotError::Open`] if the file cannot be staged.
     /// - [`SnapshotError::MemoryIo`] if the staged file cannot get its size.
     /// - [`SnapshotError::Seal`] if regions or metadata do not fit the footer.
+    /// - [`SnapshotError::ReplacesParent`] if the file at `dest` is the image that the
+    ///   [seal](crate::Seal::parent) names as the parent.
     ///
     /// No file is left behind.
     pub fn open(
@@ -154,6 +156,9 @@ impl MemoryWriterOptions {
         let footer = footer
             .transpose()
             .map_err(|error| error.of_snapshot(dest()))?;
+        if let (Some(footer), Target::Staged(_)) = (&footer, &staged) {
+            footer.check_keeps_parent(staged.dest_path())?;
+        }
         let pages = match footer {
             Some(footer) => PageRecord::Footer(footer),
             None if self.allow_ambiguous => PageRecord::Caller,

@@ -49,7 +49,8 @@ impl MemoryWriter {
     /// - [`SnapshotError::AmbiguousDiff`] if a raw diff could not be read back.
     /// - [`SnapshotError::DiffWithoutParent`] for a sealed diff that no chain accepts.
     /// - [`SnapshotError::StaleParent`] for a sealed diff whose parent is not the image that the
-    ///   [marks build on](DirtyBitmap::parent_id).
+    ///   [marks build on](DirtyBitmap::parent_id), and [`SnapshotError::RawParent`] if it names a
+    ///   raw image and the marks build on one with an id.
     /// - [`SnapshotError::Seal`] for more runs than a footer can list.
     /// - [`SnapshotError::MemoryIo`] of the step [`SetSize`](crate::MemoryIoStep::SetSize) if the
     ///   pages of a packed file end past `RLIMIT_FSIZE`.

@@ -132,8 +132,8 @@ pub(crate) const CRATES: [Mutated; 6] = [
             &["filling", "memory", "sharing", "split", "start", "waiting"],
             &["changed_images", "claimed_ram", "kvm", "long_chains"],
             &[
-                "failed_source",
                 "oracle",
+                "saves",
                 "secrets",
                 "signals",
                 "sources",

@@ -1,8 +1,72 @@
-//! Texts of damage.
+//! What a verification finds.
 
 use std::fmt;
+use std::ops::Range;
 
-use super::{Damage, VerifyReport};
+/// The result of [`Image::verify`](crate::Image::verify).
+///
+/// Damage is part of the result, not an error. The compiler warns if the result is unused:
+/// ```compile_fail
+/// #![deny(unused_must_use)]
+/// use std::ops::ControlFlow;
+///
+/// fn verify(image: &memory_image::Image) -> Result<(), memory_image::VerifyError> {
+///     image.verify(&mut |_| ControlFlow::Continue(()))?;
+///     Ok(())
+/// }
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+#[must_use = "a damaged image is not an error: call `is_ok`"]
+pub struct VerifyReport {
+    /// Bytes of pages that were checksummed.
+    pub bytes: u64,
+    /// Chunks that were checksummed.
+    pub chunks: u64,
+    /// The damaged places, ascending by offset in the file: at most the first thousand found.
+    pub damage: Vec<Damage>,
+    /// The number of damaged places found.
+    pub damage_count: u64,
+}
+
+impl VerifyReport {
+    /// Returns whether no damage was found.
+    #[must_use]
+    pub fn is_ok(&self) -> bool {
+        self.damage_count == 0
+    }
+}
+
+/// Bytes that differ from the bytes that were written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Damage {
+    /// The present pages of a chunk do not match its checksum.
+    Chunk {
+        /// The number of the chunk.
+        number: u64,
+        /// The guest offsets that it covers, in bytes.
+        guest: Range<u64>,
+        /// The offset of its first present byte in the file.
+        offset: u64,
+    },
+    /// Nonzero bytes where nothing was written: between pages, or before the first one. Restoring
+    /// does not read them. Mapping the file as it is would expose them.
+    NotZero {
+        /// The offset in the file of the first byte.
+        offset: u64,
+    },
+}
+
+impl Damage {
+    /// Returns its offset in the file, in bytes.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
+        match self {
+            Self::Chunk { offset, .. } | Self::NotZero { offset } => *offset,
+        }
+    }
+}
 
 impl fmt::Display for Damage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,10 +1,12 @@
-//! Saves of RAM whose source has failed.
+//! Saves of RAM that is filled lazily.
 #![cfg(target_os = "linux")]
 
 use std::io;
+use std::sync::Arc;
 
 use guest_ram::GuestRam;
 use lazy_restore::{LazyRam, SizedReader};
+use memory_image::{Chain, ImageId};
 use memory_writer::{Layout, MemoryWriter, PackedStream, SnapshotError};
 use page_reader::{PageReader, RamLayout};
 use rstest::rstest;
@@ -68,4 +70,22 @@ fn read_and_stream_return_the_error_of_the_source() {
     assert!(error.to_string().contains("connection lost"), "{error}");
     let mut stream = PackedStream::new(Vec::new(), SIZE, PAGE).unwrap();
     assert_named(&stream.write_full(&ram).unwrap_err());
+}
+
+#[test]
+fn lazy_ram_has_the_image_of_its_source_as_the_parent() {
+    needs!(Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("full");
+    let options = MemoryWriter::options().layout(Layout::Packed);
+    let mut writer = options.open(&path, SIZE, PAGE).unwrap();
+    writer.write_full(&vec![1; SIZE as usize]).unwrap();
+    let id = writer.image_id().map(ImageId::to_bytes);
+    writer.commit().unwrap();
+    let chain = Chain::open_sealed(&[&path]).unwrap();
+    let ram = LazyRam::options().start(Arc::new(chain)).unwrap();
+    let layout = RamLayout::single(0, SIZE).unwrap();
+    let ram: GuestRam = GuestRam::from_owner(layout, ram).unwrap();
+    assert!(id.is_some());
+    assert_eq!(ram.dirty_bitmap().parent_id(), id);
 }
