@@ -6,10 +6,9 @@ use std::path::Path;
 
 use image_format::RAW_UNIT;
 use memory_writer::{MemoryWriter, MemoryWriterOptions, Seal, SnapshotError};
-
-use crate::chain::Chain;
 use sparse_file::ProgressFn;
 
+use crate::chain::Chain;
 use crate::error::{MergeError, ReadImageError, VerifyError};
 use crate::image::Image;
 
