@@ -51,18 +51,19 @@ impl<K: Markable> DirtyBitmap<K> {
     ///
     /// # Order
     /// Call this before each [`begin_epoch`](DirtyBitmap::begin_epoch) and
-    /// [`extend`](crate::Epoch::extend), so that the marks are in that epoch. With `Precopy` of the
-    /// crate `kvm-backend`, pass the call to `PrecopyOptions::mark_host_writes`. Devices may write
-    /// during the call. `vm-memory` writes first and then marks, so a mark that this method moves
-    /// stands for bytes that a later copy includes, and a mark that is set later stays for the next
-    /// call. No mark is lost if the save fails: it is in this bitmap, and the epoch restores it.
+    /// [`extend`](crate::Epoch::extend), so that the marks are in that epoch. With the crate
+    /// `kvm-backend`, pass the call to `DirtyLogOptions::mark_host_writes`, and each harvest makes
+    /// it. Devices may write during the call. `vm-memory` writes first and then marks, so a mark
+    /// that this method moves stands for bytes that a later copy includes, and a mark that is set
+    /// later stays for the next call. No mark is lost if the save fails: it is in this bitmap, and
+    /// the epoch restores it.
     ///
     /// For an image of one point in time, the devices must have stopped before the last call of a
     /// save. A page that is written after the call belongs to the next save.
     ///
     /// # Errors
     /// Returns [`MarkMemoryError`] if `memory` has another size than the bitmap, or a region whose
-    /// bitmap does not cover it. No mark was moved.
+    /// bitmap does not cover it, or which has none (`None`). No mark was moved.
     ///
     /// # Examples
     /// ```
@@ -82,13 +83,14 @@ impl<K: Markable> DirtyBitmap<K> {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn mark_guest_memory(
+    pub fn mark_guest_memory<B: RegionBitmap>(
         &self,
-        memory: &GuestMemoryMmap<AtomicBitmap>,
+        memory: &GuestMemoryMmap<B>,
     ) -> Result<u64, MarkMemoryError> {
         let mut memory_size = 0;
         for region in memory.iter() {
-            let tracked = (**region).bitmap().byte_size() as u64;
+            let bitmap = (**region).bitmap().marks();
+            let tracked = bitmap.map_or(0, |bitmap| bitmap.byte_size() as u64);
             if tracked < region.len() {
                 return Err(MarkMemoryError::RegionNotTracked {
                     guest_start: region.start_addr().0,
@@ -107,7 +109,10 @@ impl<K: Markable> DirtyBitmap<K> {
         let mut moved = 0;
         let mut region_start = 0;
         for region in memory.iter() {
-            moved += self.mark_region(region_start, region.len(), (**region).bitmap());
+            // Each region has a bitmap, or the check above has failed.
+            if let Some(bitmap) = (**region).bitmap().marks() {
+                moved += self.mark_region(region_start, region.len(), bitmap);
+            }
             region_start += region.len();
         }
         Ok(moved)
@@ -128,6 +133,42 @@ impl<K: Markable> DirtyBitmap<K> {
             }
         }
         moved
+    }
+}
+
+/// The bitmap of a region of guest memory whose marks
+/// [`mark_guest_memory`](DirtyBitmap::mark_guest_memory) moves: an `AtomicBitmap`, or an
+/// `Option<AtomicBitmap>` of a VMM that tracks writes only on request.
+///
+/// No other type implements the trait.
+#[diagnostic::on_unimplemented(
+    message = "guest memory with `{Self}` has no marks that can be moved",
+    label = "not the memory of an `AtomicBitmap`",
+    note = "a `DirtyBitmapSlice` marks in the bitmap itself, and needs no call",
+    note = "memory without a bitmap (`()`) marks no write: call `GuestRam::mark` after each one"
+)]
+pub trait RegionBitmap: Bitmap + sealed::Marks {}
+
+impl RegionBitmap for AtomicBitmap {}
+impl RegionBitmap for Option<AtomicBitmap> {}
+
+mod sealed {
+    use vm_memory::bitmap::AtomicBitmap;
+
+    pub trait Marks {
+        fn marks(&self) -> Option<&AtomicBitmap>;
+    }
+
+    impl Marks for AtomicBitmap {
+        fn marks(&self) -> Option<&AtomicBitmap> {
+            Some(self)
+        }
+    }
+
+    impl Marks for Option<AtomicBitmap> {
+        fn marks(&self) -> Option<&AtomicBitmap> {
+            self.as_ref()
+        }
     }
 }
 

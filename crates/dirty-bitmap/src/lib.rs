@@ -121,7 +121,7 @@ pub use epoch::{
 pub use extension::Extension;
 pub use geometry::{GeometryError, MAX_RAM_SIZE, OutOfRange, RangeMismatch};
 #[cfg(feature = "vm-memory")]
-pub use guest_memory::{DirtyBitmapSlice, MarkMemoryError, SliceError};
+pub use guest_memory::{DirtyBitmapSlice, MarkMemoryError, RegionBitmap, SliceError};
 pub use kind::{Logged, Markable, Taken, Tracked, Untracked};
 pub use logged::LoggedEpoch;
 pub use page_set::PageSet;

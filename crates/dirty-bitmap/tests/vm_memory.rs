@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dirty_bitmap::{
-    DirtyBitmap, DirtyBitmapSlice, MarkMemoryError, SliceError, Tracked, TrackedBitmap, Untracked,
+    DirtyBitmap, DirtyBitmapSlice, MarkMemoryError, RegionBitmap, SliceError, Tracked,
+    TrackedBitmap, Untracked,
 };
 use rstest::rstest;
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
@@ -125,6 +126,15 @@ fn marks_of_atomic_bitmaps_are_moved(#[case] page_size: usize) {
 }
 
 #[test]
+fn marks_of_optional_atomic_bitmaps_are_moved() {
+    let page = NonZeroUsize::new(4096).unwrap();
+    let bitmap = bitmap();
+    let memory = memory(|_, size| Some(AtomicBitmap::new(size as usize, page)));
+    let harvest = || assert!(bitmap.mark_guest_memory(&memory).unwrap() > 0);
+    assert!(diff_has_the_writes(&memory, &bitmap, harvest));
+}
+
+#[test]
 fn memory_without_a_bitmap_loses_the_writes() {
     let bitmap = bitmap();
     assert!(!diff_has_the_writes(&memory(|_, _| ()), &bitmap, || ()));
@@ -205,10 +215,12 @@ fn memory_that_does_not_fit_the_bitmap_keeps_its_marks() {
     assert_eq!(bitmap().mark_guest_memory(&memory), Ok(1));
 }
 
-#[test]
-fn a_region_without_a_bitmap_of_its_size_is_refused() {
-    // As `MmapRegionBuilder::new` creates it.
-    let memory = memory(|_, _| AtomicBitmap::default());
+#[rstest]
+// As `MmapRegionBuilder::new` creates them.
+#[case::empty(AtomicBitmap::default())]
+#[case::none(None::<AtomicBitmap>)]
+fn a_region_without_a_bitmap_of_its_size_is_refused<B: RegionBitmap + Clone>(#[case] of_region: B) {
+    let memory = memory(|_, _| of_region.clone());
     let error = bitmap().mark_guest_memory(&memory).unwrap_err();
     let expected = MarkMemoryError::RegionNotTracked {
         guest_start: 0,
