@@ -129,6 +129,10 @@ pub type TrackedBitmap = DirtyBitmap<Tracked>;
 
 /// A bitmap into which a hypervisor's dirty log is moved, and whose marks only a
 /// [`LoggedEpoch`](crate::LoggedEpoch) takes.
+///
+/// The bitmap of a `GuestRam` (crates `guest-ram` and `kvm-backend`) takes offsets in the memory
+/// file, which differ from guest-physical addresses behind a gap of the layout. To mark
+/// guest-physical addresses, call `GuestRam::mark`.
 pub type LoggedBitmap = DirtyBitmap<Logged>;
 
 /// A bitmap of the marks that an epoch has taken.

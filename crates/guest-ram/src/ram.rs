@@ -93,8 +93,14 @@ impl<K: BitmapKind> GuestRam<K> {
     /// Returns the bitmap of the pages that the host wrote, and that were marked for the guest: by
     /// a dirty log or by a write tracker.
     ///
-    /// Its addresses are offsets in the memory file. [`mark`](Self::mark) takes guest-physical
-    /// addresses.
+    /// <div class="warning">
+    ///
+    /// The addresses of its methods are offsets in the memory file, not guest-physical addresses.
+    /// The two differ behind a gap of the layout, where `dirty_bitmap().mark(address)` marks
+    /// another page without an error. To mark guest-physical addresses, call
+    /// [`GuestRam::mark`](Self::mark).
+    ///
+    /// </div>
     #[must_use]
     pub fn dirty_bitmap(&self) -> &Arc<DirtyBitmap<K>> {
         &self.dirty
@@ -235,10 +241,18 @@ impl<K: BitmapKind> GuestRam<K> {
 impl<K: BaselineKind> GuestRam<K> {
     /// Discards all marks: the content of the RAM is the baseline of the next diff.
     ///
-    /// Call this after a snapshot was restored, before vCPUs and devices run. The RAM must equal
-    /// the snapshot that will be the parent of the next diff. Without the call the first diff after
-    /// a restore is a full one, because a hypervisor's dirty log marks all of the RAM when it
-    /// starts, and [`write_at`](Self::write_at) marks what it writes.
+    /// <div class="warning">
+    ///
+    /// This is only for RAM that was just restored, before vCPUs and devices run. All marks are
+    /// discarded, also those of writes since the restore or since the last save, and these pages
+    /// are then missing from the next diff. After a save, release its epoch instead: that discards
+    /// the marks of the written pages and no others.
+    ///
+    /// </div>
+    ///
+    /// The RAM must equal the snapshot that will be the parent of the next diff. Without the call
+    /// the first diff after a restore is a full one, because a hypervisor's dirty log marks all of
+    /// the RAM when it starts, and [`write_at`](Self::write_at) marks what it writes.
     ///
     /// Start the dirty log first: a write before its start is in no log, and its page would be
     /// missing from the next diff. In general:
