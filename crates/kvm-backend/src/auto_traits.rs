@@ -1,8 +1,8 @@
 //! Checks at compile time which public types threads may send and share.
 
 use crate::{
-    DirtyLog, GuestRam, GuestRamOptions, HarvestError, LogEpochError, Paused, PausedHarvest,
-    Precopied, Precopy, PrecopyError, PrecopyOptions, RamSlots, SlotError, StartError, Vcpu, Vcpus,
+    DirtyLog, DirtyLogOptions, GuestRam, GuestRamOptions, HarvestError, LogEpochError, Paused,
+    PausedHarvest, Precopied, Precopy, PrecopyError, RamSlots, SlotError, StartError, Vcpu, Vcpus,
 };
 
 fn shared<T: Send + Sync>() {}
@@ -19,7 +19,7 @@ fn main_types_are_send_and_sync() {
     shared::<Precopied<()>>();
     shared::<Precopy<'_>>();
     shared::<PrecopyError>();
-    shared::<PrecopyOptions>();
+    shared::<DirtyLogOptions>();
     shared::<RamSlots>();
     shared::<SlotError>();
     shared::<StartError>();

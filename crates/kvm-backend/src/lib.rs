@@ -32,8 +32,7 @@
 //! writes through its own mapping of the memory: emulated devices, loaders, vhost, I/O into guest
 //! memory. A page that only they wrote is missing from the next diff, and nothing reports it,
 //! unless it is marked in the bitmap of the RAM. The same holds for a page that the VMM discards
-//! (a balloon, free page reporting, `MADV_DONTNEED`, `MADV_REMOVE`, hole punching): it reads as
-//! zeros, and a restore has its old bytes.
+//! (a balloon, free page reporting): it reads as zeros, and a restore has its old bytes.
 //!
 //! </div>
 //!
@@ -42,11 +41,17 @@
 //! - [`GuestRam::write`](guest_ram::GuestRam::write) marks them itself.
 //! - `GuestMemoryMmap<DirtyBitmapSlice>` of the crate `vm-memory` marks them itself.
 //! - `GuestMemoryMmap<AtomicBitmap>` of that crate needs a call of `DirtyBitmap::mark_guest_memory`
-//!   before each epoch: `Precopy` makes it, as [`PrecopyOptions::mark_host_writes`] says.
+//!   before each epoch. Each harvest makes it if the log is started with
+//!   [`DirtyLogOptions::mark_host_writes`]. For such memory [`DirtyLog::start`] is an error.
 //! - After a write by a host address, by the kernel or by another process, and after each discard,
 //!   call [`GuestRam::mark`](guest_ram::GuestRam::mark).
 //!
 //! The types for `vm-memory` are in the crate `dirty-bitmap`, with its feature `vm-memory`.
+//!
+//! How a VMM discards a page depends on the mapping. `madvise(MADV_DONTNEED)` makes zeros in
+//! private anonymous memory only. In shared memory, which
+//! [`GuestRam::new`](guest_ram::GuestRam::new) and a memory file are, the old bytes stay and
+//! nothing is freed: use `MADV_REMOVE`, or punch a hole in the file (`fallocate`).
 //!
 //! # Example
 //! A guest that writes a page, saved and restored in a new virtual machine:
@@ -81,7 +86,7 @@
 //! long_mode::boot(&kvm, &ram, &vcpu, &start)?;
 //!
 //! let log = DirtyLog::start(&slots)?; // marks all of the RAM
-//! ram.set_baseline()?; // after a full snapshot was written: only later writes are marked
+//! ram.set_baseline()?; // as after a restore: only later writes are marked
 //! assert!(matches!(vcpu.run()?, VcpuExit::IoOut(0x80, [1])));
 //!
 //! vcpu.complete_io(|_| ())?;
@@ -192,10 +197,11 @@ pub use page_reader;
 
 pub use linux::{
     dirty_log::{
-        DirtyLog, HarvestError, HarvestStats, LogEpochError, PausedHarvest, Reprotect, StartError,
+        DirtyLog, DirtyLogOptions, HarvestError, HarvestStats, LogEpochError, PausedHarvest,
+        Reprotect, StartError,
     },
     open::{OpenKvmError, create_vm, open_kvm, open_kvm_at},
-    precopy::{Precopied, Precopy, PrecopyError, PrecopyOptions},
+    precopy::{Precopied, Precopy, PrecopyError},
     ram::{GuestRam, GuestRamOptions},
     slots::{RamSlots, SlotError},
     vcpus::{PauseError, Paused, Vcpu, Vcpus},

@@ -128,7 +128,12 @@ fn image_of_every_pause_of_several_vcpus_equals_the_ram(
         long_mode::boot(&kvm, &ram, &vcpu, &start_of(number)).unwrap();
         all.push(vcpu);
     }
-    let start = || DirtyLog::start_with(&slots, reprotect).unwrap();
+    let start = || {
+        DirtyLog::options()
+            .reprotect(reprotect)
+            .start(&slots)
+            .unwrap()
+    };
     let mut log = Some(start());
     let mut image = vec![0xee; 2 * REGION as usize];
     let (pause, end) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -158,7 +163,12 @@ fn image_of_every_pause_of_several_vcpus_equals_the_ram(
                     let layout = RamLayout::single(2 * HIGH, REGION).unwrap();
                     let second = Arc::new(GuestRam::new(layout).unwrap());
                     let second = Arc::new(RamSlots::register(&vm, &second, 8).unwrap());
-                    other = Some(DirtyLog::start_with(&second, reprotect).unwrap());
+                    other = Some(
+                        DirtyLog::options()
+                            .reprotect(reprotect)
+                            .start(&second)
+                            .unwrap(),
+                    );
                 }
                 3 => {
                     ram.write(random.address(), &random.next().to_le_bytes())

@@ -18,7 +18,10 @@ fn log_started_again_has_the_writes_since_its_drop() {
     let mut guest = Guest::touching();
     drop(guest.log(Reprotect::WhenRead));
     guest.touch(&TOUCHED);
-    let log = DirtyLog::start_with(&guest.slots, Reprotect::WhenRead).unwrap();
+    let log = DirtyLog::options()
+        .reprotect(Reprotect::WhenRead)
+        .start(&guest.slots)
+        .unwrap();
     assert_eq!(pages(&logged(&guest, &log)), pages_of(&TOUCHED));
 }
 
@@ -86,7 +89,10 @@ fn pages_of_a_log_that_ends_are_marked(
     };
     let marks = Arc::clone(guest.ram.dirty_bitmap());
     let start = |slots: &Arc<RamSlots>| {
-        let log = DirtyLog::start_with(slots, reprotect).unwrap();
+        let log = DirtyLog::options()
+            .reprotect(reprotect)
+            .start(slots)
+            .unwrap();
         log.harvest_live().unwrap();
         drop(drain(&marks));
         log

@@ -9,12 +9,10 @@ use std::error::Error;
 use std::sync::{Arc, Mutex};
 
 use dirty_bitmap::TakenBitmap;
-use kvm_backend::{DirtyLog, GuestRam, Precopy, PrecopyError, RamSlots, create_vm, open_kvm};
+use kvm_backend::{DirtyLog, GuestRam, Precopy, PrecopyError};
 use page_reader::PageReader;
 use support::{Guest, HIGH, PAGE, offset};
 use test_machine::needs;
-use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 type AnyError = Box<dyn Error>;
 
@@ -176,7 +174,6 @@ fn failed_pause_returns_the_marks() {
 fn host_writes_are_marked_before_each_take() {
     needs!(Kvm);
     let mut guest = Guest::touching();
-    let log = started(&guest);
     let ram = guest.ram.clone();
     let image = Image::new(&ram);
     let write = |pages: &TakenBitmap| image.write(&ram, pages);
@@ -187,11 +184,12 @@ fn host_writes_are_marked_before_each_take() {
         device.lock().unwrap().push(offset(address));
     };
     let marks = Arc::clone(&device);
-    let options = Precopy::options().mark_host_writes(move |bitmap| {
+    let options = DirtyLog::options().mark_host_writes(move |bitmap| {
         let mut marks = marks.lock().unwrap();
         marks.drain(..).try_for_each(|at| bitmap.mark(at).map(drop))
     });
-    let mut precopy = options.begin(&log).unwrap();
+    let log = options.start(&guest.slots).unwrap();
+    let mut precopy = Precopy::begin(&log).unwrap();
     precopy.live_round::<AnyError>(write).unwrap();
     device_writes(0x30_0000);
     precopy.live_round::<AnyError>(write).unwrap();
@@ -208,45 +206,10 @@ fn host_writes_are_marked_before_each_take() {
     copy.epoch.release().unwrap();
 
     // Without rounds, the last take is the second.
-    let precopy = options.begin(&log).unwrap();
+    let precopy = Precopy::begin(&log).unwrap();
     device_writes(HIGH);
     drop(finish!(precopy, guest, |_| Ok(()), write).unwrap());
     assert!(image.wrote(HIGH));
-}
-
-#[test]
-fn failure_to_mark_host_writes_takes_no_mark() {
-    needs!(Kvm);
-    let guest = Guest::touching();
-    let log = started(&guest);
-    let all = pages_marked(&guest);
-    let fails = |_: &_| Err::<(), _>("no marks");
-    let error = Precopy::options().mark_host_writes(fails).begin(&log);
-    let error = error.unwrap_err();
-    assert!(matches!(error, PrecopyError::HostWrites(_)), "{error:?}");
-    assert!(error.to_string().ends_with(": no marks"));
-    assert_eq!(pages_marked(&guest), all);
-    drop(Precopy::begin(&log).unwrap());
-}
-
-#[test]
-fn atomic_bitmaps_of_the_ram_must_be_moved() {
-    needs!(Kvm);
-    let vm = create_vm(&open_kvm().unwrap()).unwrap();
-    let ranges = [(GuestAddress(0), 1 << 20)];
-    let memory = Arc::new(GuestMemoryMmap::<AtomicBitmap>::from_ranges(&ranges).unwrap());
-    let ram = guest_ram::GuestRam::from_guest_memory(Arc::clone(&memory)).unwrap();
-    let ram = Arc::new(GuestRam::from(ram));
-    let log = DirtyLog::start(&Arc::new(RamSlots::register(&vm, &ram, 0).unwrap())).unwrap();
-    let error = Precopy::begin(&log).unwrap_err();
-    assert!(matches!(error, PrecopyError::MarksElsewhere), "{error:?}");
-    ram.set_baseline().unwrap();
-    memory.write_obj(7_u32, GuestAddress(0x3000)).unwrap();
-    let mut precopy = Precopy::options()
-        .mark_host_writes(move |bitmap| bitmap.mark_guest_memory(&memory))
-        .begin(&log)
-        .unwrap();
-    assert_eq!(precopy.live_round::<AnyError>(|_| Ok(())).unwrap(), 1);
 }
 
 #[test]

@@ -52,10 +52,14 @@ impl Vmm {
         // SAFETY: the slots of this memory, set above. They stay until the end.
         let slots = unsafe { RamSlots::adopt(&vm, &ram, &SLOTS) }?; // ramsnap
         let (vcpus, msrs) = (Vcpus::new(&vm)?, MsrList::query(kvm)?); // ramsnap
+        let devices = memory.clone(); // ramsnap
+        let log = DirtyLog::options() // ramsnap
+            .mark_host_writes(move |bitmap| bitmap.mark_guest_memory(&devices)) // ramsnap
+            .start(&Arc::new(slots))?; // ramsnap
         Ok(Self {
             vcpu: vcpus.create(&vm, 0)?, // instead of `vm.create_vcpu(0)?`
             vcpus,
-            log: DirtyLog::start(&Arc::new(slots))?, // ramsnap
+            log,
             msrs,
             ram,
             memory,
@@ -63,7 +67,7 @@ impl Vmm {
         })
     }
 
-    /// Loads the program, as a device writes: `mark_guest_memory` finds the page.
+    /// Loads the program, as a device writes: the next harvest marks the page.
     pub(super) fn boot(&self) -> Result<()> {
         self.memory.write_slice(PROGRAM, GuestAddress(0x1000))?;
         let (mut sregs, mut regs) = (self.vcpu.get_sregs()?, self.vcpu.get_regs()?);
@@ -91,7 +95,6 @@ impl Vmm {
         let paused = self.vcpus.pause()?; // ramsnap
         let state = VcpuState::capture(&self.msrs, &paused, &self.vcpu)?; // ramsnap
         let harvest = self.log.harvest(paused)?; // ramsnap
-        self.ram.dirty_bitmap().mark_guest_memory(&self.memory)?; // ramsnap
         let epoch = harvest.begin_epoch()?; // ramsnap
         let seal = parent.into_iter().fold(Seal::new(), Seal::parent); // ramsnap
         let options = MemoryWriter::options().layout(Layout::Sealed).seal(seal); // ramsnap
@@ -115,6 +118,8 @@ impl Vmm {
         let chain = Chain::open_sealed(images)?;
         chain.restore(&mut GuestMemoryTarget::new(&*self.memory)?)?; // ramsnap
         self.ram.set_baseline()?; // ramsnap
+        let id = chain.id().map(ImageId::to_bytes); // ramsnap
+        self.ram.dirty_bitmap().set_parent_id(id); // ramsnap
         let _ = state.restore(&self.vm, &self.vcpu)?; // ramsnap
         Ok(())
     }

@@ -39,7 +39,7 @@ mod linux {
 
         let mut writer = MemoryWriter::open(&path, RAM, PAGE)?;
         // The VMM writes by `GuestRam::write`, which marks the pages. For other host writes, see
-        // `Precopy::options().mark_host_writes(..)`.
+        // `DirtyLog::options().mark_host_writes(..)`.
         let mut precopy = Precopy::begin(&guest.log)?;
         // The log was just started, so the first round finds all pages.
         let mut found = precopy.live_round::<AnyError>(|_| Ok(writer.write_full(&*guest.ram)?))?;

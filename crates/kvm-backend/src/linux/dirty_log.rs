@@ -2,6 +2,7 @@
 
 mod epochs;
 mod errors;
+mod options;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,9 +12,11 @@ use page_reader::RamRange;
 
 use super::slots::{RamSlots, SlotError};
 use super::vcpus::Paused;
+use options::HostWrites;
 
 pub use epochs::PausedHarvest;
 pub use errors::{HarvestError, LogEpochError, StartError};
+pub use options::DirtyLogOptions;
 
 /// The number of pages that one call clears: 1 GiB in pages of 4 KiB. During the call, KVM holds
 /// the lock of the guest's page tables, and vCPUs that fault wait.
@@ -61,8 +64,9 @@ const CLEAR_PAGES: usize = 1 << 18;
 /// <div class="warning">
 ///
 /// Your devices' writes are not in the log: it has none of the host's writes.
-/// [`GuestRam::write`](guest_ram::GuestRam::write) marks them itself. For all others see the
-/// [documentation of the crate](crate#writes-of-the-host).
+/// [`GuestRam::write`](guest_ram::GuestRam::write) marks them itself. Guest memory of the crate
+/// `vm-memory` with `AtomicBitmap`s needs [`DirtyLogOptions::mark_host_writes`]. For all others see
+/// the [documentation of the crate](crate#writes-of-the-host).
 ///
 /// </div>
 ///
@@ -72,7 +76,8 @@ const CLEAR_PAGES: usize = 1 << 18;
 pub struct DirtyLog {
     slots: Arc<RamSlots>,
     reprotect: Reprotect,
-    /// Serializes harvests: two that run together would each have a part of the log. The elements
+    host_writes: HostWrites,
+    /// Serializes harvests: two that run together would each have a part of the marks. The elements
     /// say, for each region, whether the last attempt to read its log failed.
     harvesting: Mutex<Box<[bool]>>,
     _claim: Claim,
@@ -118,22 +123,35 @@ impl DirtyLog {
     /// Switches the log on for every slot, with the best [`Reprotect`] that this KVM offers. Marks
     /// all of the RAM, unless the log has been on since an earlier `DirtyLog`.
     ///
-    /// # Errors
-    /// Returns a [`StartError`]. The log of some slots may stay on, which only costs speed.
-    pub fn start(slots: &Arc<RamSlots>) -> Result<Self, StartError> {
-        let reprotect = if offers_manual_protect(slots) {
-            Reprotect::WhenMarked
-        } else {
-            Reprotect::WhenRead
-        };
-        Self::start_with(slots, reprotect)
-    }
-
-    /// Switches the log on for every slot. `reprotect` applies to the whole virtual machine.
+    /// All host writes must be marked in the bitmap as they are made; otherwise use
+    /// [`options`](Self::options).
     ///
     /// # Errors
-    /// Returns the errors of [`start`](Self::start), and [`StartError::NoManualProtect`].
-    pub fn start_with(slots: &Arc<RamSlots>, reprotect: Reprotect) -> Result<Self, StartError> {
+    /// Returns a [`StartError`]: [`MarksElsewhere`](StartError::MarksElsewhere) if the RAM is guest
+    /// memory of `vm-memory` with `AtomicBitmap`s. The log of some slots may stay on, which only
+    /// costs speed.
+    pub fn start(slots: &Arc<RamSlots>) -> Result<Self, StartError> {
+        DirtyLogOptions::default().start(slots)
+    }
+
+    /// Returns a builder for non-default options.
+    pub fn options() -> DirtyLogOptions {
+        DirtyLogOptions::default()
+    }
+
+    fn start_with(
+        slots: &Arc<RamSlots>,
+        reprotect: Option<Reprotect>,
+        host_writes: HostWrites,
+    ) -> Result<Self, StartError> {
+        if slots.ram().marks_elsewhere() && !host_writes.are_marked() {
+            return Err(StartError::MarksElsewhere);
+        }
+        let offered = offers_manual_protect(slots);
+        let reprotect = reprotect.unwrap_or(match offered {
+            true => Reprotect::WhenMarked,
+            false => Reprotect::WhenRead,
+        });
         let claim = {
             let mut log = slots.ram().log();
             if log.claimed {
@@ -142,7 +160,7 @@ impl DirtyLog {
             log.claimed = true;
             Claim(Arc::clone(slots))
         };
-        if offers_manual_protect(slots) {
+        if offered {
             // Set in both cases: the VMM may have changed it before.
             let enable = match reprotect {
                 Reprotect::WhenRead => 0,
@@ -168,6 +186,7 @@ impl DirtyLog {
         Ok(Self {
             slots: Arc::clone(slots),
             reprotect,
+            host_writes,
             harvesting: Mutex::new(vec![false; slots.ram().layout().regions().len()].into()),
             _claim: claim,
         })
@@ -204,6 +223,17 @@ impl DirtyLog {
     /// Marks every page in the log and protects it again, while the guest may run. The pages may be
     /// copied, but they are not a consistent image.
     ///
+    /// Then calls the function of [`DirtyLogOptions::mark_host_writes`], if there is one.
+    ///
+    /// <div class="warning">
+    ///
+    /// A VMM that switches the dirty logging of a slot off and on again between two harvests loses
+    /// the pages of that time, and no error reports it: KVM discards the log of the slot. The same
+    /// holds for a slot that is removed and set again. This breaks the contract of
+    /// [`RamSlots::adopt`].
+    ///
+    /// </div>
+    ///
     /// # Errors
     /// Returns a [`HarvestError`]. No page is lost: a page that was taken from KVM's log is marked
     /// in the bitmap, the others are still in the log, and the next harvest continues. If the log
@@ -222,6 +252,9 @@ impl DirtyLog {
         for region in self.slots.ram().layout().regions() {
             harvest.pages += self.harvest_region(region, &mut unreadable[region.region])?;
         }
+        // While the harvest is locked: a harvest that ends in another thread must not precede marks
+        // that are taken from their place and not yet in the bitmap.
+        self.host_writes.mark(self.slots.ram().dirty_bitmap())?;
         Ok(harvest)
     }
 

@@ -1,16 +1,11 @@
 //! Copies a running guest's RAM in rounds, in the order that loses no page.
 
-mod options;
-
-use std::error::Error;
 use std::sync::Arc;
 
 use dirty_bitmap::{BeginEpochError, ExtendError, Extension, LoggedEpoch, TakenBitmap};
 
 use super::dirty_log::{DirtyLog, HarvestError};
 use super::vcpus::Paused;
-
-pub use options::PrecopyOptions;
 
 /// A copy of a running guest's RAM (pre-copy), whose steps are made in the order that loses no
 /// page.
@@ -21,10 +16,10 @@ pub use options::PrecopyOptions;
 ///
 /// | step | who |
 /// |---|---|
-/// | harvest the log, mark host writes, take the marks, write their pages, repeat | `live_round`, and `write` |
+/// | harvest the log, take the marks, write their pages, repeat | `live_round`, and `write` |
 /// | make the vCPUs leave the guest, complete their I/O, pause them | `pause` |
 /// | capture their state | `capture` |
-/// | harvest the log, mark host writes, take the last marks | `finish` |
+/// | harvest the log, take the last marks | `finish` |
 /// | write their pages | `write` |
 /// | let the vCPUs run | `finish` |
 /// | commit the file, release the epoch | the caller, with the epoch that `finish` returns |
@@ -37,10 +32,9 @@ pub use options::PrecopyOptions;
 ///
 /// # Writes of the host
 /// Every device that writes guest memory must [mark its writes](crate#writes-of-the-host), and stop
-/// in `pause`. [`begin`](Self::begin) is for RAM in whose bitmap all host writes are marked as they
-/// are made. With an `AtomicBitmap` of `vm-memory`, or another place that has marks of host writes,
-/// pass a function that moves them: [`PrecopyOptions::mark_host_writes`]. It is called before each
-/// take of marks, the last one in the pause included.
+/// in `pause`. The function of
+/// [`DirtyLogOptions::mark_host_writes`](crate::DirtyLogOptions::mark_host_writes) is called in
+/// each harvest, the last one in the pause included.
 ///
 /// # Examples
 /// ```
@@ -90,7 +84,6 @@ pub use options::PrecopyOptions;
 pub struct Precopy<'l> {
     log: &'l DirtyLog,
     epoch: LoggedEpoch,
-    options: PrecopyOptions,
     stage: Stage,
 }
 
@@ -122,36 +115,16 @@ impl<'l> Precopy<'l> {
     /// Harvests the log of the running guest, and takes all marks. The first round writes their
     /// pages: all of the RAM, if the log was just started.
     ///
-    /// All host writes must be marked in the bitmap as they are made; otherwise use
-    /// [`options`](Self::options).
-    ///
     /// # Errors
-    /// Returns [`PrecopyError::Harvest`], [`PrecopyError::Begin`] if another epoch is open, and
-    /// [`PrecopyError::MarksElsewhere`] if the RAM is guest memory of `vm-memory` with
-    /// `AtomicBitmap`s.
+    /// Returns [`PrecopyError::Harvest`], and [`PrecopyError::Begin`] if another epoch is open.
     pub fn begin(log: &'l DirtyLog) -> Result<Self, PrecopyError> {
-        PrecopyOptions::default().begin(log)
-    }
-
-    /// Returns a builder for a copy whose host writes are not marked as they are made.
-    pub fn options() -> PrecopyOptions {
-        PrecopyOptions::default()
-    }
-
-    /// Begins a copy with these options.
-    fn begin_with(log: &'l DirtyLog, options: PrecopyOptions) -> Result<Self, PrecopyError> {
-        if log.slots().ram().marks_elsewhere() && !options.marks_host_writes() {
-            return Err(PrecopyError::MarksElsewhere);
-        }
         let bitmap = Arc::clone(log.slots().ram().dirty_bitmap());
-        let epoch = LoggedEpoch::begin_after(bitmap, |bitmap| {
-            log.harvest_live()?;
-            options.mark(bitmap)
+        let epoch = LoggedEpoch::begin_after(bitmap, |_| {
+            log.harvest_live().map(drop).map_err(PrecopyError::from)
         })?;
         Ok(Self {
             log,
             epoch,
-            options,
             stage: Stage::Begun,
         })
     }
@@ -199,7 +172,7 @@ impl<'l> Precopy<'l> {
         let harvest = self.log.harvest(paused).map_err(PrecopyError::from)?;
         if self.stage == Stage::Begun {
             // The pages of the first take and of this one, in one write.
-            let _ = extend(&mut self.epoch, &self.options)?;
+            let _ = extend(&mut self.epoch)?;
         }
         let pages = self.write_taken(write)?;
         drop(harvest); // the vCPUs may run
@@ -218,7 +191,7 @@ impl<'l> Precopy<'l> {
         self.check_written()?;
         let pages = match self.stage {
             Stage::Begun => self.epoch.bitmap(),
-            _ => extend(&mut self.epoch, &self.options)?.bitmap(),
+            _ => extend(&mut self.epoch)?.bitmap(),
         };
         // Until `write` has returned, these pages are in the epoch and in no file.
         self.stage = Stage::Failed;
@@ -236,11 +209,8 @@ impl<'l> Precopy<'l> {
 }
 
 /// Takes the marks that were set since the last take, after the log was harvested.
-fn extend<'e>(
-    epoch: &'e mut LoggedEpoch,
-    options: &PrecopyOptions,
-) -> Result<Extension<'e>, PrecopyError> {
-    epoch.extend_after(|bitmap| options.mark(bitmap))
+fn extend(epoch: &mut LoggedEpoch) -> Result<Extension<'_>, PrecopyError> {
+    epoch.extend_after(|_| Ok(()))
 }
 
 /// An error of copying a running guest's RAM. No page is lost: all marks return to the bitmap when
@@ -257,16 +227,6 @@ pub enum PrecopyError {
     /// The marks that were set since the last round could not be taken.
     #[error(transparent)]
     Extend(#[from] ExtendError),
-    /// The RAM is guest memory of `vm-memory` with `AtomicBitmap`s, whose marks would be missing
-    /// from the image. No mark was taken.
-    #[error(
-        "writes of the host are marked in the AtomicBitmaps of the guest memory: pass \
-         `mark_guest_memory` to `PrecopyOptions::mark_host_writes`"
-    )]
-    MarksElsewhere,
-    /// The function that marks host writes failed. No mark was taken.
-    #[error("failed to mark the writes of the host: {0}")]
-    HostWrites(#[source] Box<dyn Error + Send + Sync>),
     /// An earlier write failed.
     #[error(
         "pages of an earlier round were not written: drop this copy, which marks its pages again, \

@@ -114,13 +114,16 @@ impl RamSlots {
     ///
     /// # Errors
     /// Returns [`SlotError::SlotCount`], [`SlotError::SlotNumber`], [`SlotError::InUse`] or
-    /// [`SlotError::Descriptor`].
+    /// [`SlotError::Descriptor`]. Numbers of other slots are not noticed here: the start of a
+    /// [`DirtyLog`](crate::DirtyLog) then fails with [`SlotError::Overlap`] or
+    /// [`SlotError::Refused`].
     ///
     /// # Safety
     /// As long as the value exists, the slots are registered as described, without
     /// `KVM_MEM_READONLY` or a guest memory file: a [`DirtyLog`](crate::DirtyLog) replaces their
-    /// flags when it starts and stops. The memory in a slot stays mapped until the caller has
-    /// removed the slot, even after the value is dropped.
+    /// flags when it starts and stops, and the caller changes none of them in between. The memory
+    /// in a slot stays mapped until the caller has removed the slot, even after the value is
+    /// dropped.
     ///
     /// # Examples
     /// A VMM whose RAM is in its slots 3 and 7:
@@ -298,7 +301,8 @@ pub enum SlotError {
     /// Another slot contains some of these guest-physical addresses.
     #[error(
         "memory slot {slot} for {size} bytes at guest-physical {guest_start:#x} overlaps \
-         another slot: leave a gap in the layout for that slot, or remove it first: {source}"
+         another slot: leave a gap in the layout for that slot, or remove it first; for adopted \
+         slots, pass the numbers that these slots have: {source}"
     )]
     Overlap {
         /// The slot number.
@@ -315,7 +319,8 @@ pub enum SlotError {
     #[error(
         "KVM refused memory slot {slot} for {size} bytes at guest-physical \
          {guest_start:#x}: the slot number may be in use, or the address above the guest's \
-         physical address width: {source}"
+         physical address width; for adopted slots, pass the numbers that these slots have, in \
+         the order of the layout: {source}"
     )]
     Refused {
         /// The slot number.

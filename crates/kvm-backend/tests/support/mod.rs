@@ -280,7 +280,10 @@ impl Guest {
 
     /// Starts a log, and empties it and the bitmap.
     pub fn log(&self, reprotect: Reprotect) -> DirtyLog {
-        let log = DirtyLog::start_with(&self.slots, reprotect).unwrap();
+        let log = DirtyLog::options()
+            .reprotect(reprotect)
+            .start(&self.slots)
+            .unwrap();
         log.harvest_live().unwrap();
         self.ram.set_baseline().unwrap();
         log

@@ -47,7 +47,7 @@ pub(crate) fn save_blocking(
         })
         .open(path, RAM, PAGE)?;
     // The VMM writes by `GuestRam::write`, which marks the pages. For other host writes, see
-    // `Precopy::options().mark_host_writes(..)`.
+    // `DirtyLog::options().mark_host_writes(..)`.
     let mut precopy = Precopy::begin(&guest.log)?;
     let mut found = precopy.live_round::<AnyError>(|_| Ok(writer.write_full(&*guest.ram)?))?;
     for _ in 0..MAX_ROUNDS {

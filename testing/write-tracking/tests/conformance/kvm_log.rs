@@ -43,7 +43,10 @@ impl Logged {
         Self {
             vcpus,
             all: guest.vcpus,
-            log: DirtyLog::start_with(&guest.slots, reprotect).unwrap(),
+            log: DirtyLog::options()
+                .reprotect(reprotect)
+                .start(&guest.slots)
+                .unwrap(),
             ram: guest.ram,
         }
     }

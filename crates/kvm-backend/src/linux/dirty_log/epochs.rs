@@ -41,7 +41,9 @@ impl PausedHarvest {
     /// Takes all marks of the RAM, those of the harvest included.
     ///
     /// Host writes that are marked later are not in the epoch. Marks that are collected elsewhere,
-    /// such as those of an `AtomicBitmap` of `vm-memory`, must be moved into the bitmap before.
+    /// such as those of an `AtomicBitmap` of `vm-memory`, were moved into the bitmap by the
+    /// harvest: see
+    /// [`DirtyLogOptions::mark_host_writes`](crate::DirtyLogOptions::mark_host_writes).
     ///
     /// # Errors
     /// Returns [`BeginEpochError`] if another epoch is open: another save is in progress. No mark
@@ -71,6 +73,10 @@ impl DirtyLog {
     /// [`extend_live`](Self::extend_live) or [`PausedHarvest::extend`] adds it. The pages are a
     /// consistent image only after the latter. [`Precopy`](crate::Precopy) makes these calls in the
     /// right order.
+    ///
+    /// The last harvest of an image must therefore be that of a pause. KVM writes guest memory when
+    /// [`Vcpu::complete_io`](crate::Vcpu::complete_io) completes pending I/O, and may write it
+    /// during a capture. An image whose only epoch began here, before these calls, lacks the pages.
     ///
     /// # Errors
     /// Returns [`LogEpochError::Harvest`], or [`LogEpochError::Begin`] if another epoch is open. No

@@ -1,5 +1,6 @@
 //! The errors of the dirty log.
 
+use std::error::Error as StdError;
 use std::io;
 
 use dirty_bitmap::{BeginEpochError, ExtendError};
@@ -14,10 +15,18 @@ pub enum StartError {
     /// The RAM has a log already.
     #[error("the dirty log of this RAM was started already: use that DirtyLog, or drop it first")]
     AlreadyStarted,
+    /// The RAM is guest memory of `vm-memory` with `AtomicBitmap`s, whose marks would be missing
+    /// from the epochs of the log. Nothing was switched on.
+    #[error(
+        "writes of the host are marked in the AtomicBitmaps of the guest memory, not in the bitmap \
+         of the RAM: start the log by \
+         `DirtyLog::options().mark_host_writes(move |bitmap| bitmap.mark_guest_memory(&memory))`"
+    )]
+    MarksElsewhere,
     /// KVM does not offer `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
     #[error(
         "this KVM can't protect logged pages on demand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, \
-         Linux 5.2): use `DirtyLog::start`, which selects a supported way"
+         Linux 5.2): leave out `DirtyLogOptions::reprotect`, which selects a supported way"
     )]
     NoManualProtect,
     /// KVM offers the capability, but refuses to enable it.
@@ -71,6 +80,10 @@ pub enum HarvestError {
         #[source]
         source: dirty_bitmap::DirtyLogError,
     },
+    /// The function of [`DirtyLogOptions::mark_host_writes`](crate::DirtyLogOptions) failed. The
+    /// pages of KVM's log are marked.
+    #[error("failed to mark the writes of the host: {0}")]
+    HostWrites(#[source] Box<dyn StdError + Send + Sync>),
 }
 
 /// An error of beginning or extending an [epoch](dirty_bitmap::LoggedEpoch) of logged RAM. No page
