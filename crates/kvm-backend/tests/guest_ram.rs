@@ -12,6 +12,7 @@ use dirty_bitmap::LoggedBitmap;
 use guest_ram::GuestRamError;
 use kvm_backend::{GuestRam, OpenKvmError, RamSlots, SlotError, open_kvm, open_kvm_at};
 use kvm_ioctls::VcpuExit;
+use nix::sys::mman::{MmapAdvise, madvise};
 use page_reader::{PageReader, RamLayout};
 use rstest::rstest;
 use support::{DONE, Guest, HIGH, HIGH_SIZE, INPUT, LOW_SIZE, PAGE, Program};
@@ -140,6 +141,24 @@ fn memory_of_the_caller_is_adopted_and_not_unmapped() {
     let mut bytes = [0; 12];
     owner.read(HIGH, &mut bytes).unwrap();
     assert_eq!(&bytes, b"seen by both");
+}
+
+/// The documentation of the crate states how a balloon discards pages.
+#[test]
+fn only_madv_remove_discards_pages_of_shared_ram() {
+    let ram = GuestRam::new(layout()).unwrap();
+    ram.write(HIGH, &[7]).unwrap();
+    let discard = |advice| {
+        let start = ram.host_address(1).cast();
+        // SAFETY: the first page of the mapping, which `ram` keeps. The data are only zeroed.
+        #[allow(unsafe_code)]
+        unsafe { madvise(start, PAGE as usize, advice) }.unwrap();
+        let mut byte = [0];
+        ram.read(HIGH, &mut byte).unwrap();
+        byte[0]
+    };
+    assert_eq!(discard(MmapAdvise::MADV_DONTNEED), 7);
+    assert_eq!(discard(MmapAdvise::MADV_REMOVE), 0);
 }
 
 #[test]

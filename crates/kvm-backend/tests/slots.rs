@@ -11,6 +11,7 @@ use kvm_backend::{DirtyLog, GuestRam, RamSlots, Reprotect, SlotError, Vcpus, cre
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use page_reader::RamLayout;
+use rstest::rstest;
 use support::{Guest, HIGH, HIGH_SIZE, LOW_SIZE, PAGE, adopted};
 use test_machine::needs;
 
@@ -84,6 +85,25 @@ fn second_adoption_of_a_slot_is_refused() {
     // Nothing stays taken by the refused calls.
     drop(guest.slots);
     drop(adopt(&[7, 3]).unwrap());
+}
+
+/// The contract of `adopt` is broken here: KVM refuses the start of the log.
+#[rstest]
+#[case::swapped(&[7, 3])]
+#[case::one_of_no_slot(&[3, 8])]
+fn log_of_wrong_slot_numbers_names_the_remedy(#[case] numbers: &[u32]) {
+    needs!(Kvm);
+    let regions = [(0, LOW_SIZE), (HIGH, HIGH_SIZE)];
+    let slots = |vm: &VmFd, ram: &Arc<GuestRam>| {
+        drop(adopted(vm, ram, &[3, 7]));
+        // SAFETY: KVM refuses to change these slots, so they keep the memory of `ram`.
+        #[allow(unsafe_code)]
+        unsafe { RamSlots::adopt(vm, ram, numbers) }.unwrap()
+    };
+    let guest = Guest::with_slots(regions, |_| (), slots);
+    let error = DirtyLog::start(&guest.slots).unwrap_err().to_string();
+    let remedy = "pass the numbers that these slots have";
+    assert!(error.contains(remedy), "{error}");
 }
 
 #[test]
