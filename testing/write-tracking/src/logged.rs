@@ -18,6 +18,12 @@ pub trait LoggedBackend: Send + Sync + Sized + 'static {
     /// Returns the RAM. Its bitmap receives the log, and its host writes mark pages.
     fn ram(&self) -> &LoggedRam;
 
+    /// Writes bytes at a guest-physical address as a device of the VMM does. The page is marked,
+    /// now or by the next harvest.
+    fn host_write(&self, guest_start: u64, bytes: &[u8]) {
+        self.ram().write(guest_start, bytes).unwrap();
+    }
+
     /// Returns the number of vCPUs: at least two.
     fn vcpus(&self) -> usize;
 

@@ -225,11 +225,20 @@ impl Guest {
         prepare: impl FnOnce(&VmFd),
         slots: impl FnOnce(&VmFd, &Arc<GuestRam>) -> RamSlots,
     ) -> Self {
+        let layout = RamLayout::new(regions).unwrap();
+        Self::of_ram(GuestRam::new(layout).unwrap(), prepare, slots)
+    }
+
+    /// Creates a guest of RAM that the test has created.
+    pub fn of_ram(
+        ram: GuestRam,
+        prepare: impl FnOnce(&VmFd),
+        slots: impl FnOnce(&VmFd, &Arc<GuestRam>) -> RamSlots,
+    ) -> Self {
         let kvm = kvm_backend::open_kvm().unwrap();
         let vm = kvm_backend::create_vm(&kvm).unwrap();
         prepare(&vm);
-        let layout = RamLayout::new(regions).unwrap();
-        let ram = Arc::new(GuestRam::new(layout).unwrap());
+        let ram = Arc::new(ram);
         let slots = Arc::new(slots(&vm, &ram));
         let vcpus = Vcpus::new(&vm).unwrap();
         let vcpu = vcpus.create(&vm, 0).unwrap();

@@ -3,8 +3,12 @@
 use std::sync::{Arc, Mutex};
 
 use dirty_bitmap::{LoggedEpoch, TakenBitmap};
-use kvm_backend::{DirtyLog, PausedHarvest, Reprotect, Vcpu, Vcpus, long_mode};
+use kvm_backend::{
+    DirtyLog, DirtyLogOptions, PausedHarvest, RamSlots, Reprotect, Vcpu, Vcpus, long_mode,
+};
 use test_machine::Need;
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use write_tracking::LoggedBackend;
 
 use super::kvm::support::{self, CODE, Guest, INPUT, INPUT_SIZE, Program, STACK, TABLES};
@@ -25,9 +29,19 @@ pub(super) struct WhenRead(Logged);
 /// A log whose pages KVM protects once they are marked.
 pub(super) struct WhenMarked(Logged);
 
+/// A log of guest memory of `vm-memory`, whose host writes are marked in `AtomicBitmap`s.
+pub(super) struct AtomicMarks {
+    logged: Logged,
+    memory: Arc<GuestMemoryMmap<AtomicBitmap>>,
+}
+
 impl Logged {
     fn new(regions: [(u64, u64); 2], reprotect: Reprotect) -> Self {
         let guest = Guest::with_ram(regions, |_| ());
+        Self::of_guest(guest, &DirtyLog::options().reprotect(reprotect))
+    }
+
+    fn of_guest(guest: Guest, options: &DirtyLogOptions) -> Self {
         guest.boot(Program::Touch);
         let mut vcpus = vec![Mutex::new(guest.vcpu)];
         for number in 1..VCPUS {
@@ -43,10 +57,7 @@ impl Logged {
         Self {
             vcpus,
             all: guest.vcpus,
-            log: DirtyLog::options()
-                .reprotect(reprotect)
-                .start(&guest.slots)
-                .unwrap(),
+            log: options.start(&guest.slots).unwrap(),
             ram: guest.ram,
         }
     }
@@ -72,45 +83,72 @@ impl Logged {
 }
 
 macro_rules! backend {
-    ($name:ident) => {
+    ($name:ident, $logged:tt, { $($own:item)* }) => {
         impl LoggedBackend for $name {
             const NEEDS: &'static [Need] = &[Need::Kvm];
 
-            fn new(regions: [(u64, u64); 2]) -> Self {
-                Self(Logged::new(regions, Reprotect::$name))
-            }
+            $($own)*
 
             fn ram(&self) -> &guest_ram::LoggedRam {
-                &self.0.ram
+                &self.$logged.ram
             }
 
             fn vcpus(&self) -> usize {
-                self.0.vcpus.len()
+                self.$logged.vcpus.len()
             }
 
             fn increment(&self, vcpu: usize, addresses: &[u64]) {
-                self.0.increment(vcpu, addresses);
+                self.$logged.increment(vcpu, addresses);
             }
 
             fn begin_live(&self) -> LoggedEpoch {
-                self.0.log.begin_live_epoch().unwrap()
+                self.$logged.log.begin_live_epoch().unwrap()
             }
 
             fn extend_live(&self, epoch: &mut LoggedEpoch, copy: impl FnOnce(&TakenBitmap)) {
-                copy(&self.0.log.extend_live(epoch).unwrap());
+                copy(&self.$logged.log.extend_live(epoch).unwrap());
             }
 
             fn begin_paused(&self, copy: impl FnOnce(LoggedEpoch)) {
-                let harvest = self.0.harvest();
+                let harvest = self.$logged.harvest();
                 copy(harvest.begin_epoch().unwrap());
             }
 
             fn extend_paused(&self, epoch: &mut LoggedEpoch, copy: impl FnOnce(&TakenBitmap)) {
-                let harvest = self.0.harvest();
+                let harvest = self.$logged.harvest();
                 copy(&harvest.extend(epoch).unwrap());
             }
         }
     };
 }
-backend!(WhenRead);
-backend!(WhenMarked);
+backend!(WhenRead, 0, {
+    fn new(regions: [(u64, u64); 2]) -> Self {
+        Self(Logged::new(regions, Reprotect::WhenRead))
+    }
+});
+backend!(WhenMarked, 0, {
+    fn new(regions: [(u64, u64); 2]) -> Self {
+        Self(Logged::new(regions, Reprotect::WhenMarked))
+    }
+});
+backend!(AtomicMarks, logged, {
+    fn new(regions: [(u64, u64); 2]) -> Self {
+        let ranges = regions.map(|(start, size)| (GuestAddress(start), size as usize));
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        let ram = guest_ram::GuestRam::from_guest_memory(Arc::clone(&memory)).unwrap();
+        let register = |vm: &_, ram: &_| RamSlots::register(vm, ram, 0).unwrap();
+        let guest = Guest::of_ram(ram.into(), |_| (), register);
+        let marked = Arc::clone(&memory);
+        let options =
+            DirtyLog::options().mark_host_writes(move |bitmap| bitmap.mark_guest_memory(&marked));
+        Self {
+            logged: Logged::of_guest(guest, &options),
+            memory,
+        }
+    }
+
+    fn host_write(&self, guest_start: u64, bytes: &[u8]) {
+        let address = GuestAddress(guest_start);
+        self.memory.write_slice(bytes, address).unwrap();
+    }
+});

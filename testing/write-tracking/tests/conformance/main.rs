@@ -35,3 +35,5 @@ write_tracking::log_conformance!(software_log, LoggedBySoftware);
 write_tracking::log_conformance!(kvm_log_when_read, kvm_log::WhenRead);
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 write_tracking::log_conformance!(kvm_log_when_marked, kvm_log::WhenMarked);
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+write_tracking::log_conformance!(kvm_log_atomic_marks, kvm_log::AtomicMarks);

@@ -24,6 +24,8 @@ pub(super) enum Mistake {
     NotLoggedAgain,
     /// The log of a paused guest is not moved.
     NoLastHarvest,
+    /// The marks of host writes stay where they were made.
+    HostMarksNotMoved,
 }
 
 /// The mistake as a type, because a backend is one.
@@ -44,7 +46,8 @@ makes!(
     LogBeginsClean,
     OneRegion,
     NotLoggedAgain,
-    NoLastHarvest
+    NoLastHarvest,
+    HostMarksNotMoved
 );
 
 /// A guest whose vCPUs are threads. Each sets the bit of a page after it has written to it.
@@ -122,6 +125,16 @@ impl<M: Makes> LoggedBackend for Soft<M> {
         &self.ram
     }
 
+    fn host_write(&self, guest_start: u64, bytes: &[u8]) {
+        match M::MISTAKE {
+            Mistake::HostMarksNotMoved => {
+                let offset = self.ram.layout().offset_of(guest_start).unwrap();
+                self.ram.write_unmarked_at(offset, bytes).unwrap();
+            }
+            _ => self.ram.write(guest_start, bytes).unwrap(),
+        }
+    }
+
     fn vcpus(&self) -> usize {
         4
     }
@@ -187,4 +200,5 @@ fn a_backend_that_loses_pages_fails_the_suite() {
     assert!(!is_accepted::<OneRegion>());
     assert!(!is_accepted::<NotLoggedAgain>());
     assert!(!is_accepted::<NoLastHarvest>());
+    assert!(!is_accepted::<HostMarksNotMoved>());
 }
