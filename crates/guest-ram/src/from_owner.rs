@@ -118,8 +118,9 @@ mod guest_memory {
         ///
         /// The bitmap of a `GuestMemoryMmap<DirtyBitmapSlice<K>>` becomes that of the RAM, which
         /// then has the marks of all writes through `memory`. A write through other memory is not
-        /// marked: call `mark_guest_memory` of the bitmap before each save if `B` is an
-        /// `AtomicBitmap`, and [`mark`](Self::mark) after each write otherwise.
+        /// marked: call `mark_guest_memory` of the bitmap before each save (with KVM, pass that
+        /// call to `DirtyLogOptions::mark_host_writes`) if `B` is an `AtomicBitmap`, and
+        /// [`mark`](Self::mark) after each write otherwise.
         ///
         /// # Errors
         /// Returns [`GuestRamError`], for example unless each region consists of whole pages of the

@@ -24,7 +24,7 @@ pub struct PhysicalTimer {
         any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake),
         feature = "macos-15"
     )),
-    cfg_attr(not(test), expect(dead_code))
+    cfg_attr(not(all(test, not(ramsnap_loom))), expect(dead_code))
 )]
 impl PhysicalTimer {
     /// Creates the state from the registers and the host's counter.
