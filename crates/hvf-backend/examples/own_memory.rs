@@ -21,7 +21,7 @@ mod snapshots {
     use applevisor::vcpu::Vcpu;
     use dirty_bitmap::Policy;
     use hvf_backend::{
-        Exit, ExitAction, GuestRam, PAGE_SIZE, Stage2, Stage2Tracker, VcpuState, Vm,
+        Exit, ExitAction, GuestRam, PAGE_SIZE, Stage2, Stage2Tracker, VcpuState, Vm, fault_costs,
     };
     use memory_writer::{ImageId, Layout, MemoryWriter, Seal};
     use page_reader::RamLayout;
@@ -42,7 +42,7 @@ mod snapshots {
         ram.mark_all(); // the first save is a full one
         // SAFETY: the VMM has mapped the memory into the guest.
         let stage2 = unsafe { Stage2::adopt(vm, &Arc::new(ram)) }?;
-        Ok(stage2.track(Policy::default())?)
+        Ok(stage2.track(Policy::Cost(fault_costs(PAGE_SIZE)))?)
     }
 
     /// Runs the vCPU until an exit that the VMM handles.

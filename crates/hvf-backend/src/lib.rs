@@ -195,6 +195,7 @@ mod auto_traits;
 mod cpu_features;
 pub mod el1;
 mod exit;
+mod fault_costs;
 #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 mod macos;
 mod ram;
@@ -215,6 +216,7 @@ pub use page_reader;
 
 pub use cpu_features::{CpuFeatures, MissingFeature};
 pub use exit::{Exception, Exit};
+pub use fault_costs::fault_costs;
 #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 pub use macos::{
     AdoptVcpuError, AdoptedVcpu, Canceller, CaptureError, CreateVcpuError, CreateVmError, HvError,

@@ -229,7 +229,8 @@ pub enum SnapshotError {
     /// The diff would replace the image that it names as its parent, and no chain could be read
     /// without that image. Nothing was written.
     #[error(
-        "the diff {dest:?} would replace its own parent, image {parent}: write it to another path"
+        "the diff {dest:?} would replace its own parent, image {parent}: write it to another path, or \
+         set MemoryWriterOptions::allow_replacing_parent if another file has that image"
     )]
     ReplacesParent {
         /// The snapshot's destination.

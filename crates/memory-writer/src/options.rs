@@ -65,6 +65,7 @@ pub struct MemoryWriterOptions {
     pub(crate) seal: Seal,
     pub(crate) ram_start: Option<u64>,
     pub(crate) allow_ambiguous: bool,
+    pub(crate) allow_replacing_parent: bool,
     pub(crate) reporter: Reporter,
 }
 
@@ -80,6 +81,7 @@ impl MemoryWriterOptions {
             seal: Seal::new(),
             ram_start: None,
             allow_ambiguous: false,
+            allow_replacing_parent: false,
             reporter: Reporter::default(),
         }
     }
@@ -126,6 +128,14 @@ impl MemoryWriterOptions {
     /// `memory_image::Chain::push_pages`. The bytes of the pages are correct in either case.
     pub fn allow_ambiguous_diff(mut self, allow: bool) -> Self {
         self.allow_ambiguous = allow;
+        self
+    }
+
+    /// Sets whether a diff may replace a file that is the image which the
+    /// [seal](crate::Seal::parent) names as the parent. The default is false, because no chain of
+    /// the diff could be read. Set it if the file is a copy of the parent, or a link to it.
+    pub fn allow_replacing_parent(mut self, allow: bool) -> Self {
+        self.allow_replacing_parent = allow;
         self
     }
 

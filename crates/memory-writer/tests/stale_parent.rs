@@ -126,6 +126,8 @@ fn diff_over_its_own_parent_is_refused(
         matches!(error, SnapshotError::ReplacesParent { parent: named, .. } if named == parent),
         "{error:?}"
     );
+    let copy = diff.allow_replacing_parent(true);
+    drop(copy.open(&place.dest, SIZE, PAGE).unwrap());
     // Another diff may replace it.
     let other = options(layout, Seal::new().parent(ImageId::from_bytes([7; 16])));
     drop(other.open(&place.dest, SIZE, PAGE).unwrap());

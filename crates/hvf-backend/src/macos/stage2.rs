@@ -75,6 +75,11 @@ impl Stage2 {
     /// Processes that this one forks do not inherit the RAM. Otherwise a fork would make it
     /// copy-on-write, and the next write of the host would replace a page that the guest keeps.
     ///
+    /// The framework keeps the pages that the memory has now. Mapping something else over it
+    /// (`mmap` with `MAP_FIXED`) leaves the guest on the old pages, so a restore into RAM that is
+    /// mapped writes into the memory. Adopted memory of a file is a private mapping if the file is
+    /// open read-only, because the guest must be able to write it.
+    ///
     /// # Errors
     /// Returns [`MapError`]. The regions that were already mapped are unmapped again.
     pub fn map(vm: &Vm, ram: &Arc<GuestRam>) -> Result<Self, MapError> {

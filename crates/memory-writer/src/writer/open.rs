@@ -156,7 +156,9 @@ impl MemoryWriterOptions {
         let footer = footer
             .transpose()
             .map_err(|error| error.of_snapshot(dest()))?;
-        if let (Some(footer), Target::Staged(_)) = (&footer, &staged) {
+        if let (Some(footer), Target::Staged(_), false) =
+            (&footer, &staged, self.allow_replacing_parent)
+        {
             footer.check_keeps_parent(staged.dest_path())?;
         }
         let pages = match footer {
