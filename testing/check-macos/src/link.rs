@@ -19,43 +19,37 @@ struct Linked {
     oldest: MacOs,
 }
 
-/// Programs that link every crate with code for macOS, by the selection and the features of `cargo
-/// xtask`. hvf-backend looks up the functions of newer systems at run time, so the programs start
-/// on the oldest.
-const PROGRAMS: Linked = Linked {
-    arguments: "--bin fs-matrix --bin demo --example selftest \
-        --features ramsnap-page-reader/serde,ramsnap-page-reader/vm-memory",
+/// Examples with the fewest features. They link every library with code for macOS but
+/// `lazy-restore`. hvf-backend looks up the functions of newer systems at run time, so the programs
+/// start on the oldest.
+const EXAMPLES: Linked = Linked {
+    arguments: "--package ramsnap-hvf-backend --example resume --example selftest",
     oldest: MacOs(11, 0),
 };
 
 /// The programs that must start without the hypervisor framework: they link no backend.
-const WITHOUT_HYPERVISOR: [&str; 2] = ["xtask", "fs-matrix"];
+const WITHOUT_HYPERVISOR: [&str; 3] = ["xtask", "fs-matrix", "ramsnap"];
 
-/// The task runner, which links no crate under `crates/`, and the least and the most that a user of
-/// `hvf-backend` can select.
-const SELECTIONS: [Linked; 3] = [
+/// The tool and the programs of `cargo xtask`, and the most that a user of `hvf-backend` can select.
+const OTHERS: [Linked; 2] = [
     Linked {
-        arguments: "--bin xtask \
+        arguments: "--bin xtask --bin fs-matrix --bin demo --bin ramsnap --example snapshot \
             --features ramsnap-page-reader/serde,ramsnap-page-reader/vm-memory",
         oldest: MacOs(11, 0),
     },
     Linked {
-        arguments: "--package ramsnap-hvf-backend --example snapshot --example resume --example selftest",
-        oldest: MacOs(11, 0),
-    },
-    Linked {
         arguments: "--package ramsnap-hvf-backend --example snapshot --example own_memory \
-        --example resume --example selftest --all-features",
+            --example resume --example selftest --all-features",
         oldest: MacOs(11, 0),
     },
 ];
 
-/// Links programs and checks them. With `quick`, only those that link each crate once.
+/// Links programs and checks them. With `quick`, only [`EXAMPLES`].
 pub(crate) fn link(sh: &Shell, toolchain: Toolchain, quick: bool) -> anyhow::Result<()> {
     let since = functions(sh)?;
     let built_for = oldest_macos(sh)?;
-    let selections = SELECTIONS.iter().filter(|_| !quick);
-    for Linked { arguments, oldest } in std::iter::once(&PROGRAMS).chain(selections) {
+    let others = OTHERS.iter().filter(|_| !quick);
+    for Linked { arguments, oldest } in std::iter::once(&EXAMPLES).chain(others) {
         let linked = executables(sh, toolchain, arguments)?;
         ensure!(!linked.is_empty(), "cargo build {arguments} linked nothing");
         for path in linked {
@@ -110,7 +104,6 @@ mod tests {
     #[test]
     fn linked_crates_have_the_features_of_the_task_programs() {
         let features = format!("--features {}", harness::FEATURES);
-        assert!(PROGRAMS.arguments.ends_with(&features));
-        assert!(SELECTIONS[0].arguments.ends_with(&features));
+        assert!(OTHERS[0].arguments.ends_with(&features));
     }
 }

@@ -28,8 +28,8 @@ const TARGET_DIR: &str = "target/macos";
 ///
 /// Lints (clippy, warnings are errors) every crate, test, example and task for Apple silicon.
 /// Breaks lines for macOS in a copy of a crate, and shows that each is detected. Links
-/// the demo, fs-matrix, xtask and hvf-backend's examples into Mach-O executables, and checks what
-/// macOS requires of them: load commands, oldest macOS, functions of the framework, signature.
+/// hvf-backend's examples, the tool and the programs of xtask into Mach-O executables, and checks
+/// what macOS requires of them: load commands, oldest macOS, functions of the framework, signature.
 ///
 /// It requires the target in this toolchain (`rustup target add aarch64-apple-darwin`), or as root
 /// Debian's packages of a Rust toolchain with the standard library's source, which is built once
@@ -41,8 +41,7 @@ const TARGET_DIR: &str = "target/macos";
 struct CheckMacos {
     #[command(flatten)]
     install: Install,
-    /// Link only the demo and fs-matrix, not xtask, and not hvf-backend's examples with its fewest
-    /// and most features
+    /// Link only hvf-backend's examples with its fewest features
     #[arg(long)]
     quick: bool,
 }

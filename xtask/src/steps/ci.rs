@@ -42,7 +42,7 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "macos",
-            proves: "everything is linted for Apple silicon, and links into valid Mach-O executables",
+            proves: "everything is linted for Apple silicon, and hvf-backend's examples link into valid Mach-O executables",
             paths: &[],
             run: macos,
         },

@@ -1,5 +1,8 @@
 //! `cargo xtask test`: what a contributor runs before each push.
 
+use std::num::NonZero;
+use std::thread::available_parallelism;
+
 use ::file_systems::FileSystem;
 use harness::file_systems;
 use harness::packages::{Install, Package};
@@ -123,7 +126,11 @@ pub(super) fn run_tests(sh: &Shell) -> anyhow::Result<()> {
         "--all-features",
     ];
     if is_installed(sh, "cargo", &["nextest", "--version"]) {
-        return Ok(cmd!(sh, "cargo nextest run {scope...} --no-fail-fast").run()?);
+        // Many tests wait for a disk or for another process.
+        let cpus = available_parallelism().map_or(1, NonZero::get);
+        let threads = (cpus + cpus.div_ceil(2)).to_string();
+        let run = cmd!(sh, "cargo nextest run {scope...} --no-fail-fast");
+        return Ok(run.args(["--test-threads", &threads]).run()?);
     }
     println!("cargo-nextest is not installed; it would run the tests faster");
     let test = cmd!(
