@@ -30,7 +30,8 @@ const EXAMPLES: Linked = Linked {
 /// The programs that must start without the hypervisor framework: they link no backend.
 const WITHOUT_HYPERVISOR: [&str; 3] = ["xtask", "fs-matrix", "ramsnap"];
 
-/// The tool and the programs of `cargo xtask`, and the most that a user of `hvf-backend` can select.
+/// The tool and the programs of `cargo xtask`, and the most that a user of `hvf-backend` can
+/// select.
 const OTHERS: [Linked; 2] = [
     Linked {
         arguments: "--bin xtask --bin fs-matrix --bin demo --bin ramsnap --example snapshot \
