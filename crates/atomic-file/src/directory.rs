@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
-use nix::sys::stat::{Mode, fstatat};
+use nix::sys::stat::{Mode, fstat, fstatat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
 use crate::durability::Durability;
@@ -193,7 +193,13 @@ impl Directory {
     }
 
     pub(crate) fn sync(&self, durability: Durability) -> io::Result<()> {
-        sys::sync(self, durability)
+        sys::sync(self, durability)?;
+        // XFS shuts down after an error of its log. It then returns no error for the sync of a
+        // directory, and EIO for its attributes.
+        match durability {
+            Durability::Full | Durability::Barrier => retry(|| fstat(self)).map(drop),
+            Durability::None => Ok(()),
+        }
     }
 
     /// Opens the directory again through ".". A duplicate of the descriptor would share its
@@ -265,6 +271,24 @@ fn c_string(name: &OsStr) -> nix::Result<CString> {
 mod tests {
     use super::*;
     use rstest::rstest;
+
+    /// As after an error of the log, between a rename and the sync of its directory.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn sync_on_an_xfs_that_was_shut_down_is_an_error() {
+        use test_machine::{FileSystem, LoopMount, needs};
+
+        needs!(Mount(FileSystem::XFS));
+        let mount = LoopMount::new(FileSystem::XFS).expect("mounted");
+        let dir = Directory::open(mount.path()).expect("opened");
+        std::fs::write(mount.path().join("a"), "new").expect("written");
+        std::fs::rename(mount.path().join("a"), mount.path().join("b")).expect("renamed");
+        let mut shutdown = test_machine::tool("xfs_io");
+        let shutdown = shutdown.args(["-x", "-c", "shutdown"]).arg(mount.path());
+        assert!(shutdown.status().expect("xfs_io runs").success());
+        dir.sync(Durability::Full)
+            .expect_err("the name may be lost");
+    }
 
     #[rstest]
     fn a_long_path_is_split_between_names(

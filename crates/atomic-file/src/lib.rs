@@ -100,6 +100,7 @@
 //! flock(4, LOCK_UN)                       a forked child may still have the descriptor
 //! openat(3, "."), getdents64              no group was published just before the rename
 //! fsync(3)                                syncs the new name
+//! newfstatat(3, "", AT_EMPTY_PATH)        the file system was not shut down meanwhile (XFS)
 //! ```
 //! On macOS, a sync is `fcntl(F_FULLFSYNC)`, because `fsync` leaves the bytes in the drive's cache
 //! there. If that call fails with `ENOTTY`, `ENOTSUP` or `EINVAL`, the file system does not support

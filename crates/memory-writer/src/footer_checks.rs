@@ -1,10 +1,12 @@
 //! Checks that the pages of a write belong in an image with this footer.
 
 use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use dirty_bitmap::{DirtyBitmap, coalesce};
 use image_format::{Footer, ImageId};
+use nix::fcntl::OFlag;
 use page_reader::{PageReader, RamLayout};
 
 use crate::error::SnapshotError;
@@ -37,7 +39,10 @@ impl FooterBuilder {
             return Ok(());
         };
         let is_file = dest.metadata().is_ok_and(|metadata| metadata.is_file());
-        let footer = || Footer::read(&File::open(dest).ok()?).ok();
+        // Does not wait for a process that has a lease on the file.
+        let mut open = File::options();
+        open.read(true).custom_flags(OFlag::O_NONBLOCK.bits());
+        let footer = || Footer::read(&open.open(dest).ok()?).ok();
         match is_file.then(footer).flatten() {
             Some(footer) if footer.id == parent => Err(SnapshotError::ReplacesParent {
                 dest: dest.to_owned(),

@@ -47,6 +47,8 @@ pub struct MemoryWriter {
     read_untouched: bool,
     reporter: Reporter,
     state: State,
+    /// Whether the destination must not be the parent of the image.
+    keeps_parent: bool,
     /// Bytes that are wiped before the commit: in a recycled file, and where a full dump skipped
     /// pages that an earlier write had written.
     stale_pages: Option<StalePages>,

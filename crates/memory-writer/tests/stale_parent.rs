@@ -169,3 +169,29 @@ fn raw_parent_after_an_image_with_an_id_is_refused() {
     diff.write_diff(&ram, epoch.bitmap()).unwrap();
     diff.commit_and_release(epoch).unwrap();
 }
+
+/// Both writers were opened before the parent was there.
+#[test]
+fn diff_over_a_parent_that_appeared_is_refused() {
+    let (place, ram) = (Place::new(), pattern(SIZE as usize, 1));
+    let marks = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
+    let open = |seal| {
+        let options = options(Layout::Packed, seal);
+        options.open(&place.dest, SIZE, PAGE).unwrap()
+    };
+    let mut full = open(Seal::new());
+    let parent = full.image_id().unwrap();
+    let mut diff = open(Seal::new().parent(parent));
+    let epoch = marks.begin_epoch().unwrap();
+    full.write_full(&ram).unwrap();
+    full.commit_and_release(epoch).unwrap();
+    marks.mark(PAGE).unwrap();
+    let epoch = marks.begin_epoch().unwrap();
+    diff.write_diff(&ram, epoch.bitmap()).unwrap();
+    let error = diff.commit_and_release(epoch).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::ReplacesParent { .. }),
+        "{error:?}"
+    );
+    assert_eq!(marks.dirty_pages(), 1);
+}

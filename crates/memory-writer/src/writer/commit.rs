@@ -20,8 +20,8 @@ impl MemoryWriter {
     /// # Errors
     /// - [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`],
     ///   [`SnapshotError::MemoryIo`] (a recycled file could not be wiped),
-    ///   [`SnapshotError::AmbiguousDiff`] and [`SnapshotError::Seal`]: the destination is
-    ///   unchanged.
+    ///   [`SnapshotError::AmbiguousDiff`], [`SnapshotError::ReplacesParent`] and
+    ///   [`SnapshotError::Seal`]: the destination is unchanged.
     /// - [`SnapshotError::Commit`] states whether the old or the new file is at the destination.
     ///
     /// No file is left behind except those that the error names.
@@ -179,6 +179,10 @@ impl MemoryWriter {
                     })?;
             }
             PageRecord::Footer(footer) => {
+                // Another writer may have put the parent there.
+                if self.keeps_parent {
+                    footer.check_keeps_parent(self.staged.dest_path())?;
+                }
                 footer
                     .seal(file)
                     .map_err(|error| error.of_snapshot(dest()))?;

@@ -156,9 +156,8 @@ impl MemoryWriterOptions {
         let footer = footer
             .transpose()
             .map_err(|error| error.of_snapshot(dest()))?;
-        if let (Some(footer), Target::Staged(_), false) =
-            (&footer, &staged, self.allow_replacing_parent)
-        {
+        let keeps_parent = !self.allow_replacing_parent && matches!(staged, Target::Staged(_));
+        if let (Some(footer), true) = (&footer, keeps_parent) {
             footer.check_keeps_parent(staged.dest_path())?;
         }
         let pages = match footer {
@@ -208,6 +207,7 @@ impl MemoryWriterOptions {
             read_untouched: self.read_untouched,
             reporter: self.reporter.clone(),
             state: State::Empty,
+            keeps_parent,
             stale_pages,
             pages,
             written: Coverage::new(),
