@@ -112,7 +112,9 @@ impl GuestRamOptions {
     /// let slice = DirtyBitmapSlice::new(bitmap, 0, 1 << 20)?;
     /// let mapping = MmapRegionBuilder::new_with_bitmap(1 << 20, slice)
     ///     .with_mmap_prot(nix::libc::PROT_READ | nix::libc::PROT_WRITE)
-    ///     .with_mmap_flags(nix::libc::MAP_ANONYMOUS | nix::libc::MAP_PRIVATE | nix::libc::MAP_NORESERVE)
+    ///     .with_mmap_flags(
+    ///         nix::libc::MAP_ANONYMOUS | nix::libc::MAP_PRIVATE | nix::libc::MAP_NORESERVE,
+    ///     )
     ///     .build()?;
     /// let region = GuestRegionMmap::new(mapping, GuestAddress(0)).ok_or("too large")?;
     /// let memory = Arc::new(GuestMemoryMmap::from_regions(vec![region])?);
