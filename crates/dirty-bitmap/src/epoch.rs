@@ -108,6 +108,13 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
         &self.taken
     }
 
+    /// Returns the marks by which this epoch was extended last, or `None` if it was not extended.
+    ///
+    /// The pages of an [`Extension`] are in it, for a caller that cannot keep the borrow.
+    pub fn last_extension(&self) -> Option<&TakenBitmap> {
+        self.extension.as_deref()
+    }
+
     /// Sets the id of the image that the save writes, such as `ImageId::to_bytes` returns it. The
     /// default is `None`: the image has no id.
     ///

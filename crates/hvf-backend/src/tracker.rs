@@ -314,6 +314,27 @@ impl<P: WriteProtection> Stage2Tracker<P> {
         self.checkpoint_incremental(epoch)
     }
 
+    /// Extends the epoch as [`checkpoint_final`](Self::checkpoint_final) does, and calls `frozen`
+    /// with the pages before a vCPU can run.
+    ///
+    /// This is for a snapshot that copies pages before they are overwritten from now on.
+    ///
+    /// # Errors
+    /// Returns the same errors as [`checkpoint_final`](Self::checkpoint_final). `frozen` was not
+    /// called.
+    pub fn checkpoint_final_with(
+        &self,
+        epoch: &mut TrackedEpoch,
+        frozen: &mut dyn FnMut(&Extension<'_>),
+    ) -> Result<(), Stage2CheckpointError<P::Error>> {
+        let _stopped = self
+            .vcpus
+            .stop()
+            .map_err(Stage2CheckpointError::vcpu_running)?;
+        frozen(&self.checkpoint_incremental(epoch)?);
+        Ok(())
+    }
+
     /// Restores the marks of the open epoch. Returns whether there was one.
     ///
     /// This is for an epoch that was leaked or whose save is stuck: see

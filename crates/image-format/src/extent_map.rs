@@ -91,6 +91,8 @@ impl ExtentMap {
             placement: self.layout.placement(),
             start: self.start,
             extents,
+            unordered: false,
+            end: 0,
             next: self.next,
             last_new: None,
             new: 0,
@@ -107,6 +109,8 @@ impl ExtentMap {
         if !plan.extents.is_sorted_by_key(|extent| extent.file) {
             plan.extents.sort_unstable_by_key(|extent| extent.file);
         }
+        plan.unordered = false;
+        plan.end = plan.extents.last().map_or(0, |last| last.file_range().end);
         plan
     }
 
@@ -227,6 +231,34 @@ mod tests {
         assert_eq!(plan.append(16..20).file_range(), 108..112);
         assert_eq!(plan.append(40..44).file_range(), 112..116);
         assert_eq!((plan.extents().len(), plan.new_extents()), (2, 2));
+    }
+
+    #[rstest]
+    #[case::in_place(Layout::Sealed, [(40, 40), (44, 44), (8, 8), (60, 60), (12, 12)], 64)]
+    #[case::packed(Layout::Packed, [(40, 0), (44, 4), (8, 8), (60, 12), (12, 16)], 20)]
+    fn pages_appended_in_any_order_are_found(
+        #[case] layout: Layout,
+        #[case] placed: [(u64, u64); 5],
+        #[case] end: u64,
+    ) {
+        let mut map = ExtentMap::new(layout, 0);
+        let mut plan = map.plan(0, []);
+        for (at, (guest, file)) in placed.iter().enumerate() {
+            assert_eq!(plan.append(*guest..guest + 4).file, *file);
+            for (guest, file) in &placed[..=at] {
+                assert_eq!(plan.guest_offset(file + 3), Some(guest + 3));
+            }
+        }
+        assert_eq!((plan.len(), plan.file_end()), (20, end));
+        assert_eq!(plan.guest_offset(end), None);
+        map.merge(plan);
+        let in_order: Vec<_> = map.extents().iter().map(|extent| extent.guest).collect();
+        assert!(in_order.is_sorted());
+        assert_eq!(map.len(), 20);
+        for (guest, file) in placed {
+            let found: Vec<_> = map.within(&(guest..guest + 4)).collect();
+            assert_eq!((found.len(), found[0].file), (1, file));
+        }
     }
 
     /// Extents as guest offset and length.

@@ -14,8 +14,12 @@ pub struct WritePlan {
     pub(crate) placement: Placement,
     /// The offset of the first page.
     pub(crate) start: u64,
-    /// In ascending order of file offsets.
+    /// In ascending order of file offsets, unless `unordered`.
     pub(crate) extents: Vec<Extent>,
+    /// Whether pages were appended before pages of the plan.
+    pub(crate) unordered: bool,
+    /// The largest end of an extent in the file.
+    pub(crate) end: u64,
     /// The offset of the next page that is appended.
     pub(crate) next: u64,
     /// The last extent that the map does not have.
@@ -25,11 +29,10 @@ pub struct WritePlan {
 }
 
 impl WritePlan {
-    /// Adds pages that follow all pages of the plan and that the file does not have yet. Returns
-    /// their place.
+    /// Adds pages that neither the plan nor the file has yet. Returns their place.
     ///
     /// Use it for a write whose pages are found while others are written: it begins with a plan of
-    /// no runs.
+    /// no runs. The pages may be appended in any order.
     pub fn append(&mut self, pages: Range<u64>) -> Extent {
         let len = pages.end.saturating_sub(pages.start);
         let file = match self.placement {
@@ -48,12 +51,15 @@ impl WritePlan {
                 self.last_new = Some(extent);
                 self.new += 1;
             }
+            self.unordered |= self.extents.last().is_some_and(|last| file < last.file);
+            self.end = self.end.max(file + len);
             push(&mut self.extents, extent);
         }
         extent
     }
 
-    /// Returns the extents to write, in ascending order of file offsets.
+    /// Returns the extents to write, in ascending order of file offsets, or in the order in which
+    /// their pages were [appended](Self::append).
     #[must_use]
     pub fn extents(&self) -> &[Extent] {
         &self.extents
@@ -80,17 +86,26 @@ impl WritePlan {
     /// Returns the file offset after the last byte to write.
     #[must_use]
     pub fn file_end(&self) -> u64 {
-        self.extents
-            .last()
-            .map_or(0, |extent| extent.file_range().end)
+        self.end
     }
 
     /// Returns the part of an extent from the file offset `file` on, or `None` if no extent has
     /// that byte.
+    ///
+    /// Takes time proportional to the number of later extents if pages were appended before others.
     #[must_use]
     pub fn extent_at(&self, file: u64) -> Option<Extent> {
-        let after = self.extents.partition_point(|extent| extent.file <= file);
-        let extent = self.extents[after.checked_sub(1)?];
+        let extent = match self.unordered {
+            false => {
+                let after = self.extents.partition_point(|extent| extent.file <= file);
+                self.extents[after.checked_sub(1)?]
+            }
+            // The pages of a write are looked up soon after they were appended.
+            true => {
+                let mut newest_first = self.extents.iter().rev();
+                *newest_first.find(|extent| extent.file_range().contains(&file))?
+            }
+        };
         let skipped = file - extent.file;
         (skipped < extent.len).then(|| Extent {
             guest: extent.guest + skipped,

@@ -119,6 +119,28 @@ pub enum SnapshotError {
         /// The size of the memory file in bytes.
         ram_size: u64,
     },
+    /// The runs of a write in order of the caller ended before all pages were returned.
+    #[error(
+        "the runs for the snapshot {dest:?} lack {bytes} bytes of the RAM, the first at offset \
+         {first:#x}: return each page once"
+    )]
+    MissingPages {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// The offset of the first missing page in the RAM.
+        first: u64,
+        /// The number of missing bytes.
+        bytes: u64,
+    },
+    /// The writer has written pages before, and this write must be its first.
+    #[error(
+        "pages of the snapshot {dest:?} were written before: open a new writer for a diff in order \
+         of the caller"
+    )]
+    WrittenBefore {
+        /// The snapshot's destination.
+        dest: PathBuf,
+    },
     /// A [`CancelToken`](crate::CancelToken) cancelled the write.
     #[error("the snapshot {dest:?} was cancelled after {written} bytes of this write")]
     Cancelled {

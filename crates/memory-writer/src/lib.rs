@@ -164,7 +164,7 @@ pub use sparse_file::{
     CancelGuard, CancelToken, Engine, EngineChoice, EngineReason, Pass, Progress,
 };
 pub use stream::{PackedStream, PackedStreamOptions};
-pub use writer::MemoryWriter;
+pub use writer::{MemoryWriter, PageRun};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

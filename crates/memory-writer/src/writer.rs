@@ -3,8 +3,11 @@
 mod checks;
 mod commit;
 mod full;
+mod in_order;
 mod open;
 mod pages;
+
+pub use in_order::PageRun;
 
 use std::path::Path;
 

@@ -1,0 +1,308 @@
+//! The bytes that the RAM had at one point in time, while it is written by a running guest.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, PoisonError};
+
+use crate::options::WhenPoolFull;
+use crate::page_states::{PageState, PageStates};
+use crate::pool::{NoBuffer, Pool, PoolUsage};
+use crate::sync::{AtomicBool, Mutex, Ordering, yield_now};
+
+/// The number of bytes of RAM that are written together: a chunk of an image, whose checksum is
+/// computed while it is written.
+pub(crate) const CHUNK_SIZE: u64 = 1 << 20;
+
+/// The number of pages that a read copies at a time. A fault of one of them waits for the copy.
+const BATCH_PAGES: u64 = 16;
+
+/// The memory of a guest.
+pub(crate) trait PageMemory: Send + Sync {
+    /// Copies the bytes at `offset`.
+    fn copy(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Returns whether all pages of a range are write-protected, as far as the platform can say.
+    /// Pages that lost their protection without a fault were discarded, and their bytes with them.
+    fn is_protected(&self, range: Range<u64>) -> io::Result<bool>;
+}
+
+/// The reason why a capture has failed.
+#[derive(Clone, Debug)]
+pub(crate) enum Failure {
+    /// Memory could not be read.
+    Memory { offset: u64, error: Arc<io::Error> },
+    /// A page was discarded before it was copied.
+    Discarded { offset: u64 },
+    /// The pool was full, and the guest must not wait.
+    PoolFull,
+    /// A page was read that the image does not need, or that was read before.
+    NotPending { offset: u64 },
+    /// The capture was ended.
+    Ended,
+}
+
+/// A capture of RAM: which pages still have the bytes of the image, and copies of those that do
+/// not.
+pub(crate) struct Capture {
+    states: PageStates,
+    pool: Pool,
+    memory: Arc<dyn PageMemory>,
+    page_size: u64,
+    /// Whether the point in time of the image is reached, and the capture has not ended.
+    active: AtomicBool,
+    failure: Mutex<Option<Failure>>,
+}
+
+impl fmt::Debug for Capture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Capture")
+            .field("pool", &self.pool)
+            .field("active", &self.active)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Capture {
+    /// Creates a capture of no pages.
+    pub(crate) fn new(
+        memory: Arc<dyn PageMemory>,
+        ram_size: u64,
+        page_size: u64,
+        pool_pages: usize,
+        when_full: WhenPoolFull,
+    ) -> Self {
+        let chunks = ram_size.div_ceil(CHUNK_SIZE.max(page_size));
+        Self {
+            states: PageStates::new(ram_size / page_size),
+            pool: Pool::new(page_size as usize, pool_pages, chunks, when_full),
+            memory,
+            page_size,
+            active: AtomicBool::new(false),
+            failure: Mutex::new(None),
+        }
+    }
+
+    /// Returns the size of a chunk: at least a page.
+    pub(crate) fn chunk_size(&self) -> u64 {
+        CHUNK_SIZE.max(self.page_size)
+    }
+
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    pub(crate) fn usage(&self) -> PoolUsage {
+        self.pool.usage()
+    }
+
+    /// Adds pages to the image. The point in time is not reached yet.
+    pub(crate) fn add(&self, range: Range<u64>) {
+        debug_assert!(!self.active.load(Ordering::SeqCst));
+        self.states
+            .set_pending(range.start / self.page_size..range.end.div_ceil(self.page_size));
+    }
+
+    /// Returns the runs of bytes of `range` that the image needs and that were not read yet.
+    pub(crate) fn needed(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let size = self.page_size;
+        let pages = self.states.needed(range.start / size..range.end.div_ceil(size));
+        pages.map(move |run| run.start * size..run.end * size)
+    }
+
+    /// Sets the point in time: from now on, [`save`](Self::save) copies. All added pages are
+    /// protected, and no fault is being handled.
+    pub(crate) fn activate(&self) {
+        self.active.store(true, Ordering::SeqCst);
+    }
+
+    /// Ends the capture. Threads that wait for room in the pool continue.
+    pub(crate) fn end(&self) {
+        self.active.store(false, Ordering::SeqCst);
+        self.pool.end();
+    }
+
+    /// Ends the capture for a reason, which [`read`](Self::read) returns.
+    fn fail(&self, failure: Failure) {
+        let mut first = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        first.get_or_insert(failure);
+        drop(first);
+        self.end();
+    }
+
+    /// Returns the reason of a failure.
+    pub(crate) fn failure(&self) -> Option<Failure> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Copies the pages of `range` that the image needs to the pool, before they are unprotected.
+    ///
+    /// Waits while the pool is full. After it returns, the pages may be overwritten.
+    pub(crate) fn save(&self, range: Range<u64>) {
+        for page in range.start / self.page_size..range.end.div_ceil(self.page_size) {
+            if !self.active.load(Ordering::SeqCst) {
+                return;
+            }
+            self.save_page(page);
+        }
+    }
+
+    fn save_page(&self, page: u64) {
+        loop {
+            match self.states.get(page) {
+                PageState::Free | PageState::Pooled => return,
+                PageState::Copying => yield_now(),
+                PageState::Pending => {
+                    // Taken first: a thread that waits must not hold a page.
+                    let mut buffer = match self.pool.take() {
+                        Ok(buffer) => buffer,
+                        Err(NoBuffer::Ended) => return,
+                        Err(NoBuffer::Full) => return self.fail(Failure::PoolFull),
+                    };
+                    let claimed = self.states.change(page, PageState::Pending, PageState::Copying);
+                    if claimed.is_err() {
+                        self.pool.give_back(buffer);
+                        continue;
+                    }
+                    let offset = page * self.page_size;
+                    let bytes = buffer.sized(self.page_size as usize);
+                    if let Err(error) = self.memory.copy(offset, bytes) {
+                        self.pool.give_back(buffer);
+                        self.states.end_copy(page, PageState::Pending);
+                        let error = Arc::new(error);
+                        return self.fail(Failure::Memory { offset, error });
+                    }
+                    self.pool.put(page, offset / self.chunk_size(), buffer);
+                    self.states.end_copy(page, PageState::Pooled);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Copies the bytes that the RAM had at the point in time. Each byte is read once, by one
+    /// thread, and the bytes of a page in ascending order: a page is free when its last byte was
+    /// read.
+    pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
+        let (mut offset, mut buf) = (offset, buf);
+        while !buf.is_empty() {
+            let batch = BATCH_PAGES * self.page_size;
+            let left = (batch - offset % batch) as usize;
+            let (now, later) = buf.split_at_mut(buf.len().min(left));
+            if let Err(failure) = self.read_batch(offset, now) {
+                self.fail(failure);
+                return Err(self.failure().unwrap_or(Failure::Ended));
+            }
+            offset += now.len() as u64;
+            buf = later;
+        }
+        Ok(())
+    }
+
+    /// Copies the bytes of at most [`BATCH_PAGES`] pages.
+    fn read_batch(&self, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
+        let end = offset + buf.len() as u64;
+        let mut held = Held {
+            states: &self.states,
+            pages: 0..0,
+        };
+        for page in offset / self.page_size..end.div_ceil(self.page_size) {
+            if self.claim(page)? {
+                held.add(page);
+                continue;
+            }
+            let page_end = (page + 1) * self.page_size;
+            let piece = offset.max(page_end - self.page_size)..end.min(page_end);
+            let before = (piece.start - offset) as usize;
+            self.copy_held(&mut held, offset, &mut buf[..before])?;
+            let bytes = &mut buf[before..(piece.end - offset) as usize];
+            let from = (piece.start % self.page_size) as usize;
+            let is_last = piece.end == page_end;
+            if !self.pool.read(page, from, bytes, is_last) {
+                return Err(Failure::Ended);
+            }
+            if is_last {
+                let freed = self.states.change(page, PageState::Pooled, PageState::Free);
+                debug_assert_eq!(freed, Ok(()));
+            }
+        }
+        self.copy_held(&mut held, offset, buf)
+    }
+
+    /// Claims a page that memory has, or returns `false` for one in the pool.
+    fn claim(&self, page: u64) -> Result<bool, Failure> {
+        loop {
+            if !self.active.load(Ordering::SeqCst) {
+                return Err(Failure::Ended);
+            }
+            match self.states.change(page, PageState::Pending, PageState::Copying) {
+                Ok(()) => return Ok(true),
+                Err(PageState::Pooled) => return Ok(false),
+                // A fault copies it.
+                Err(PageState::Copying | PageState::Pending) => yield_now(),
+                Err(PageState::Free) => {
+                    let offset = page * self.page_size;
+                    return Err(Failure::NotPending { offset });
+                }
+            }
+        }
+    }
+
+    /// Copies the held pages, which are the last ones before the end of `buf`, and ends their copy.
+    /// `buf` begins at `offset`.
+    fn copy_held(&self, held: &mut Held<'_>, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
+        if held.pages.is_empty() {
+            return Ok(());
+        }
+        let end = offset + buf.len() as u64;
+        let start = offset.max(held.pages.start * self.page_size);
+        let bytes = &mut buf[(start - offset) as usize..];
+        self.memory.copy(start, bytes).map_err(|error| Failure::Memory {
+            offset: start,
+            error: Arc::new(error),
+        })?;
+        // Compared while the pages are held: a fault unprotects a page after it was copied.
+        let whole = held.pages.start * self.page_size..held.pages.end * self.page_size;
+        match self.memory.is_protected(whole) {
+            Ok(true) => {}
+            Ok(false) => return Err(Failure::Discarded { offset: start }),
+            Err(error) => {
+                let error = Arc::new(error);
+                return Err(Failure::Memory { offset: start, error });
+            }
+        }
+        for page in std::mem::take(&mut held.pages) {
+            let read_to_its_end = end >= (page + 1) * self.page_size;
+            let state = match read_to_its_end {
+                true => PageState::Free,
+                false => PageState::Pending,
+            };
+            self.states.end_copy(page, state);
+        }
+        Ok(())
+    }
+}
+
+/// Adjacent pages in the state [`Copying`](PageState::Copying). They are pending again on drop.
+struct Held<'c> {
+    states: &'c PageStates,
+    pages: Range<u64>,
+}
+
+impl Held<'_> {
+    /// Adds the page that follows.
+    fn add(&mut self, page: u64) {
+        if self.pages.is_empty() {
+            self.pages.start = page;
+        }
+        self.pages.end = page + 1;
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        for page in self.pages.clone() {
+            self.states.end_copy(page, PageState::Pending);
+        }
+    }
+}

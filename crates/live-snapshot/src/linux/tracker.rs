@@ -1,0 +1,272 @@
+//! The tracker of a guest's writes by userfaultfd.
+
+use std::io::{self, PipeWriter};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread::{self, JoinHandle};
+
+use dirty_bitmap::{Extension, Policy, TrackedBitmap, TrackedEpoch, WriteProtection, WriteTracker};
+use host_memory::BlockedSignals;
+use page_reader::PageReader;
+
+use super::handler::Shared;
+use super::pagemap::Pagemap;
+use super::protection::UffdProtection;
+use super::tracker_error::{UffdCheckpointError, UffdTrackerError};
+use crate::slot::{CaptureSlot, CopyOnWrite};
+use crate::tracker::LiveTracker;
+
+/// A tracker of all writes to a guest's RAM in this process, by userfaultfd.
+///
+/// The first write to a page after a checkpoint waits for a thread of this tracker: a write by a
+/// vCPU, by the VMM, or by the kernel for it. The thread copies the page if a snapshot in progress
+/// needs it, unprotects it, and marks it. No other marks are needed: neither KVM's dirty log nor
+/// those of devices.
+///
+/// # What it does not see
+/// - **Writes of other processes** to shared memory, such as a vhost-user back end. Stop them
+///   before [`freeze`](crate::LiveSnapshot::freeze) until the snapshot is written, and
+///   [mark](Self::mark_range) what they wrote.
+/// - **Device DMA** to pinned memory (VFIO, vDPA, `io_uring` with registered buffers). Complete
+///   requests before `freeze`.
+/// - **Discards** (balloon, free page reporting, `MADV_DONTNEED`, `MADV_REMOVE`, hole punching): a
+///   snapshot in progress ends with [`LiveError::Discarded`](crate::LiveError::Discarded). Between
+///   snapshots, [mark](Self::mark_range) the pages afterwards.
+///
+/// # Child processes
+/// After `fork`, a child has private memory of its own, whose writes are not tracked. Shared memory
+/// stays shared, so the child counts as another process.
+///
+/// # Cost
+/// The RAM is registered with a userfaultfd until this is dropped, which makes it writable again.
+/// Transparent huge pages are split when they are written. Page tables of all of the RAM are
+/// allocated at the first checkpoint: 8 bytes for each page.
+///
+/// # Examples
+/// ```
+/// # if !test_machine::Need::Userfaultfd.met("the example of UffdTracker") { return Ok(()); }
+/// use std::sync::Arc;
+/// use guest_ram::GuestRam;
+/// use live_snapshot::{LiveSnapshot, UffdTracker};
+/// use memory_writer::MemoryWriter;
+/// use page_reader::RamLayout;
+///
+/// # let dir = tempfile::tempdir()?;
+/// # let dest = dir.path().join("full.mem");
+/// let ram: Arc<GuestRam> = Arc::new(GuestRam::new(RamLayout::single(0, 16 << 20)?)?);
+/// let tracker = Arc::new(UffdTracker::start(&ram)?);
+/// // ... the guest runs ...
+/// let writer = MemoryWriter::open(&dest, 16 << 20, 4096)?;
+/// let live = LiveSnapshot::options().begin(&tracker, writer)?;
+/// // ... pause the vCPUs ...
+/// let frozen = live.freeze()?;
+/// // ... resume them ...
+/// let report = frozen.commit()?;
+/// println!("the pause took {:?}", report.freeze);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+#[must_use = "the RAM is not tracked any more when this is dropped"]
+pub struct UffdTracker {
+    shared: Arc<Shared>,
+    pagemap: Pagemap,
+    /// Closing this end stops the thread.
+    hang_up: Option<PipeWriter>,
+    thread: Option<JoinHandle<()>>,
+    /// Dropped last: the memory stays mapped while it is registered.
+    memory: Memory,
+}
+
+/// RAM that stays mapped.
+struct Memory(Arc<dyn PageReader + Send + Sync>);
+
+impl std::fmt::Debug for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Memory").finish_non_exhaustive()
+    }
+}
+
+/// Options for a [`UffdTracker`], created by [`UffdTracker::options`].
+#[derive(Clone, Debug, Default)]
+#[must_use = "options do nothing until `start`"]
+pub struct UffdTrackerOptions {
+    page_size: Option<u64>,
+    policy: Option<Policy>,
+}
+
+impl UffdTrackerOptions {
+    /// Sets the size of a tracked page in bytes: the page size of the memory, or a multiple of it.
+    /// The default is the page size of the host. Memory on hugetlbfs needs the size of its pages.
+    pub fn page_size(mut self, bytes: u64) -> Self {
+        self.page_size = Some(bytes);
+        self
+    }
+
+    /// Sets how much a write fault unprotects. The default is [`Policy::default`].
+    pub fn policy(mut self, policy: Policy) -> Self {
+        self.policy = Some(policy);
+        self
+    }
+
+    /// Starts to track the writes to all of the RAM. No page is protected yet, and all are marked.
+    ///
+    /// # Errors
+    /// Returns [`UffdTrackerError`].
+    pub fn start<M>(&self, memory: &Arc<M>) -> Result<UffdTracker, UffdTrackerError>
+    where
+        M: PageReader + Send + Sync + 'static,
+    {
+        let ram_size = memory.known_size().ok_or(UffdTrackerError::UnknownSize)?;
+        let host_page = host_page_size().map_err(UffdTrackerError::Pagemap)?;
+        let page_size = self.page_size.unwrap_or(host_page);
+        let bitmap = Arc::new(TrackedBitmap::tracked(0, ram_size, page_size)?);
+        let tracker = WriteTracker::new(bitmap, self.policy.unwrap_or_default())?;
+        let protection = UffdProtection::register(&**memory, ram_size)?;
+        // Memory in huge pages refuses a part of a page.
+        let first = 0..page_size;
+        protection
+            .protect(first.clone())
+            .and_then(|()| protection.unprotect(first))
+            .map_err(|source| UffdTrackerError::PageSize { page_size, source })?;
+        let shared = Arc::new(Shared {
+            tracker,
+            protection: CopyOnWrite::new(protection),
+            faults: RwLock::new(()),
+            failed: Mutex::new(None),
+        });
+        let pagemap = Pagemap::open(host_page).map_err(UffdTrackerError::Pagemap)?;
+        let (closed, hang_up) = io::pipe().map_err(UffdTrackerError::Thread)?;
+        let handler = Arc::clone(&shared);
+        // A handler of a signal that writes the RAM on this thread would wait for itself.
+        let blocked = BlockedSignals::new();
+        let thread = thread::Builder::new()
+            .name("write-faults".into())
+            .spawn(move || handler.handle_faults(&closed))
+            .map_err(UffdTrackerError::Thread)?;
+        drop(blocked);
+        Ok(UffdTracker {
+            shared,
+            pagemap,
+            hang_up: Some(hang_up),
+            thread: Some(thread),
+            memory: Memory(Arc::clone(memory) as _),
+        })
+    }
+}
+
+/// Returns the page size of the host in bytes.
+fn host_page_size() -> io::Result<u64> {
+    let size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?;
+    let size = size.and_then(|size| u64::try_from(size).ok());
+    size.ok_or_else(|| io::Error::other("the page size of the host is not known"))
+}
+
+impl UffdTracker {
+    /// Returns options for the page size and the policy.
+    pub fn options() -> UffdTrackerOptions {
+        UffdTrackerOptions::default()
+    }
+
+    /// Starts to track the writes to all of the RAM. No page is protected yet, and all are marked:
+    /// the first snapshot has all pages.
+    ///
+    /// Needs userfaultfd with write protection of unpopulated memory (Linux 6.4) that handles
+    /// faults of the kernel: root, `CAP_SYS_PTRACE`, access to `/dev/userfaultfd`, or the sysctl
+    /// `vm.unprivileged_userfaultfd`.
+    ///
+    /// # Errors
+    /// Returns [`UffdTrackerError`].
+    pub fn start<M>(memory: &Arc<M>) -> Result<Self, UffdTrackerError>
+    where
+        M: PageReader + Send + Sync + 'static,
+    {
+        Self::options().start(memory)
+    }
+
+    /// Marks bytes of the memory file that were written or discarded unseen, after that.
+    ///
+    /// # Errors
+    /// Returns the errors of [`mark_range`](dirty_bitmap::DirtyBitmap::mark_range).
+    pub fn mark_range(&self, offset: u64, len: u64) -> Result<(), dirty_bitmap::OutOfRange> {
+        self.shared.tracker.bitmap().mark_range(offset, len).map(drop)
+    }
+
+    /// Makes the present contents of the RAM the baseline of the next diff: they are those of the
+    /// image with this id, from which the RAM was restored. The guest does not run yet.
+    ///
+    /// # Errors
+    /// Returns [`UffdCheckpointError`]. All marks are in the bitmap.
+    pub fn set_baseline(&self, image_id: Option<[u8; 16]>) -> Result<(), UffdCheckpointError> {
+        let mut epoch = self.begin_epoch()?;
+        epoch.set_image_id(image_id);
+        Ok(epoch.release()?)
+    }
+
+    fn check_handled(&self) -> Result<(), UffdCheckpointError> {
+        let failed = self.shared.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*failed {
+            Some(error) => Err(UffdCheckpointError::Untracked(Arc::clone(error))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl LiveTracker for UffdTracker {
+    type Error = UffdCheckpointError;
+
+    fn memory(&self) -> Arc<dyn PageReader + Send + Sync> {
+        Arc::clone(&self.memory.0)
+    }
+
+    fn bitmap(&self) -> &Arc<TrackedBitmap> {
+        self.shared.tracker.bitmap()
+    }
+
+    fn begin_epoch(&self) -> Result<TrackedEpoch, UffdCheckpointError> {
+        let epoch = self.shared.tracker.checkpoint(&self.shared.protection)?;
+        self.check_handled()?;
+        Ok(epoch)
+    }
+
+    fn extend_epoch<'e>(
+        &self,
+        epoch: &'e mut TrackedEpoch,
+    ) -> Result<Extension<'e>, UffdCheckpointError> {
+        let protection = &self.shared.protection;
+        let extension = self.shared.tracker.checkpoint_incremental(epoch, protection)?;
+        self.check_handled()?;
+        Ok(extension)
+    }
+
+    fn freeze_epoch(
+        &self,
+        epoch: &mut TrackedEpoch,
+        frozen: &mut dyn FnMut(&Extension<'_>),
+    ) -> Result<(), UffdCheckpointError> {
+        let no_faults = self.shared.faults.write();
+        let _no_faults = no_faults.unwrap_or_else(PoisonError::into_inner);
+        frozen(&self.extend_epoch(epoch)?);
+        Ok(())
+    }
+
+    fn slot(&self) -> Option<&CaptureSlot> {
+        Some(self.shared.protection.slot())
+    }
+
+    fn is_protected(&self, range: Range<u64>) -> io::Result<bool> {
+        let mut addresses = self.shared.protection.protection().addresses(range);
+        addresses.try_fold(true, |all, one| Ok(all && self.pagemap.is_protected(one)?))
+    }
+}
+
+impl Drop for UffdTracker {
+    fn drop(&mut self) {
+        // First, which lets waiting writes continue: a fault without a handler waits forever.
+        let _ = self.shared.protection.protection().unregister();
+        drop(self.hang_up.take());
+        if let Some(thread) = self.thread.take() {
+            // The thread does not unwind, and an error of it was recorded.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,426 @@
+//! The steps of a live snapshot: begin, freeze, write, commit.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dirty_bitmap::{PageSet, TrackedEpoch};
+use memory_writer::{CancelToken, MemoryWriter, SnapshotError};
+
+use crate::capture::Capture;
+use crate::error::LiveError;
+use crate::frozen_ram::{FrozenRam, GuestMemory, check_cancelled};
+use crate::options::Method;
+use crate::order::Order;
+use crate::pacer::{Paced, Pacer};
+use crate::precopy::{PassError, Passes};
+use crate::report::Report;
+use crate::settings::{Kind, LiveSnapshotOptions};
+use crate::slot::Attached;
+use crate::tracker::LiveTracker;
+
+/// The largest number of pages whose protection is left to the pause.
+const FEW_PAGES: u64 = 256;
+
+/// The largest number of rounds in which written pages are protected again before the pause.
+const MAX_ROUNDS: u32 = 8;
+
+/// A live snapshot that is prepared: the VMM may pause the guest now.
+///
+/// Dropping it at any time cancels the snapshot: nothing is committed, all marks return to the
+/// bitmap, and the guest is unharmed.
+#[derive(Debug)]
+#[must_use = "a live snapshot that is dropped is cancelled"]
+pub struct LiveSnapshot<T: LiveTracker> {
+    parts: Parts<T>,
+}
+
+/// A live snapshot whose point in time is set: the VMM may resume the guest now.
+///
+/// It is `Send`: another thread may write it. That thread must not write the guest's RAM, because
+/// its write would wait for itself. Dropping the value cancels the snapshot.
+#[derive(Debug)]
+#[must_use = "a live snapshot that is dropped is cancelled: call `commit`"]
+pub struct Frozen<T: LiveTracker> {
+    parts: Parts<T>,
+    resumed: Instant,
+}
+
+/// A live snapshot whose pages are all written, and not committed.
+#[derive(Debug)]
+#[must_use = "a live snapshot that is dropped is cancelled: call `commit`"]
+pub struct Written {
+    writer: MemoryWriter,
+    epoch: TrackedEpoch,
+    report: Report,
+}
+
+/// What the steps of a snapshot share.
+struct Parts<T: LiveTracker> {
+    // Dropped first: a write fault must not wait for a snapshot that is cancelled.
+    attached: Option<Attached>,
+    tracker: Arc<T>,
+    writer: MemoryWriter,
+    epoch: TrackedEpoch,
+    memory: Arc<GuestMemory<T>>,
+    /// For a full image: pages that may hold nonzero bytes.
+    populated: PageSet,
+    kind: Kind,
+    cancel: CancelToken,
+    pacer: Pacer,
+    report: Report,
+}
+
+impl<T: LiveTracker> std::fmt::Debug for Parts<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Parts")
+            .field("writer", &self.writer)
+            .field("report", &self.report)
+            .finish_non_exhaustive()
+    }
+}
+
+impl LiveSnapshotOptions {
+    /// Begins a snapshot of the guest of `tracker` while the guest runs, and returns when the guest
+    /// should be paused.
+    ///
+    /// Copy-on-write and stop-and-copy protect all of the RAM here, so that
+    /// [`freeze`](LiveSnapshot::freeze) only protects the pages that were written since. This takes
+    /// about 16 ms for each GiB at the first snapshot, and later depends on the number of pages
+    /// written since the last one. Pre-copy writes all of the RAM here.
+    ///
+    /// # Errors
+    /// Returns [`LiveError`]. Nothing changed, except that pages may be protected.
+    pub fn begin<T: LiveTracker>(
+        &self,
+        tracker: &Arc<T>,
+        writer: MemoryWriter,
+    ) -> Result<LiveSnapshot<T>, LiveError> {
+        let began = Instant::now();
+        let bitmap = tracker.bitmap();
+        let (ram_size, page_size) = (bitmap.ram_size(), bitmap.page_size());
+        self.check(&writer, ram_size, page_size)?;
+        let method = match (self.method, tracker.slot()) {
+            (Method::Auto | Method::CopyOnWrite, Some(_)) => Method::CopyOnWrite,
+            (Method::Auto, None) => Method::PreCopy,
+            (Method::CopyOnWrite, None) => return Err(LiveError::NoCopyOnWrite),
+            (method @ (Method::PreCopy | Method::StopAndCopy), _) => method,
+        };
+        let memory = Arc::new(GuestMemory::new(tracker));
+        let attached = match (method, tracker.slot()) {
+            (Method::CopyOnWrite | Method::PreCopy, Some(slot)) => {
+                let pool_pages = usize::try_from(self.pool / page_size).unwrap_or(usize::MAX);
+                let capture = Arc::new(Capture::new(
+                    Arc::clone(&memory) as _,
+                    ram_size,
+                    page_size,
+                    pool_pages,
+                    self.when_pool_full,
+                ));
+                Some(slot.attach(&capture).ok_or(LiveError::InProgress)?)
+            }
+            (Method::CopyOnWrite | Method::PreCopy | Method::StopAndCopy | Method::Auto, _) => None,
+        };
+        let epoch = tracker.begin_epoch().map_err(LiveError::tracker)?;
+        let mut parts = Parts {
+            attached,
+            tracker: Arc::clone(tracker),
+            writer,
+            epoch,
+            memory,
+            populated: PageSet::new(0..ram_size, page_size),
+            kind: self.kind,
+            cancel: self.cancel.clone(),
+            pacer: Pacer::new(self.rate_limit),
+            report: Report::of(method),
+        };
+        check_cancelled(&parts.cancel)?;
+        match method {
+            Method::PreCopy => parts.precopy(self)?,
+            Method::CopyOnWrite => parts.add_to_capture()?,
+            Method::StopAndCopy | Method::Auto => {}
+        }
+        if method != Method::PreCopy || parts.attached.is_some() {
+            parts.protect_again()?;
+        }
+        parts.report.prepared_in = began.elapsed();
+        Ok(LiveSnapshot { parts })
+    }
+
+    fn check(&self, writer: &MemoryWriter, ram: u64, page_size: u64) -> Result<(), LiveError> {
+        if writer.ram_size() != ram {
+            return Err(LiveError::Size {
+                writer: writer.ram_size(),
+                guest: ram,
+            });
+        }
+        if writer.page_size() > page_size {
+            return Err(LiveError::PageSize {
+                image: writer.page_size(),
+                tracked: page_size,
+            });
+        }
+        if self.pool < page_size * 2 {
+            return Err(LiveError::PoolTooSmall {
+                pool: self.pool,
+                page_size,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl<T: LiveTracker> LiveSnapshot<T> {
+    /// Returns options for a live snapshot.
+    pub fn options() -> LiveSnapshotOptions {
+        LiveSnapshotOptions::default()
+    }
+
+    /// Sets the point in time of the snapshot. Call it while the vCPUs are stopped, and all writes
+    /// of devices to the RAM are complete or wait.
+    ///
+    /// With copy-on-write it protects the pages that were written since the snapshot began, and
+    /// returns at once. The guest may resume when it has returned.
+    ///
+    /// # Errors
+    /// Returns [`LiveError`]. The snapshot is cancelled, and the guest may resume.
+    pub fn freeze(self) -> Result<Frozen<T>, LiveError> {
+        let mut parts = self.parts;
+        check_cancelled(&parts.cancel)?;
+        let began = Instant::now();
+        let capture = parts.attached.as_ref().map(|it| Arc::clone(&it.capture));
+        let (kind, precopied) = (parts.kind, !parts.report.passes.is_empty());
+        let mut protected = 0;
+        let mut frozen = |dirtied: &dirty_bitmap::Extension<'_>| {
+            protected = dirtied.dirty_pages() * dirtied.page_size();
+            if let Some(capture) = &capture {
+                dirtied.runs().for_each(|run| capture.add(run));
+                capture.activate();
+            }
+        };
+        let epoch = &mut parts.epoch;
+        let extended = parts.tracker.freeze_epoch(epoch, &mut frozen);
+        extended.map_err(LiveError::tracker)?;
+        parts.report.protected_in_pause = protected;
+        if parts.attached.is_none() {
+            match precopied {
+                true => parts.write_last_pass()?,
+                false => parts.write_all(kind)?,
+            }
+        }
+        let resumed = Instant::now();
+        parts.report.freeze = resumed - began;
+        Ok(Frozen { parts, resumed })
+    }
+}
+
+impl<T: LiveTracker> Frozen<T> {
+    /// Stores bytes in the image, such as the state of the vCPUs and devices at the point in time
+    /// of the snapshot. See [`MemoryWriter::set_metadata`].
+    ///
+    /// # Errors
+    /// Returns the errors of [`MemoryWriter::set_metadata`]. The snapshot can go on.
+    pub fn set_metadata(&mut self, bytes: impl Into<Vec<u8>>) -> Result<(), LiveError> {
+        Ok(self.parts.writer.set_metadata(bytes)?)
+    }
+
+    /// Writes the pages that are not written yet, while the guest runs.
+    ///
+    /// # Errors
+    /// Returns [`LiveError`]. The snapshot is cancelled.
+    pub fn write(self) -> Result<Written, LiveError> {
+        let Self { mut parts, resumed } = self;
+        let written = match &parts.attached {
+            None => Ok(()),
+            Some(attached) => {
+                let capture = Arc::clone(&attached.capture);
+                parts.write_captured(&capture)
+            }
+        };
+        if let Some(Attached { capture, .. }) = &parts.attached {
+            let usage = capture.usage();
+            let page_size = parts.tracker.bitmap().page_size();
+            parts.report.copied_before_write = usage.copied * page_size;
+            parts.report.pool_peak = usage.peak * page_size;
+            parts.report.pool_waits = usage.waits;
+            parts.report.pool_waited = usage.waited;
+        }
+        written?;
+        parts.report.written_in = resumed.elapsed();
+        let Parts {
+            attached,
+            writer,
+            epoch,
+            report,
+            ..
+        } = parts;
+        drop(attached);
+        Ok(Written {
+            writer,
+            epoch,
+            report,
+        })
+    }
+
+    /// Writes as [`write`](Self::write) does, and commits the image.
+    ///
+    /// # Errors
+    /// Returns [`LiveError`]. An error of the commit states what is at the destination.
+    pub fn commit(self) -> Result<Report, LiveError> {
+        self.write()?.commit()
+    }
+}
+
+impl Written {
+    /// Commits the image, and releases the marks of its epoch: see
+    /// [`MemoryWriter::commit_and_release`].
+    ///
+    /// # Errors
+    /// Returns the errors of [`MemoryWriter::commit_and_release`].
+    pub fn commit(self) -> Result<Report, LiveError> {
+        self.writer.commit_and_release(self.epoch)?;
+        Ok(self.report)
+    }
+
+    /// Returns the writer and the epoch, for a commit as part of a group: see
+    /// [`MemoryWriter::check_epoch`].
+    pub fn into_parts(self) -> (MemoryWriter, TrackedEpoch, Report) {
+        (self.writer, self.epoch, self.report)
+    }
+
+    /// Returns what the snapshot did so far.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+}
+
+impl<T: LiveTracker> Parts<T> {
+    /// Protects the pages again that were written since the last round, until few are left.
+    fn protect_again(&mut self) -> Result<(), LiveError> {
+        let mut last = u64::MAX;
+        for _ in 0..MAX_ROUNDS {
+            check_cancelled(&self.cancel)?;
+            let dirty = self.tracker.bitmap().dirty_pages();
+            if dirty <= FEW_PAGES || dirty > last / 2 {
+                break;
+            }
+            last = dirty;
+            let extended = self.tracker.extend_epoch(&mut self.epoch);
+            let extension = extended.map_err(LiveError::tracker)?;
+            if let Some(attached) = &self.attached {
+                extension.runs().for_each(|run| attached.capture.add(run));
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the pages of the image to the capture: of a full image, those that may hold nonzero
+    /// bytes. They are protected, so a page that is written from now on is added again.
+    fn add_to_capture(&mut self) -> Result<(), LiveError> {
+        let Some(attached) = &self.attached else {
+            return Ok(());
+        };
+        match self.kind {
+            Kind::Diff => self.epoch.bitmap().runs().for_each(|run| attached.capture.add(run)),
+            Kind::Full => {
+                let ram_size = self.tracker.bitmap().ram_size();
+                let reader = self.memory.reader();
+                for run in reader.populated(0..ram_size) {
+                    check_cancelled(&self.cancel)?;
+                    self.populated.add(&run);
+                }
+                self.populated.runs().for_each(|run| attached.capture.add(run));
+            }
+        }
+        Ok(())
+    }
+
+    fn precopy(&mut self, options: &LiveSnapshotOptions) -> Result<(), LiveError> {
+        let reader = Paced::new(self.memory.reader(), &self.pacer, &self.cancel);
+        let passes = Passes {
+            tracker: &*self.tracker,
+            writer: &mut self.writer,
+            epoch: &mut self.epoch,
+            reader: &reader,
+            kind: self.kind,
+            options,
+        };
+        let (passes, convergence) = passes.make().map_err(|error| match error {
+            PassError::Write(error) => self.cause(error),
+            PassError::Tracker(error) => error,
+        })?;
+        self.report.passes = passes;
+        self.report.convergence = Some(convergence);
+        Ok(())
+    }
+
+    /// Writes the image in the pause.
+    fn write_all(&mut self, kind: Kind) -> Result<(), LiveError> {
+        let reader = self.memory.reader();
+        let written = match kind {
+            Kind::Full => self.writer.write_full(&*reader),
+            Kind::Diff => {
+                let dirty = self.epoch.bitmap();
+                self.writer.write_diff(&*reader, dirty).map(drop)
+            }
+        };
+        written.map_err(|error| self.cause(error))
+    }
+
+    /// Writes the pages of the last extension of the epoch in the pause.
+    fn write_last_pass(&mut self) -> Result<(), LiveError> {
+        let reader = self.memory.reader();
+        let written = match self.epoch.last_extension() {
+            Some(dirtied) => self.writer.write_diff(&*reader, dirtied).map(drop),
+            None => Ok(()),
+        };
+        written.map_err(|error| self.cause(error))
+    }
+
+    /// Writes the pages of the capture.
+    fn write_captured(&mut self, capture: &Arc<Capture>) -> Result<(), LiveError> {
+        let frozen = FrozenRam::new(self.memory.reader(), capture, &self.pacer, &self.cancel);
+        let ram_size = self.tracker.bitmap().ram_size();
+        let order = Order::new(capture, ram_size);
+        let (writer, epoch) = (&mut self.writer, &self.epoch);
+        let written = match (self.report.method, self.kind) {
+            (Method::PreCopy, _) => {
+                let rest: Vec<_> = capture.needed(0..ram_size).collect();
+                let written = writer.write_runs(&frozen, || rest.iter().cloned());
+                // The earlier passes wrote the other pages, which have not changed since.
+                written.and_then(|_| writer.count_as_written(epoch.bitmap()))
+            }
+            (_, Kind::Full) => writer.write_full_in_order(&frozen, order),
+            (_, Kind::Diff) => {
+                let runs = order.data();
+                writer.write_diff_in_order(&frozen, epoch.bitmap(), runs).map(drop)
+            }
+        };
+        written.map_err(|error| self.cause(error))
+    }
+
+    /// Returns the cause of a failed write: the writer reports only that the reader has failed.
+    fn cause(&self, error: SnapshotError) -> LiveError {
+        let failed = self.attached.as_ref().and_then(|it| it.capture.failure());
+        let of_capture = failed.and_then(LiveError::of_capture);
+        let cancelled = || self.cancel.is_cancelled().then_some(LiveError::Cancelled);
+        of_capture.or_else(cancelled).unwrap_or(LiveError::Write(error))
+    }
+}
+
+impl Report {
+    fn of(method: Method) -> Self {
+        Self {
+            method,
+            prepared_in: Duration::ZERO,
+            passes: Vec::new(),
+            convergence: None,
+            freeze: Duration::ZERO,
+            protected_in_pause: 0,
+            written_in: Duration::ZERO,
+            copied_before_write: 0,
+            pool_peak: 0,
+            pool_waits: 0,
+            pool_waited: Duration::ZERO,
+        }
+    }
+}
