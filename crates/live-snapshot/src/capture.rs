@@ -106,7 +106,9 @@ impl Capture {
     /// Returns the runs of bytes of `range` that the image needs and that were not read yet.
     pub(crate) fn needed(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let size = self.page_size;
-        let pages = self.states.needed(range.start / size..range.end.div_ceil(size));
+        let pages = self
+            .states
+            .needed(range.start / size..range.end.div_ceil(size));
         pages.map(move |run| run.start * size..run.end * size)
     }
 
@@ -132,7 +134,10 @@ impl Capture {
 
     /// Returns the reason of a failure.
     pub(crate) fn failure(&self) -> Option<Failure> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.failure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Copies the pages of `range` that the image needs to the pool, before they are unprotected.
@@ -159,7 +164,9 @@ impl Capture {
                         Err(NoBuffer::Ended) => return,
                         Err(NoBuffer::Full) => return self.fail(Failure::PoolFull),
                     };
-                    let claimed = self.states.change(page, PageState::Pending, PageState::Copying);
+                    let claimed = self
+                        .states
+                        .change(page, PageState::Pending, PageState::Copying);
                     if claimed.is_err() {
                         self.pool.give_back(buffer);
                         continue;
@@ -235,7 +242,10 @@ impl Capture {
             if !self.active.load(Ordering::SeqCst) {
                 return Err(Failure::Ended);
             }
-            match self.states.change(page, PageState::Pending, PageState::Copying) {
+            match self
+                .states
+                .change(page, PageState::Pending, PageState::Copying)
+            {
                 Ok(()) => return Ok(true),
                 Err(PageState::Pooled) => return Ok(false),
                 // A fault copies it.
@@ -257,10 +267,12 @@ impl Capture {
         let end = offset + buf.len() as u64;
         let start = offset.max(held.pages.start * self.page_size);
         let bytes = &mut buf[(start - offset) as usize..];
-        self.memory.copy(start, bytes).map_err(|error| Failure::Memory {
-            offset: start,
-            error: Arc::new(error),
-        })?;
+        self.memory
+            .copy(start, bytes)
+            .map_err(|error| Failure::Memory {
+                offset: start,
+                error: Arc::new(error),
+            })?;
         // Compared while the pages are held: a fault unprotects a page after it was copied.
         let whole = held.pages.start * self.page_size..held.pages.end * self.page_size;
         match self.memory.is_protected(whole) {
@@ -268,7 +280,10 @@ impl Capture {
             Ok(false) => return Err(Failure::Discarded { offset: start }),
             Err(error) => {
                 let error = Arc::new(error);
-                return Err(Failure::Memory { offset: start, error });
+                return Err(Failure::Memory {
+                    offset: start,
+                    error,
+                });
             }
         }
         for page in std::mem::take(&mut held.pages) {

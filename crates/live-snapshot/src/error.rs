@@ -1,6 +1,5 @@
 //! Errors of live snapshots.
 
-use std::error::Error;
 use std::io;
 use std::sync::Arc;
 
@@ -8,6 +7,7 @@ use memory_writer::SnapshotError;
 use thiserror::Error;
 
 use crate::capture::Failure;
+use crate::tracker::CheckpointFailed;
 
 /// An error of a live snapshot. Nothing was committed, all marks of its epoch are in the bitmap of
 /// the tracker, and the guest runs without harm.
@@ -16,7 +16,7 @@ use crate::capture::Failure;
 pub enum LiveError {
     /// The tracker could not protect pages, or another save of its bitmap is in progress.
     #[error("failed to track the guest's writes for a live snapshot: {0}")]
-    Tracker(#[source] Box<dyn Error + Send + Sync>),
+    Tracker(#[source] CheckpointFailed),
     /// The image could not be written.
     #[error(transparent)]
     Write(#[from] SnapshotError),
@@ -97,10 +97,6 @@ pub enum LiveError {
 }
 
 impl LiveError {
-    pub(crate) fn tracker(error: impl Error + Send + Sync + 'static) -> Self {
-        Self::Tracker(Box::new(error))
-    }
-
     /// Returns the error of a capture, or `None` for a failure that another error states.
     pub(crate) fn of_capture(failure: Failure) -> Option<Self> {
         match failure {

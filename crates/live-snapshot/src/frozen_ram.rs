@@ -13,13 +13,13 @@ use crate::pacer::Pacer;
 use crate::tracker::LiveTracker;
 
 /// The RAM of a tracker's guest.
-pub(crate) struct GuestMemory<T> {
-    tracker: Arc<T>,
+pub(crate) struct GuestMemory {
+    tracker: Arc<dyn LiveTracker>,
     reader: Arc<dyn PageReader + Send + Sync>,
 }
 
-impl<T: LiveTracker> GuestMemory<T> {
-    pub(crate) fn new(tracker: &Arc<T>) -> Self {
+impl GuestMemory {
+    pub(crate) fn new(tracker: &Arc<dyn LiveTracker>) -> Self {
         Self {
             tracker: Arc::clone(tracker),
             reader: tracker.memory(),
@@ -31,7 +31,7 @@ impl<T: LiveTracker> GuestMemory<T> {
     }
 }
 
-impl<T: LiveTracker> PageMemory for GuestMemory<T> {
+impl PageMemory for GuestMemory {
     fn copy(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.reader.read_at(offset, buf)
     }
@@ -68,15 +68,17 @@ impl<'f> FrozenRam<'f> {
 impl PageReader for FrozenRam<'_> {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.pacer.wait(buf.len(), self.cancel)?;
-        self.capture.read(offset, buf).map_err(|failure| match failure {
-            Failure::Memory { error, .. } => io::Error::new(error.kind(), error),
-            Failure::Discarded { .. } => io::Error::other("the page was discarded"),
-            Failure::PoolFull => io::Error::other("the pool is full"),
-            Failure::NotPending { offset } => io::Error::other(format!(
-                "the page at offset {offset:#x} is not in the snapshot, or was read before"
-            )),
-            Failure::Ended => io::Error::other("the live snapshot has ended"),
-        })
+        self.capture
+            .read(offset, buf)
+            .map_err(|failure| match failure {
+                Failure::Memory { error, .. } => io::Error::new(error.kind(), error),
+                Failure::Discarded { .. } => io::Error::other("the page was discarded"),
+                Failure::PoolFull => io::Error::other("the pool is full"),
+                Failure::NotPending { offset } => io::Error::other(format!(
+                    "the page at offset {offset:#x} is not in the snapshot, or was read before"
+                )),
+                Failure::Ended => io::Error::other("the live snapshot has ended"),
+            })
     }
 
     fn check_source(&self) -> io::Result<()> {

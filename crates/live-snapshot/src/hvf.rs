@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use dirty_bitmap::{Extension, TrackedBitmap, TrackedEpoch, WriteProtection};
-use hvf_backend::{Stage2CheckpointError, Stage2Tracker};
+use hvf_backend::Stage2Tracker;
 use page_reader::PageReader;
 
 use crate::slot::{CaptureSlot, CopyOnWrite};
-use crate::tracker::LiveTracker;
+use crate::tracker::{CheckpointFailed, LiveTracker};
 
 /// A [`Stage2Tracker`] whose protection copies pages before they are unprotected, with the RAM of
 /// its guest.
@@ -46,8 +46,6 @@ impl<P: WriteProtection> LiveStage2<P> {
 }
 
 impl<P: WriteProtection + Send + Sync + 'static> LiveTracker for LiveStage2<P> {
-    type Error = Stage2CheckpointError<P::Error>;
-
     fn memory(&self) -> Arc<dyn PageReader + Send + Sync> {
         Arc::clone(&self.memory)
     }
@@ -56,20 +54,23 @@ impl<P: WriteProtection + Send + Sync + 'static> LiveTracker for LiveStage2<P> {
         self.tracker.bitmap()
     }
 
-    fn begin_epoch(&self) -> Result<TrackedEpoch, Self::Error> {
-        self.tracker.checkpoint_live()
+    fn begin_epoch(&self) -> Result<TrackedEpoch, CheckpointFailed> {
+        Ok(self.tracker.checkpoint_live()?)
     }
 
-    fn extend_epoch<'e>(&self, epoch: &'e mut TrackedEpoch) -> Result<Extension<'e>, Self::Error> {
-        self.tracker.checkpoint_incremental(epoch)
+    fn extend_epoch<'e>(
+        &self,
+        epoch: &'e mut TrackedEpoch,
+    ) -> Result<Extension<'e>, CheckpointFailed> {
+        Ok(self.tracker.checkpoint_incremental(epoch)?)
     }
 
     fn freeze_epoch(
         &self,
         epoch: &mut TrackedEpoch,
         frozen: &mut dyn FnMut(&Extension<'_>),
-    ) -> Result<(), Self::Error> {
-        self.tracker.checkpoint_final_with(epoch, frozen)
+    ) -> Result<(), CheckpointFailed> {
+        Ok(self.tracker.checkpoint_final_with(epoch, frozen)?)
     }
 
     fn slot(&self) -> Option<&CaptureSlot> {

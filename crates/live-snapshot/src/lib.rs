@@ -1,6 +1,5 @@
 //! Snapshots of a running guest, whose pause does not grow with the guest's RAM.
 
-
 mod capture;
 #[cfg(not(ramsnap_loom))]
 mod error;
@@ -53,4 +52,4 @@ pub use slot::{CaptureSlot, CopyOnWrite};
 #[cfg(not(ramsnap_loom))]
 pub use snapshot::{Frozen, LiveSnapshot, Written};
 #[cfg(not(ramsnap_loom))]
-pub use tracker::LiveTracker;
+pub use tracker::{CheckpointFailed, LiveTracker};

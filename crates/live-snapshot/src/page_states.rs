@@ -155,7 +155,10 @@ mod tests {
             assert_eq!(changed, Ok(()));
             let again = states.change(page, PageState::Pending, PageState::Copying);
             assert_eq!(again, Err(PageState::Copying));
-            states.end_copy(page, [PageState::Free, PageState::Pooled][page as usize % 2]);
+            states.end_copy(
+                page,
+                [PageState::Free, PageState::Pooled][page as usize % 2],
+            );
         }
         for page in 3..97 {
             let expected = [PageState::Free, PageState::Pooled][page as usize % 2];

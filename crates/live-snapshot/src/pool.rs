@@ -113,7 +113,10 @@ impl Pool {
                 waiting_since = Some(Instant::now());
                 state.usage.waits += 1;
             }
-            state = self.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .freed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         };
         if let Some(since) = waiting_since {
             state.usage.waited += since.elapsed();

@@ -19,8 +19,8 @@ const SHRINKING: f64 = 0.95;
 const MAX_STALLED: u32 = 2;
 
 /// What the passes write.
-pub(crate) struct Passes<'p, T, R> {
-    pub(crate) tracker: &'p T,
+pub(crate) struct Passes<'p, R> {
+    pub(crate) tracker: &'p dyn LiveTracker,
     pub(crate) writer: &'p mut MemoryWriter,
     pub(crate) epoch: &'p mut TrackedEpoch,
     pub(crate) reader: &'p R,
@@ -40,7 +40,7 @@ impl From<SnapshotError> for PassError {
     }
 }
 
-impl<T: LiveTracker, R: PageReader> Passes<'_, T, R> {
+impl<R: PageReader> Passes<'_, R> {
     /// Writes all pages, and then those that were dirtied meanwhile, until few are left or they do
     /// not become fewer.
     pub(crate) fn make(mut self) -> Result<(Vec<PreCopyPass>, Convergence), PassError> {
@@ -92,7 +92,7 @@ impl<T: LiveTracker, R: PageReader> Passes<'_, T, R> {
             (false, _) => {
                 let extended = tracker.extend_epoch(self.epoch);
                 let dirtied =
-                    extended.map_err(|error| PassError::Tracker(LiveError::tracker(error)))?;
+                    extended.map_err(|error| PassError::Tracker(LiveError::Tracker(error)))?;
                 self.writer.write_diff(reader, &dirtied)?
             }
         };

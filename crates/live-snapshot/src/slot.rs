@@ -34,7 +34,10 @@ impl CaptureSlot {
     }
 
     fn current(&self) -> Option<Arc<Capture>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Puts a capture here, unless there is one.

@@ -30,8 +30,8 @@ const MAX_ROUNDS: u32 = 8;
 /// bitmap, and the guest is unharmed.
 #[derive(Debug)]
 #[must_use = "a live snapshot that is dropped is cancelled"]
-pub struct LiveSnapshot<T: LiveTracker> {
-    parts: Parts<T>,
+pub struct LiveSnapshot {
+    parts: Parts,
 }
 
 /// A live snapshot whose point in time is set: the VMM may resume the guest now.
@@ -40,8 +40,8 @@ pub struct LiveSnapshot<T: LiveTracker> {
 /// its write would wait for itself. Dropping the value cancels the snapshot.
 #[derive(Debug)]
 #[must_use = "a live snapshot that is dropped is cancelled: call `commit`"]
-pub struct Frozen<T: LiveTracker> {
-    parts: Parts<T>,
+pub struct Frozen {
+    parts: Parts,
     resumed: Instant,
 }
 
@@ -55,13 +55,13 @@ pub struct Written {
 }
 
 /// What the steps of a snapshot share.
-struct Parts<T: LiveTracker> {
+struct Parts {
     // Dropped first: a write fault must not wait for a snapshot that is cancelled.
     attached: Option<Attached>,
-    tracker: Arc<T>,
+    tracker: Arc<dyn LiveTracker>,
     writer: MemoryWriter,
     epoch: TrackedEpoch,
-    memory: Arc<GuestMemory<T>>,
+    memory: Arc<GuestMemory>,
     /// For a full image: pages that may hold nonzero bytes.
     populated: PageSet,
     kind: Kind,
@@ -70,7 +70,7 @@ struct Parts<T: LiveTracker> {
     report: Report,
 }
 
-impl<T: LiveTracker> std::fmt::Debug for Parts<T> {
+impl std::fmt::Debug for Parts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Parts")
             .field("writer", &self.writer)
@@ -94,7 +94,15 @@ impl LiveSnapshotOptions {
         &self,
         tracker: &Arc<T>,
         writer: MemoryWriter,
-    ) -> Result<LiveSnapshot<T>, LiveError> {
+    ) -> Result<LiveSnapshot, LiveError> {
+        self.begin_of(&(Arc::clone(tracker) as _), writer)
+    }
+
+    fn begin_of(
+        &self,
+        tracker: &Arc<dyn LiveTracker>,
+        writer: MemoryWriter,
+    ) -> Result<LiveSnapshot, LiveError> {
         let began = Instant::now();
         let bitmap = tracker.bitmap();
         let (ram_size, page_size) = (bitmap.ram_size(), bitmap.page_size());
@@ -120,7 +128,7 @@ impl LiveSnapshotOptions {
             }
             (Method::CopyOnWrite | Method::PreCopy | Method::StopAndCopy | Method::Auto, _) => None,
         };
-        let epoch = tracker.begin_epoch().map_err(LiveError::tracker)?;
+        let epoch = tracker.begin_epoch().map_err(LiveError::Tracker)?;
         let mut parts = Parts {
             attached,
             tracker: Arc::clone(tracker),
@@ -169,7 +177,7 @@ impl LiveSnapshotOptions {
     }
 }
 
-impl<T: LiveTracker> LiveSnapshot<T> {
+impl LiveSnapshot {
     /// Returns options for a live snapshot.
     pub fn options() -> LiveSnapshotOptions {
         LiveSnapshotOptions::default()
@@ -183,7 +191,7 @@ impl<T: LiveTracker> LiveSnapshot<T> {
     ///
     /// # Errors
     /// Returns [`LiveError`]. The snapshot is cancelled, and the guest may resume.
-    pub fn freeze(self) -> Result<Frozen<T>, LiveError> {
+    pub fn freeze(self) -> Result<Frozen, LiveError> {
         let mut parts = self.parts;
         check_cancelled(&parts.cancel)?;
         let began = Instant::now();
@@ -199,7 +207,7 @@ impl<T: LiveTracker> LiveSnapshot<T> {
         };
         let epoch = &mut parts.epoch;
         let extended = parts.tracker.freeze_epoch(epoch, &mut frozen);
-        extended.map_err(LiveError::tracker)?;
+        extended.map_err(LiveError::Tracker)?;
         parts.report.protected_in_pause = protected;
         if parts.attached.is_none() {
             match precopied {
@@ -213,7 +221,7 @@ impl<T: LiveTracker> LiveSnapshot<T> {
     }
 }
 
-impl<T: LiveTracker> Frozen<T> {
+impl Frozen {
     /// Stores bytes in the image, such as the state of the vCPUs and devices at the point in time
     /// of the snapshot. See [`MemoryWriter::set_metadata`].
     ///
@@ -293,7 +301,7 @@ impl Written {
     }
 }
 
-impl<T: LiveTracker> Parts<T> {
+impl Parts {
     /// Protects the pages again that were written since the last round, until few are left.
     fn protect_again(&mut self) -> Result<(), LiveError> {
         let mut last = u64::MAX;
@@ -305,7 +313,7 @@ impl<T: LiveTracker> Parts<T> {
             }
             last = dirty;
             let extended = self.tracker.extend_epoch(&mut self.epoch);
-            let extension = extended.map_err(LiveError::tracker)?;
+            let extension = extended.map_err(LiveError::Tracker)?;
             if let Some(attached) = &self.attached {
                 extension.runs().for_each(|run| attached.capture.add(run));
             }
@@ -320,7 +328,11 @@ impl<T: LiveTracker> Parts<T> {
             return Ok(());
         };
         match self.kind {
-            Kind::Diff => self.epoch.bitmap().runs().for_each(|run| attached.capture.add(run)),
+            Kind::Diff => self
+                .epoch
+                .bitmap()
+                .runs()
+                .for_each(|run| attached.capture.add(run)),
             Kind::Full => {
                 let ram_size = self.tracker.bitmap().ram_size();
                 let reader = self.memory.reader();
@@ -328,7 +340,9 @@ impl<T: LiveTracker> Parts<T> {
                     check_cancelled(&self.cancel)?;
                     self.populated.add(&run);
                 }
-                self.populated.runs().for_each(|run| attached.capture.add(run));
+                self.populated
+                    .runs()
+                    .for_each(|run| attached.capture.add(run));
             }
         }
         Ok(())
@@ -392,7 +406,9 @@ impl<T: LiveTracker> Parts<T> {
             (_, Kind::Full) => writer.write_full_in_order(&frozen, order),
             (_, Kind::Diff) => {
                 let runs = order.data();
-                writer.write_diff_in_order(&frozen, epoch.bitmap(), runs).map(drop)
+                writer
+                    .write_diff_in_order(&frozen, epoch.bitmap(), runs)
+                    .map(drop)
             }
         };
         written.map_err(|error| self.cause(error))
@@ -403,7 +419,9 @@ impl<T: LiveTracker> Parts<T> {
         let failed = self.attached.as_ref().and_then(|it| it.capture.failure());
         let of_capture = failed.and_then(LiveError::of_capture);
         let cancelled = || self.cancel.is_cancelled().then_some(LiveError::Cancelled);
-        of_capture.or_else(cancelled).unwrap_or(LiveError::Write(error))
+        of_capture
+            .or_else(cancelled)
+            .unwrap_or(LiveError::Write(error))
     }
 }
 

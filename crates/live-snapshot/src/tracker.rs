@@ -10,14 +10,14 @@ use page_reader::PageReader;
 
 use crate::slot::CaptureSlot;
 
+/// The error of a checkpoint: that of the tracker.
+pub type CheckpointFailed = Box<dyn Error + Send + Sync>;
+
 /// A tracker of a guest's writes, of which live snapshots can be taken.
 ///
 /// Implemented by `UffdTracker` (Linux), and with the feature `hvf` by `Stage2Tracker` of the crate
 /// `hvf-backend`. Offsets are bytes in the memory file.
 pub trait LiveTracker: Send + Sync + 'static {
-    /// The error of a checkpoint.
-    type Error: Error + Send + Sync + 'static;
-
     /// Returns the RAM. It exposes the [memory](PageReader::host_memory) of all of it, or copies it
     /// on any thread.
     fn memory(&self) -> Arc<dyn PageReader + Send + Sync>;
@@ -30,7 +30,7 @@ pub trait LiveTracker: Send + Sync + 'static {
     /// # Errors
     /// Returns an error if another epoch is open or the protection failed. All marks are in the
     /// bitmap.
-    fn begin_epoch(&self) -> Result<TrackedEpoch, Self::Error>;
+    fn begin_epoch(&self) -> Result<TrackedEpoch, CheckpointFailed>;
 
     /// Extends an epoch by the pages that were written since, and protects them, while the guest
     /// may run. Returns only these pages.
@@ -41,7 +41,7 @@ pub trait LiveTracker: Send + Sync + 'static {
     fn extend_epoch<'e>(
         &self,
         epoch: &'e mut TrackedEpoch,
-    ) -> Result<Extension<'e>, Self::Error>;
+    ) -> Result<Extension<'e>, CheckpointFailed>;
 
     /// Extends an epoch as [`extend_epoch`](Self::extend_epoch) does, and calls `frozen` with its
     /// pages before another write fault is handled. The vCPUs are stopped.
@@ -53,7 +53,7 @@ pub trait LiveTracker: Send + Sync + 'static {
         &self,
         epoch: &mut TrackedEpoch,
         frozen: &mut dyn FnMut(&Extension<'_>),
-    ) -> Result<(), Self::Error>;
+    ) -> Result<(), CheckpointFailed>;
 
     /// Returns the place where a capture receives each write before the page is unprotected, or
     /// `None` if the tracker cannot call it then.

@@ -26,7 +26,10 @@ fn image_is_the_ram_at_the_point_in_time(
     guest.run_vcpu(2, SIZE / 4);
     for round in 0..6 {
         let diff = round % 3 != 0;
-        let options = LiveSnapshot::<live_snapshot::UffdTracker>::options().method(method).diff(diff).remainder(1 << 20);
+        let options = LiveSnapshot::options()
+            .method(method)
+            .diff(diff)
+            .remainder(1 << 20);
         let live = options.begin(&guest.tracker, images.next(diff)).unwrap();
         let (frozen, ram) = guest.pause(|| {
             let ram = guest.contents();

@@ -95,11 +95,12 @@ impl UffdProtection {
     /// Ends the registration of all memory: it is writable, and waiting writes continue. Returns
     /// the first error.
     pub(super) fn unregister(&self) -> std::io::Result<()> {
-        let pieces = self.0.pieces.iter();
-        let results = pieces.map(|Piece { address, len, .. }| {
-            self.0.fault.unregister(*address..address + len)
-        });
-        results.fold(Ok(()), |first, result| first.and(result))
+        let mut first = Ok(());
+        for Piece { address, len, .. } in &self.0.pieces {
+            let unregistered = self.0.fault.unregister(*address..address + len);
+            first = first.and(unregistered);
+        }
+        first
     }
 
     fn change(

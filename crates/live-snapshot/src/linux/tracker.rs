@@ -14,7 +14,7 @@ use super::pagemap::Pagemap;
 use super::protection::UffdProtection;
 use super::tracker_error::{UffdCheckpointError, UffdTrackerError};
 use crate::slot::{CaptureSlot, CopyOnWrite};
-use crate::tracker::LiveTracker;
+use crate::tracker::{CheckpointFailed, LiveTracker};
 
 /// A tracker of all writes to a guest's RAM in this process, by userfaultfd.
 ///
@@ -188,7 +188,11 @@ impl UffdTracker {
     /// # Errors
     /// Returns the errors of [`mark_range`](dirty_bitmap::DirtyBitmap::mark_range).
     pub fn mark_range(&self, offset: u64, len: u64) -> Result<(), dirty_bitmap::OutOfRange> {
-        self.shared.tracker.bitmap().mark_range(offset, len).map(drop)
+        self.shared
+            .tracker
+            .bitmap()
+            .mark_range(offset, len)
+            .map(drop)
     }
 
     /// Makes the present contents of the RAM the baseline of the next diff: they are those of the
@@ -197,13 +201,37 @@ impl UffdTracker {
     /// # Errors
     /// Returns [`UffdCheckpointError`]. All marks are in the bitmap.
     pub fn set_baseline(&self, image_id: Option<[u8; 16]>) -> Result<(), UffdCheckpointError> {
-        let mut epoch = self.begin_epoch()?;
+        let mut epoch = self.checkpoint()?;
         epoch.set_image_id(image_id);
         Ok(epoch.release()?)
     }
 
+    /// Takes all marks into an epoch, and protects their pages.
+    fn checkpoint(&self) -> Result<TrackedEpoch, UffdCheckpointError> {
+        let epoch = self.shared.tracker.checkpoint(&self.shared.protection)?;
+        self.check_handled()?;
+        Ok(epoch)
+    }
+
+    fn checkpoint_incremental<'e>(
+        &self,
+        epoch: &'e mut TrackedEpoch,
+    ) -> Result<Extension<'e>, UffdCheckpointError> {
+        let protection = &self.shared.protection;
+        let extension = self
+            .shared
+            .tracker
+            .checkpoint_incremental(epoch, protection)?;
+        self.check_handled()?;
+        Ok(extension)
+    }
+
     fn check_handled(&self) -> Result<(), UffdCheckpointError> {
-        let failed = self.shared.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = self
+            .shared
+            .failed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         match &*failed {
             Some(error) => Err(UffdCheckpointError::Untracked(Arc::clone(error))),
             None => Ok(()),
@@ -212,8 +240,6 @@ impl UffdTracker {
 }
 
 impl LiveTracker for UffdTracker {
-    type Error = UffdCheckpointError;
-
     fn memory(&self) -> Arc<dyn PageReader + Send + Sync> {
         Arc::clone(&self.memory.0)
     }
@@ -222,30 +248,25 @@ impl LiveTracker for UffdTracker {
         self.shared.tracker.bitmap()
     }
 
-    fn begin_epoch(&self) -> Result<TrackedEpoch, UffdCheckpointError> {
-        let epoch = self.shared.tracker.checkpoint(&self.shared.protection)?;
-        self.check_handled()?;
-        Ok(epoch)
+    fn begin_epoch(&self) -> Result<TrackedEpoch, CheckpointFailed> {
+        Ok(self.checkpoint()?)
     }
 
     fn extend_epoch<'e>(
         &self,
         epoch: &'e mut TrackedEpoch,
-    ) -> Result<Extension<'e>, UffdCheckpointError> {
-        let protection = &self.shared.protection;
-        let extension = self.shared.tracker.checkpoint_incremental(epoch, protection)?;
-        self.check_handled()?;
-        Ok(extension)
+    ) -> Result<Extension<'e>, CheckpointFailed> {
+        Ok(self.checkpoint_incremental(epoch)?)
     }
 
     fn freeze_epoch(
         &self,
         epoch: &mut TrackedEpoch,
         frozen: &mut dyn FnMut(&Extension<'_>),
-    ) -> Result<(), UffdCheckpointError> {
+    ) -> Result<(), CheckpointFailed> {
         let no_faults = self.shared.faults.write();
         let _no_faults = no_faults.unwrap_or_else(PoisonError::into_inner);
-        frozen(&self.extend_epoch(epoch)?);
+        frozen(&self.checkpoint_incremental(epoch)?);
         Ok(())
     }
 

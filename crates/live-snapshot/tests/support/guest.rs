@@ -183,5 +183,10 @@ pub(crate) fn assert_same(image: &[u8], ram: &[u8]) {
         image[bytes.clone()] != ram[bytes]
     });
     let pages: Vec<_> = differ.collect();
-    assert!(pages.is_empty(), "{} pages differ: {:?}", pages.len(), &pages[..pages.len().min(20)]);
+    assert!(
+        pages.is_empty(),
+        "{} pages differ: {:?}",
+        pages.len(),
+        &pages[..pages.len().min(20)]
+    );
 }

@@ -237,8 +237,11 @@ impl Missing {
         let unit = self.geometry.page_size;
         let whole = range.start.is_multiple_of(unit) && range.end.is_multiple_of(unit);
         let inside = range.start < range.end && range.end <= self.geometry.ram_size;
-        let is_missing =
-            || self.pages.runs_in(range.clone()).eq(std::iter::once(range.clone()));
+        let is_missing = || {
+            self.pages
+                .runs_in(range.clone())
+                .eq(std::iter::once(range.clone()))
+        };
         if !(whole && inside && is_missing()) {
             self.invalid = Some(range.clone());
             return None;
