@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError};
 use crate::options::WhenPoolFull;
 use crate::page_states::{PageState, PageStates};
 use crate::pool::{NoBuffer, Pool, PoolUsage};
-use crate::sync::{AtomicBool, Mutex, Ordering, yield_now};
+use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, Ordering};
 
 /// The number of bytes of RAM that are written together: a chunk of an image, whose checksum is
 /// computed while it is written.
@@ -52,6 +52,11 @@ pub(crate) struct Capture {
     /// Whether the point in time of the image is reached, and the capture has not ended.
     active: AtomicBool,
     failure: Mutex<Option<Failure>>,
+    /// The number of threads that wait for the copy of another one.
+    waiting: AtomicU64,
+    /// Guards no data. A thread that waits holds it from its look at the state on.
+    copying: Mutex<()>,
+    copied: Condvar,
 }
 
 impl fmt::Debug for Capture {
@@ -80,6 +85,9 @@ impl Capture {
             page_size,
             active: AtomicBool::new(false),
             failure: Mutex::new(None),
+            waiting: AtomicU64::new(0),
+            copying: Mutex::new(()),
+            copied: Condvar::new(),
         }
     }
 
@@ -156,7 +164,7 @@ impl Capture {
         loop {
             match self.states.get(page) {
                 PageState::Free | PageState::Pooled => return,
-                PageState::Copying => yield_now(),
+                PageState::Copying => self.wait_for_copy(page),
                 PageState::Pending => {
                     // Taken first: a thread that waits must not hold a page.
                     let mut buffer = match self.pool.take() {
@@ -175,16 +183,42 @@ impl Capture {
                     let bytes = buffer.sized(self.page_size as usize);
                     if let Err(error) = self.memory.copy(offset, bytes) {
                         self.pool.give_back(buffer);
-                        self.states.end_copy(page, PageState::Pending);
+                        self.end_copies(page..page + 1, |_| PageState::Pending);
                         let error = Arc::new(error);
                         return self.fail(Failure::Memory { offset, error });
                     }
                     self.pool.put(page, offset / self.chunk_size(), buffer);
-                    self.states.end_copy(page, PageState::Pooled);
+                    self.end_copies(page..page + 1, |_| PageState::Pooled);
                     return;
                 }
             }
         }
+    }
+
+    /// Ends the copies of pages that the calling thread has claimed, and wakes threads that wait.
+    fn end_copies(&self, pages: Range<u64>, to: impl Fn(u64) -> PageState) {
+        if pages.is_empty() {
+            return;
+        }
+        pages.for_each(|page| self.states.end_copy(page, to(page)));
+        // An update, not a load: either it sees a waiting thread, or that thread sees the states.
+        if self.waiting.fetch_add(0, Ordering::SeqCst) > 0 {
+            // A thread that saw the old state waits by now.
+            drop(self.copying.lock().unwrap_or_else(PoisonError::into_inner));
+            self.copied.notify_all();
+        }
+    }
+
+    /// Waits while another thread copies a page.
+    fn wait_for_copy(&self, page: u64) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let mut copying = self.copying.lock().unwrap_or_else(PoisonError::into_inner);
+        while self.states.get(page) == PageState::Copying {
+            let woken = self.copied.wait(copying);
+            copying = woken.unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(copying);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 
     /// Copies the bytes that the RAM had at the point in time. Each byte is read once, by one
@@ -210,7 +244,7 @@ impl Capture {
     fn read_batch(&self, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
         let end = offset + buf.len() as u64;
         let mut held = Held {
-            states: &self.states,
+            capture: self,
             pages: 0..0,
         };
         for page in offset / self.page_size..end.div_ceil(self.page_size) {
@@ -249,7 +283,8 @@ impl Capture {
                 Ok(()) => return Ok(true),
                 Err(PageState::Pooled) => return Ok(false),
                 // A fault copies it.
-                Err(PageState::Copying | PageState::Pending) => yield_now(),
+                Err(PageState::Copying) => self.wait_for_copy(page),
+                Err(PageState::Pending) => {}
                 Err(PageState::Free) => {
                     let offset = page * self.page_size;
                     return Err(Failure::NotPending { offset });
@@ -286,21 +321,20 @@ impl Capture {
                 });
             }
         }
-        for page in std::mem::take(&mut held.pages) {
-            let read_to_its_end = end >= (page + 1) * self.page_size;
-            let state = match read_to_its_end {
+        self.end_copies(std::mem::take(&mut held.pages), |page| {
+            match end >= (page + 1) * self.page_size {
                 true => PageState::Free,
+                // The rest of the page is read later.
                 false => PageState::Pending,
-            };
-            self.states.end_copy(page, state);
-        }
+            }
+        });
         Ok(())
     }
 }
 
 /// Adjacent pages in the state [`Copying`](PageState::Copying). They are pending again on drop.
 struct Held<'c> {
-    states: &'c PageStates,
+    capture: &'c Capture,
     pages: Range<u64>,
 }
 
@@ -316,8 +350,10 @@ impl Held<'_> {
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        for page in self.pages.clone() {
-            self.states.end_copy(page, PageState::Pending);
-        }
+        let pages = std::mem::take(&mut self.pages);
+        self.capture.end_copies(pages, |_| PageState::Pending);
     }
 }
+
+#[cfg(all(test, ramsnap_loom))]
+mod interleavings;

@@ -1,5 +1,6 @@
 //! Snapshots of a running guest, whose pause does not grow with the guest's RAM.
 
+#[cfg_attr(ramsnap_loom, allow(dead_code, reason = "the models use a part"))]
 mod capture;
 #[cfg(not(ramsnap_loom))]
 mod error;
@@ -15,6 +16,7 @@ mod order;
 #[cfg(not(ramsnap_loom))]
 mod pacer;
 mod page_states;
+#[cfg_attr(ramsnap_loom, allow(dead_code, reason = "the models use a part"))]
 mod pool;
 #[cfg(not(ramsnap_loom))]
 mod precopy;

@@ -5,12 +5,8 @@
 pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 #[cfg(ramsnap_loom)]
 pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
-#[cfg(ramsnap_loom)]
-pub(crate) use loom::thread::yield_now;
 
 #[cfg(not(ramsnap_loom))]
 pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 #[cfg(not(ramsnap_loom))]
 pub(crate) use std::sync::{Condvar, Mutex, MutexGuard};
-#[cfg(not(ramsnap_loom))]
-pub(crate) use std::thread::yield_now;

@@ -34,7 +34,13 @@ const KVM_BACKEND: Modeled = Modeled {
     filter: "interleavings",
 };
 
-pub(crate) const CRATES: [Modeled; 3] = [DIRTY_BITMAP, HVF_BACKEND, KVM_BACKEND];
+const LIVE_SNAPSHOT: Modeled = Modeled {
+    name: "live-snapshot",
+    targets: &["--lib"],
+    filter: "interleavings",
+};
+
+pub(crate) const CRATES: [Modeled; 4] = [DIRTY_BITMAP, HVF_BACKEND, KVM_BACKEND, LIVE_SNAPSHOT];
 
 /// One line of a crate, made wrong.
 pub(crate) struct Mutant {
@@ -47,7 +53,7 @@ pub(crate) struct Mutant {
     pub(crate) model: &'static str,
 }
 
-pub(crate) const MUTANTS: [Mutant; 21] = [
+pub(crate) const MUTANTS: [Mutant; 27] = [
     Mutant {
         what: "a marker does not look again after marking",
         of: DIRTY_BITMAP,
@@ -246,5 +252,62 @@ pub(crate) const MUTANTS: [Mutant; 21] = [
                 drop(set);",
         wrong: "                self.word.0.store(PENDING, Ordering::Relaxed);",
         model: "linux::vcpus::run_states::interleavings::a_vcpu_adopted_during_a_pause",
+    },
+    Mutant {
+        what: "a write does not wait for the copy of its page",
+        of: LIVE_SNAPSHOT,
+        file: "capture.rs",
+        right: "                PageState::Copying => self.wait_for_copy(page),
+                PageState::Pending => {",
+        wrong: "                PageState::Copying => return,
+                PageState::Pending => {",
+        model: "capture::interleavings::a_read_racing_a_write_has_the_old_bytes",
+    },
+    Mutant {
+        what: "a page is in the pool before its copy is",
+        of: LIVE_SNAPSHOT,
+        file: "capture.rs",
+        right: "                    self.pool.put(page, offset / self.chunk_size(), buffer);
+                    self.end_copies(page..page + 1, |_| PageState::Pooled);",
+        wrong: "                    self.end_copies(page..page + 1, |_| PageState::Pooled);
+                    self.pool.put(page, offset / self.chunk_size(), buffer);",
+        model: "capture::interleavings::a_read_racing_a_write_has_the_old_bytes",
+    },
+    Mutant {
+        what: "the end of a copy wakes no thread",
+        of: LIVE_SNAPSHOT,
+        file: "capture.rs",
+        right: "            self.copied.notify_all();",
+        wrong: "",
+        model: "capture::interleavings::a_read_racing_a_write_has_the_old_bytes",
+    },
+    Mutant {
+        what: "a page is free after its first part was read",
+        of: LIVE_SNAPSHOT,
+        file: "capture.rs",
+        right: "            match end >= (page + 1) * self.page_size {",
+        wrong: "            match end > page * self.page_size {",
+        model: "capture::interleavings::a_page_that_is_read_in_parts_has_the_old_bytes",
+    },
+    Mutant {
+        what: "a page that leaves the pool wakes no thread",
+        of: LIVE_SNAPSHOT,
+        file: "pool.rs",
+        right: "            drop(state);
+            self.freed.notify_one();
+        }
+        true",
+        wrong: "        }
+        true",
+        model: "capture::interleavings::a_write_that_waits_for_the_pool_continues_after_reads",
+    },
+    Mutant {
+        what: "the end of a capture wakes no thread",
+        of: LIVE_SNAPSHOT,
+        file: "pool.rs",
+        right: "        drop(state);
+        self.freed.notify_all();",
+        wrong: "        drop(state);",
+        model: "capture::interleavings::a_write_that_waits_for_the_pool_continues_after_the_end",
     },
 ];
