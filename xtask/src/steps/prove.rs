@@ -22,11 +22,12 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "interleavings",
-            proves: "no mark is lost in any interleaving that loom distinguishes, and no vCPU runs during a pause; 21 mutants are detected",
+            proves: "no mark is lost in any interleaving that loom distinguishes, and no vCPU runs during a pause; 27 mutants are detected",
             paths: &[
                 "crates/dirty-bitmap",
                 "crates/hvf-backend",
                 "crates/kvm-backend",
+                "crates/live-snapshot",
                 "testing/mutants",
             ],
             run: interleavings,
@@ -93,6 +94,7 @@ pub(super) const SUITE: Suite = Suite {
                 "crates/image-format",
                 "crates/kvm-backend",
                 "crates/lazy-restore",
+                "crates/live-snapshot",
                 "crates/memory-image",
                 "crates/memory-writer",
                 "crates/page-reader",
@@ -144,12 +146,13 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "mutants",
-            proves: "the tests detect small changes to the five crates that could lose a page, and to hvf-backend's code for macOS",
+            proves: "the tests detect small changes to the six crates that could lose a page, and to hvf-backend's code for macOS",
             paths: &[
                 "crates/atomic-file",
                 "crates/dirty-bitmap",
                 "crates/hvf-backend",
                 "crates/lazy-restore",
+                "crates/live-snapshot",
                 "crates/memory-image",
                 "crates/memory-writer",
                 "testing/fake-hvf",
