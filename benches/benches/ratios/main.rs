@@ -16,6 +16,8 @@ mod cases;
 mod chains;
 mod growth;
 mod images;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod live;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -83,6 +85,8 @@ fn main() -> anyhow::Result<()> {
     comparison.bitmap();
     comparison.memory();
     comparison.growth();
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    comparison.live();
     if let Some(path) = &arguments.json {
         let json = serde_json::to_string_pretty(&comparison.report)?;
         fs::write(path, json).with_context(|| format!("failed to write {}", path.display()))?;
