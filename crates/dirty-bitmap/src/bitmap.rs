@@ -9,7 +9,7 @@ use crate::epoch::{BeginEpochError, Epoch, EpochCommitting, Epochs};
 use crate::geometry::{GeometryError, OutOfRange, RamRange, RangeMismatch};
 use crate::kind::{Logged, Markable, Taken, Tracked, Untracked};
 use crate::marks::Marks;
-use crate::parent_id::ParentId;
+use crate::parent::{Parent, ParentImage};
 use crate::runs::Runs;
 
 /// A bitmap of the pages of guest RAM that were written since their marks were last taken.
@@ -120,7 +120,7 @@ pub struct DirtyBitmap<K = Untracked> {
     /// The takes of an epoch that these marks are from, if any. No mark depends on the ordering of
     /// this value.
     takes: Mutex<Option<TakeRange>>,
-    pub(crate) parent_id: ParentId,
+    pub(crate) parent: Parent,
     kind: PhantomData<fn() -> K>,
 }
 
@@ -182,7 +182,7 @@ impl DirtyBitmap {
     pub fn drain(&self) -> Result<Self, GeometryError> {
         let clean = |shift| Marks::clean(self.marks.ram, shift);
         let taken = self.marks.take(clean, |marks| marks)?;
-        self.parent_id.set(None);
+        self.parent.set(ParentImage::Unknown);
         Ok(Self::over(taken))
     }
 
@@ -196,7 +196,7 @@ impl DirtyBitmap {
         // can't deadlock.
         self.marks
             .take_runs(|run| _ = other.marks.mark_offsets(run));
-        self.parent_id.set(None);
+        self.parent.set(ParentImage::Unknown);
         Ok(())
     }
 
@@ -215,7 +215,7 @@ impl DirtyBitmap {
     ///
     /// This is for an epoch that never ends, because its value was leaked or its thread is stuck.
     /// If the save is running after all, no mark is lost: the pages are marked, the next save
-    /// includes them, and [`Epoch::release`] returns [`EpochReclaimed`](crate::EpochReclaimed).
+    /// includes them, and [`Epoch::release`] fails ([`EpochReclaimed`](crate::EpochReclaimed)).
     ///
     /// A save that is running after all may still commit. At a shared destination, it would replace
     /// the file of the next save, whose pages would then be in no file. [`Epoch::release_after`]
@@ -279,7 +279,7 @@ impl<K> DirtyBitmap<K> {
             marks,
             epochs: Epochs::default(),
             takes: Mutex::new(None),
-            parent_id: ParentId::default(),
+            parent: Parent::default(),
             kind: PhantomData,
         }
     }

@@ -16,7 +16,7 @@ impl<K> DirtyBitmap<K> {
     ///
     /// The bitmap keeps its marks. Marks that are set during the call may be missed. The epochs of
     /// the bitmap are not encoded; an open one holds marks that are not in the bitmap. The
-    /// [parent](Self::parent_id) is not encoded either.
+    /// [parent](Self::parent) is not encoded either.
     ///
     /// # Format
     /// All numbers are little-endian words of 64 bits.

@@ -135,10 +135,17 @@ impl Coverage {
     /// Returns whether every page whose mark `epoch` took was written after the take.
     ///
     /// The caller ensures that each full write was of the RAM that the bitmap of the epoch covers.
+    /// [`Epoch::check_written`] makes the same check, and has marks that are added later prevent a
+    /// release.
     #[must_use]
     pub fn covers<K, B: Deref<Target = DirtyBitmap<K>>>(&self, epoch: &Epoch<B, K>) -> bool {
         let takes = epoch.bitmap().takes();
-        takes.is_some_and(|takes| takes.last <= self.written(takes))
+        takes.is_some_and(|takes| self.has(takes))
+    }
+
+    /// Returns whether every page of these takes was written.
+    pub(crate) fn has(&self, takes: TakeRange) -> bool {
+        takes.last <= self.written(takes)
     }
 
     /// Returns the number up to which the takes of this epoch were written.

@@ -1,19 +1,24 @@
 //! Marks checked out by a save; restored on drop unless released.
 
+mod error;
+
 use std::marker::PhantomData;
 use std::ops::Deref;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, PoisonError};
 
-use thiserror::Error;
-
 use crate::bitmap::{DirtyBitmap, TakenBitmap};
-use crate::coverage::TakeRange;
+use crate::coverage::{Coverage, TakeRange};
 use crate::extension::Extension;
 use crate::geometry::GeometryError;
 use crate::kind::{Tracked, Untracked};
 use crate::marks::Marks;
+use crate::parent::ParentImage;
 use crate::sync::{Mutex, MutexGuard};
+pub use error::{
+    BeginEpochError, EpochCommitting, EpochExtended, EpochReclaimed, ExtendError, NotReleased,
+    ReleaseError,
+};
 
 /// The number of bitmaps that are kept for the next epoch: one for its marks, one for those of
 /// [`extend`](Epoch::extend).
@@ -71,8 +76,10 @@ pub struct Epoch<B: Deref<Target = DirtyBitmap<K>>, K = Untracked> {
     taken: Arc<TakenBitmap>,
     /// The marks that extended this epoch last.
     extension: Option<Arc<TakenBitmap>>,
-    /// The id of the image that the save writes.
-    image_id: Option<[u8; 16]>,
+    /// The image that the save writes.
+    image: ParentImage,
+    /// The takes whose pages were checked to be written, if any were.
+    written: Option<TakeRange>,
     kind: PhantomData<fn() -> K>,
 }
 
@@ -115,14 +122,44 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
         self.extension.as_deref()
     }
 
-    /// Sets the id of the image that the save writes, such as `ImageId::to_bytes` returns it. The
-    /// default is `None`: the image has no id.
+    /// Sets the image that the save writes. The default is [`ParentImage::Unknown`].
     ///
-    /// A release makes it the [parent](DirtyBitmap::parent_id) of the next diff.
+    /// A release makes it the [parent](DirtyBitmap::parent) of the next diff.
     /// `MemoryWriter::commit_and_release` and `PackedStream::finish_and_release` of the crate
     /// `memory-writer` call this.
-    pub fn set_image_id(&mut self, id: Option<[u8; 16]>) {
-        self.image_id = id;
+    pub fn set_image(&mut self, image: ParentImage) {
+        self.image = image;
+    }
+
+    /// Returns whether every page whose mark this epoch has taken was
+    /// [written](Coverage::covers).
+    ///
+    /// After a check that succeeded, the epoch releases only the marks that were checked: if marks
+    /// are added to it later, a release fails ([`EpochExtended`]) until they were written and
+    /// checked too. `MemoryWriter::check_epoch` of the crate `memory-writer` calls this.
+    ///
+    /// # Examples
+    /// ```
+    /// use dirty_bitmap::{Coverage, DirtyBitmap};
+    ///
+    /// let bitmap = DirtyBitmap::new(0, 1 << 20, 4096)?;
+    /// let mut epoch = bitmap.begin_epoch()?;
+    /// let written = Coverage::new();
+    /// assert!(epoch.check_written(&written)); // there was no mark
+    /// bitmap.mark(0x5000)?;
+    /// let _dirtied = epoch.extend()?; // not written
+    /// epoch.release().unwrap_err();
+    /// assert!(bitmap.is_dirty(0x5000)?);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use = "a check that fails has no effect on a release"]
+    pub fn check_written(&mut self, written: &Coverage) -> bool {
+        let takes = self.taken.takes();
+        let is_written = takes.is_some_and(|takes| written.has(takes));
+        if is_written {
+            self.written = takes;
+        }
+        is_written
     }
 
     /// Runs `commit`, and discards the marks if it succeeds. If it fails, the marks return to the
@@ -136,12 +173,15 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
     /// this accepts the loss of the pages in a crash.
     ///
     /// # Errors
-    /// Returns [`ReleaseError::Reclaimed`] if the epoch was reclaimed before; `commit` was not
-    /// called. Returns [`ReleaseError::Commit`] if `commit` failed.
+    /// Returns [`ReleaseError::Reclaimed`] if the epoch was reclaimed before, and
+    /// [`ReleaseError::Extended`] if marks were added to it after it was
+    /// [checked](Self::check_written): `commit` was not called. Returns [`ReleaseError::Commit`]
+    /// if `commit` failed.
     pub fn release_after<T, E>(
         mut self,
         commit: impl FnOnce() -> Result<T, E>,
     ) -> Result<T, ReleaseError<E>> {
+        self.check_not_extended()?;
         self.source.epochs.lock().begin_commit(&self.taken)?;
         // After an error or a panic, dropping the epoch restores its marks.
         let committed = commit().map_err(ReleaseError::Commit)?;
@@ -153,14 +193,26 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
     ///
     /// The caller ensures that every page of [`bitmap`](Self::bitmap) was written after its mark
     /// was taken. This includes the pages that [`extend`](Epoch::extend) took last. A full
-    /// save must have begun after the epoch. This method does not check it. A save that may be
-    /// reclaimed must commit in [`release_after`](Self::release_after) instead.
+    /// save must have begun after the epoch. This method does not check it: see
+    /// [`check_written`](Self::check_written). A save that may be reclaimed must commit in
+    /// [`release_after`](Self::release_after) instead.
     ///
     /// # Errors
-    /// Returns [`EpochReclaimed`] if [`reclaim_epoch`](DirtyBitmap::reclaim_epoch) has restored the
-    /// marks. They stay in the bitmap.
-    pub fn release(mut self) -> Result<(), EpochReclaimed> {
-        self.end(false)
+    /// Returns [`NotReleased::Reclaimed`] if [`reclaim_epoch`](DirtyBitmap::reclaim_epoch) has
+    /// restored the marks. They stay in the bitmap. Returns [`NotReleased::Extended`] if marks were
+    /// added to the epoch after it was [checked](Self::check_written). All of its marks return to
+    /// the bitmap.
+    pub fn release(mut self) -> Result<(), NotReleased> {
+        self.check_not_extended()?;
+        Ok(self.end(false)?)
+    }
+
+    /// Checks that no marks were added since the check of the written pages, if there was one.
+    fn check_not_extended(&self) -> Result<(), EpochExtended> {
+        match self.written {
+            Some(_) if self.written != self.taken.takes() => Err(EpochExtended),
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// Begins an epoch of a bitmap of any kind.
@@ -172,14 +224,15 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
         let taken = epochs.take(&source.marks);
         let taken = taken.map_err(BeginEpochError::OutOfMemory)?;
         taken.set_takes(TakeRange::first(taken.is_clean()));
-        taken.parent_id.set(source.parent_id());
+        taken.parent.set(source.parent());
         epochs.open = Some(Arc::clone(&taken));
         drop(epochs);
         Ok(Self {
             source,
             taken,
             extension: None,
-            image_id: None,
+            image: ParentImage::Unknown,
+            written: None,
             kind: PhantomData,
         })
     }
@@ -200,7 +253,7 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
             extension.set_takes(takes);
             self.taken.set_takes(takes.since_first());
         }
-        extension.parent_id.set(self.taken.parent_id());
+        extension.parent.set(self.taken.parent());
         self.taken.marks.add(&extension.marks);
         drop(epochs);
         Ok(Extension::new(self.extension.insert(extension)))
@@ -220,7 +273,7 @@ impl<K, B: Deref<Target = DirtyBitmap<K>>> Epoch<B, K> {
         // Restore the marks before another epoch can begin, which would miss them.
         match restore {
             true => self.source.marks.add(&self.taken.marks),
-            false => self.source.parent_id.set(self.image_id),
+            false => self.source.parent.set(self.image),
         }
         epochs.open = None;
         epochs.committing = false;
@@ -332,61 +385,4 @@ impl EpochState {
         }
         self.recycled.push(taken);
     }
-}
-
-/// An error for an epoch that could not begin. No mark was taken.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum BeginEpochError {
-    /// Another epoch of this bitmap is open: it is not released, dropped or reclaimed.
-    #[error(
-        "another epoch of this bitmap is open: release or drop it first; if it was leaked or its \
-         save is stuck, call reclaim_epoch, which marks its pages dirty again"
-    )]
-    AlreadyOpen,
-    /// Memory for the marks can't be allocated.
-    #[error("failed to take the marks out of the bitmap: {0}")]
-    OutOfMemory(#[source] GeometryError),
-}
-
-/// An error for an epoch that could not be extended. No mark was taken.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum ExtendError {
-    /// The epoch was reclaimed.
-    #[error(transparent)]
-    Reclaimed(#[from] EpochReclaimed),
-    /// Memory for the marks can't be allocated.
-    #[error("failed to take the marks out of the bitmap: {0}")]
-    OutOfMemory(#[from] GeometryError),
-}
-
-/// An error for an epoch that was reclaimed while its save ran. Its marks are in the bitmap again.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error(
-    "the epoch was reclaimed while its save ran, and its pages are dirty again: \
-     discard this save, and save the pages with the next one"
-)]
-#[non_exhaustive]
-pub struct EpochReclaimed;
-
-/// An error for an epoch that can't be reclaimed because its save is committing. Nothing was
-/// reclaimed.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error(
-    "the save of the open epoch is committing: wait until the commit has returned, which ends the \
-     epoch"
-)]
-#[non_exhaustive]
-pub struct EpochCommitting;
-
-/// An error for an epoch whose marks were not discarded. They are in the bitmap again.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-pub enum ReleaseError<E> {
-    /// The epoch was reclaimed before the commit. Nothing was committed.
-    #[error("nothing was committed: {0}")]
-    Reclaimed(#[from] EpochReclaimed),
-    /// The commit failed.
-    #[error("the commit failed, and the marks of its epoch are back in the bitmap: {0}")]
-    Commit(#[source] E),
 }

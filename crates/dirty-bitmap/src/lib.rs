@@ -94,7 +94,7 @@ mod marking;
 mod marks;
 mod page_set;
 mod page_units;
-mod parent_id;
+mod parent;
 mod policy;
 mod protection;
 mod ranges;
@@ -115,8 +115,8 @@ pub use bytes::DecodeError;
 pub use coverage::{Coverage, FullBegan};
 pub use dirty_log::DirtyLogError;
 pub use epoch::{
-    BeginEpochError, Epoch, EpochCommitting, EpochReclaimed, ExtendError, ReleaseError,
-    TrackedEpoch,
+    BeginEpochError, Epoch, EpochCommitting, EpochExtended, EpochReclaimed, ExtendError,
+    NotReleased, ReleaseError, TrackedEpoch,
 };
 pub use extension::Extension;
 pub use geometry::{GeometryError, MAX_RAM_SIZE, OutOfRange, RangeMismatch};
@@ -125,6 +125,7 @@ pub use guest_memory::{DirtyBitmapSlice, MarkMemoryError, RegionBitmap, SliceErr
 pub use kind::{Logged, Markable, Taken, Tracked, Untracked};
 pub use logged::LoggedEpoch;
 pub use page_set::PageSet;
+pub use parent::ParentImage;
 pub use policy::{Costs, Policy};
 pub use protection::WriteProtection;
 pub use ranges::{Coalesce, coalesce, coalesce_within, runs_of, whole_pages};

@@ -3,7 +3,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use dirty_bitmap::{BeginEpochError, Coverage, DirtyBitmap, Epoch, ExtendError, ReleaseError};
+use dirty_bitmap::{
+    BeginEpochError, Coverage, DirtyBitmap, Epoch, ExtendError, NotReleased, ReleaseError,
+};
 
 fn marked() -> DirtyBitmap {
     let bitmap = DirtyBitmap::new(0, 1 << 20, 4096).unwrap();
@@ -312,4 +314,46 @@ fn a_diff_of_another_epoch_or_bitmap_covers_nothing() {
     let epoch = bitmap.begin_epoch().unwrap();
     assert!(!written.covers(&epoch));
     assert!(written.covers(&elsewhere));
+}
+
+#[test]
+fn marks_added_after_a_check_are_not_released() {
+    for commits in [false, true] {
+        let bitmap = marked();
+        let mut epoch = bitmap.begin_epoch().unwrap();
+        let mut written = Coverage::new();
+        assert!(!epoch.check_written(&written));
+        written.add_diff(epoch.bitmap());
+        assert!(epoch.check_written(&written));
+        bitmap.mark(0xf000).unwrap();
+        let _ = epoch.extend().unwrap();
+        assert!(!epoch.check_written(&written));
+        match commits {
+            false => {
+                let error = epoch.release().unwrap_err();
+                assert!(matches!(error, NotReleased::Extended(_)), "{error:?}");
+            }
+            true => {
+                let unchecked = || -> Result<(), ()> { panic!("the epoch has other marks") };
+                let error = epoch.release_after(unchecked).unwrap_err();
+                assert!(matches!(error, ReleaseError::Extended(_)), "{error:?}");
+            }
+        }
+        assert_eq!(runs(&bitmap), [0x3000..0xc000, 0xf000..0x10000]);
+    }
+}
+
+#[test]
+fn marks_checked_again_or_an_empty_extension_are_released() {
+    let bitmap = marked();
+    let mut epoch = bitmap.begin_epoch().unwrap();
+    let mut written = Coverage::new();
+    written.add_diff(epoch.bitmap());
+    assert!(epoch.check_written(&written));
+    bitmap.mark(0xf000).unwrap();
+    written.add_diff(&epoch.extend().unwrap());
+    assert!(epoch.check_written(&written));
+    let _ = epoch.extend().unwrap();
+    epoch.release().unwrap();
+    assert!(bitmap.is_clean());
 }

@@ -5,6 +5,7 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use dirty_bitmap::ParentImage;
 use page_reader::RamLayout;
 
 use crate::errors::GuestRamError;
@@ -17,10 +18,11 @@ impl<K: BitmapKind> GuestRam<K> {
     /// Uses the memory of `owner`, which holds the memory file of this layout. The owner is dropped
     /// after the RAM.
     ///
-    /// What `owner` holds is the baseline of the next diff, and the [image](RamOwner::image_id) of
-    /// that state is its parent: a diff that names another one is refused. The bitmap is that of
-    /// `owner` if it [has one](RamOwner::own_bitmap), and otherwise new and clean, in pages of the
-    /// host's size.
+    /// The [image](RamOwner::image) of `owner` is the parent of the next diff: a diff that names
+    /// another one is refused. What was [written through `owner`](RamOwner::mark_writes) since is
+    /// marked. The caller [marks](Self::mark) what was written by address, and what was discarded.
+    /// The bitmap is that of `owner` if it [has one](RamOwner::own_bitmap), and otherwise new, in
+    /// pages of the host's size.
     ///
     /// A balloon must not discard memory that maps images (`MappedChain`, `MappedImage`): after
     /// `madvise(MADV_DONTNEED)` it has the bytes of the images again. Let it write zeros instead.
@@ -81,10 +83,13 @@ impl<K: BitmapKind> GuestRamOptions<K> {
             // owner is dropped, which the mapping keeps.
             Ok(unsafe { Mapping::new(start, len, Arc::clone(&owner)) })
         })?;
-        if let Some(id) = owner.image_id() {
-            ram.dirty_bitmap().set_parent_id(Some(id));
+        match owner.image() {
+            ParentImage::Unknown => {}
+            image @ (ParentImage::Raw | ParentImage::Id(_)) => ram.dirty_bitmap().set_parent(image),
         }
-        Ok(ram.owned_by(owner))
+        let ram = ram.owned_by(owner);
+        ram.mark_owner_writes();
+        Ok(ram)
     }
 
     /// Returns these options with the bitmap of the owner, if it has one: marks in another bitmap

@@ -18,6 +18,9 @@ pub trait BitmapKind: Markable + Sized + 'static {
 
     /// Returns the bitmap of an owner if it is of this kind.
     fn of_owner(bitmap: OwnerBitmap) -> Option<Arc<DirtyBitmap<Self>>>;
+
+    /// Returns a bitmap of this kind as one that an owner can mark.
+    fn as_owner(bitmap: Arc<DirtyBitmap<Self>>) -> OwnerBitmap;
 }
 
 /// A kind of bitmap whose marks may be discarded after a restore: [`Untracked`] or [`Logged`].
@@ -40,6 +43,10 @@ impl BitmapKind for Untracked {
             OwnerBitmap::Tracked(_) | OwnerBitmap::Logged(_) => None,
         }
     }
+
+    fn as_owner(bitmap: Arc<DirtyBitmap<Self>>) -> OwnerBitmap {
+        OwnerBitmap::Untracked(bitmap)
+    }
 }
 
 impl BitmapKind for Tracked {
@@ -53,6 +60,10 @@ impl BitmapKind for Tracked {
             OwnerBitmap::Untracked(_) | OwnerBitmap::Logged(_) => None,
         }
     }
+
+    fn as_owner(bitmap: Arc<DirtyBitmap<Self>>) -> OwnerBitmap {
+        OwnerBitmap::Tracked(bitmap)
+    }
 }
 
 impl BitmapKind for Logged {
@@ -65,6 +76,10 @@ impl BitmapKind for Logged {
             OwnerBitmap::Logged(bitmap) => Some(bitmap),
             OwnerBitmap::Untracked(_) | OwnerBitmap::Tracked(_) => None,
         }
+    }
+
+    fn as_owner(bitmap: Arc<DirtyBitmap<Self>>) -> OwnerBitmap {
+        OwnerBitmap::Logged(bitmap)
     }
 }
 

@@ -3,9 +3,10 @@
 #![allow(unsafe_code)]
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
-use dirty_bitmap::{DirtyBitmap, LoggedBitmap, TrackedBitmap};
+use dirty_bitmap::{DirtyBitmap, LoggedBitmap, Markable, ParentImage, TrackedBitmap};
 use page_reader::PageReader;
 
 use crate::errors::GuestRamError;
@@ -23,6 +24,37 @@ pub enum OwnerBitmap {
     Tracked(Arc<TrackedBitmap>),
     /// A bitmap into which a dirty log is moved.
     Logged(Arc<LoggedBitmap>),
+}
+
+impl OwnerBitmap {
+    /// Marks the bytes of `range`: offsets in the memory file. Bytes past the end of the RAM are
+    /// ignored.
+    pub fn mark_offsets(&self, range: Range<u64>) {
+        match self {
+            Self::Untracked(bitmap) => mark_offsets(bitmap, range),
+            Self::Tracked(bitmap) => mark_offsets(bitmap, range),
+            Self::Logged(bitmap) => mark_offsets(bitmap, range),
+        }
+    }
+
+    /// Returns whether both are the same bitmap.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Untracked(one), Self::Untracked(other)) => Arc::ptr_eq(one, other),
+            (Self::Tracked(one), Self::Tracked(other)) => Arc::ptr_eq(one, other),
+            (Self::Logged(one), Self::Logged(other)) => Arc::ptr_eq(one, other),
+            (Self::Untracked(_) | Self::Tracked(_) | Self::Logged(_), _) => false,
+        }
+    }
+}
+
+fn mark_offsets<K: Markable>(bitmap: &DirtyBitmap<K>, range: Range<u64>) {
+    let end = range.end.min(bitmap.ram_size());
+    if let Some(len) = end.checked_sub(range.start).filter(|len| *len > 0) {
+        let marked = bitmap.mark_range(bitmap.ram_start() + range.start, len);
+        debug_assert!(marked.is_ok(), "the range is inside the RAM");
+    }
 }
 
 /// A value that owns the mapped memory of a guest, and lends it to a
@@ -89,10 +121,26 @@ pub unsafe trait RamOwner: PageReader + fmt::Debug + Send + Sync + 'static {
         Ok(None)
     }
 
-    /// Returns the id of the image whose state the memory has, if it has that of an image. It
-    /// becomes the [parent](DirtyBitmap::parent_id) of the next diff.
-    fn image_id(&self) -> Option<[u8; 16]> {
-        None
+    /// Returns the image whose state the memory had when the owner was created. It becomes the
+    /// [parent](DirtyBitmap::parent) of the next diff, unless it is
+    /// [unknown](ParentImage::Unknown).
+    ///
+    /// An owner that offers writes without [`own_bitmap`](Self::own_bitmap) implements
+    /// [`mark_writes`](Self::mark_writes) too. Otherwise the pages that were written before the
+    /// RAM took the memory are missing from the next diff.
+    fn image(&self) -> ParentImage {
+        ParentImage::Unknown
+    }
+
+    /// Marks in `bitmap` what was written through the owner since the memory had the state of
+    /// [`image`](Self::image), and keeps `bitmap` to mark later writes in it. Each mark follows its
+    /// write.
+    ///
+    /// `bitmap` is that of a RAM that takes the memory. The RAM calls this again after its marks
+    /// were [discarded](crate::GuestRam::set_baseline). The default does nothing, for an owner that
+    /// offers no writes, or that marks them in a bitmap of its own.
+    fn mark_writes(&self, bitmap: OwnerBitmap) {
+        let _ = bitmap;
     }
 
     /// Returns whether writes through the owner are marked in a place from which the VMM moves
@@ -108,8 +156,12 @@ unsafe impl<O: RamOwner + ?Sized> RamOwner for Arc<O> {
         (**self).own_bitmap()
     }
 
-    fn image_id(&self) -> Option<[u8; 16]> {
-        (**self).image_id()
+    fn image(&self) -> ParentImage {
+        (**self).image()
+    }
+
+    fn mark_writes(&self, bitmap: OwnerBitmap) {
+        (**self).mark_writes(bitmap);
     }
 
     fn marks_elsewhere(&self) -> bool {

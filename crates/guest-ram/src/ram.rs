@@ -83,6 +83,15 @@ impl<K: BitmapKind> GuestRam<K> {
         }
     }
 
+    /// Marks what was [written through the owner](RamOwner::mark_writes) of the memory. Call this
+    /// after all marks were taken to make the owner's memory the baseline of the next diff.
+    /// [`set_baseline`](Self::set_baseline) includes it.
+    pub fn mark_owner_writes(&self) {
+        if let Some(owner) = &self.owner {
+            owner.mark_writes(K::as_owner(Arc::clone(&self.dirty)));
+        }
+    }
+
     /// Returns the layout: the place of each region in guest-physical memory and in the memory
     /// file.
     #[must_use]
@@ -262,7 +271,8 @@ impl<K: BaselineKind> GuestRam<K> {
     /// 3. call this;
     /// 4. restore the state of the vCPUs and devices, and run them.
     ///
-    /// The [parent](DirtyBitmap::parent_id) of the next diff is unknown afterwards. Pass the id of
+    /// What was [written through the owner](RamOwner::mark_writes) of the memory stays marked. The
+    /// [parent](DirtyBitmap::parent) of the next diff is unknown afterwards. Pass the id of
     /// the restored snapshot to [`DirtyBitmap::set_parent_id`] to have a diff with another parent
     /// refused.
     ///
@@ -285,7 +295,9 @@ impl<K: BaselineKind> GuestRam<K> {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn set_baseline(&self) -> Result<(), BeginEpochError> {
-        K::discard_marks(&self.dirty)
+        K::discard_marks(&self.dirty)?;
+        self.mark_owner_writes();
+        Ok(())
     }
 }
 

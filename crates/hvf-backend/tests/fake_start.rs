@@ -9,6 +9,7 @@ use std::sync::Arc;
 use dirty_bitmap::Policy;
 use fake_hvf::{Code, control};
 use hvf_backend::el1::{self, Start};
+use hvf_backend::guest_ram::RamOwner;
 use hvf_backend::{ExitAction, GuestRam, PAGE_SIZE, Stage2, StartError, Vm};
 use memory_image::MappedImage;
 use memory_writer::{Layout, MemoryWriter};
@@ -42,7 +43,12 @@ fn a_guest_starts_from_an_image_with_its_writes_tracked() {
     let _turn = control::turn();
     let dir = tempfile::tempdir().unwrap();
     let vm = Vm::new().unwrap();
-    let tracker = Stage2::start(&vm, layout(SIZE), image(dir.path()), Policy::Pages).unwrap();
+    let image = image(dir.path());
+    let parent = image.image();
+    assert!(parent.id().is_some());
+    let zeroed = SIZE - PAGE_SIZE;
+    image.write_zeros(zeroed..SIZE).unwrap();
+    let tracker = Stage2::start(&vm, layout(SIZE), image, Policy::Pages).unwrap();
     let mut vcpu = vm.create_vcpu().unwrap();
     let start = Start {
         entry: PROGRAM,
@@ -65,7 +71,9 @@ fn a_guest_starts_from_an_image_with_its_writes_tracked() {
         .step_by(PAGE_SIZE as usize)
         .filter(dirty)
         .collect();
-    assert_eq!(pages, [DATA - RAM]);
+    // What the guest wrote, and what was zeroed before it started.
+    assert_eq!(pages, [DATA - RAM, zeroed]);
+    assert_eq!(epoch.bitmap().parent(), parent);
     let ram = Arc::clone(tracker.protection().ram());
     let mut word = [0; 8];
     ram.read_at(DATA - RAM, &mut word).unwrap();

@@ -1,6 +1,7 @@
 //! Parses a footer from untrusted bytes.
 
 mod body;
+mod identity;
 mod start;
 mod trailer;
 

@@ -11,7 +11,7 @@ use image_format::{
 };
 use proptest::prelude::*;
 use rstest::rstest;
-use support::read_as;
+use support::{read_as as parse, read_at};
 
 /// The smallest page size, for as many cuts at page boundaries as possible.
 const PAGE: u64 = 512;
@@ -43,6 +43,20 @@ fn image(version: Version, layout: Layout, ram: &[u8], metadata: usize) -> Vec<u
     let mut bytes = vec![0; len as usize];
     file.read_exact_at(&mut bytes, 0).unwrap();
     bytes
+}
+
+/// Reads a footer. Without a format, its id is also read alone.
+fn read_as(bytes: &[u8], format: Option<Layout>) -> Result<Footer, FooterError> {
+    let footer = parse(bytes, format);
+    if format.is_none() {
+        let id = Footer::read_id_from(bytes.len() as u64, |buf, at| read_at(bytes, buf, at));
+        match (&footer, id) {
+            (Ok(footer), id) => assert_eq!(id.unwrap(), footer.id),
+            (Err(FooterError::Damaged { .. }), _) | (Err(_), Err(_)) => {}
+            (Err(error), Ok(id)) => panic!("{error:?}, but its id is {id}"),
+        }
+    }
+    footer
 }
 
 fn read(bytes: &[u8]) -> Result<Footer, FooterError> {
@@ -89,6 +103,24 @@ fn a_packed_image_cut_anywhere_is_reported_as_truncated() {
             );
         }
     }
+}
+
+/// The rest of the footer is not read.
+#[rstest]
+fn id_of_an_image_with_a_damaged_footer_is_read(
+    #[values(Layout::Sealed, Layout::Packed)] layout: Layout,
+) {
+    let mut bytes = image(Version::V2, layout, &[3; 8192], 1 << 20);
+    let end = bytes.len() - 64;
+    bytes[end - 1000] ^= 1;
+    assert!(matches!(
+        parse(&bytes, None),
+        Err(FooterError::Damaged { .. })
+    ));
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&bytes, 0).unwrap();
+    let id = Footer::read_id(&file).unwrap();
+    assert_eq!(id, ImageId::from_bytes([7; 16]));
 }
 
 #[test]

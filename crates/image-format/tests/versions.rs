@@ -40,6 +40,7 @@ fn is_readable(what: &str, number: u32) {
     let file = File::open(golden(what, number)).unwrap();
     let footer = Footer::read(&file).unwrap();
     assert_eq!(footer.version, version);
+    assert_eq!(Footer::read_id(&file).unwrap(), footer.id);
     assert_eq!(footer.ram_size, 64 * 1024);
     assert_eq!(
         footer.metadata,

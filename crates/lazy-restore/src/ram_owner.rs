@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use guest_ram::RamOwner;
+use guest_ram::dirty_bitmap::ParentImage;
 
 use crate::lazy_ram::LazyRam;
 
@@ -10,7 +11,7 @@ use crate::lazy_ram::LazyRam;
 // dropped: its own region, or regions for which `LazyRamOptions::adopt` requires that. A missing
 // page is filled when it is touched. No reference to the memory exists.
 unsafe impl RamOwner for LazyRam {
-    fn image_id(&self) -> Option<[u8; 16]> {
-        self.pages.source().image_id()
+    fn image(&self) -> ParentImage {
+        self.pages.source().image()
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 #[cfg(doc)]
 use guest_ram::RamOwner;
+use guest_ram::dirty_bitmap::ParentImage;
 use memory_image::{Chain, ImageId, SegmentSource};
 use page_reader::{HostMemory, PageReader, PopulatedRanges, RamLayout};
 
@@ -64,10 +65,10 @@ pub trait RamSource: PageReader + Send + Sync {
     /// Returns the size of the RAM in bytes. It never changes.
     fn ram_size(&self) -> u64;
 
-    /// Returns the id of the image whose state the bytes are, if they are that of an image. It
-    /// becomes the parent of the next diff of the RAM: see [`RamOwner::image_id`].
-    fn image_id(&self) -> Option<[u8; 16]> {
-        None
+    /// Returns the image whose state the bytes are. It becomes the parent of the next diff of the
+    /// RAM: see [`RamOwner::image`]. The default is [`ParentImage::Unknown`].
+    fn image(&self) -> ParentImage {
+        ParentImage::Unknown
     }
 
     /// Returns the part of `within` around the byte at `offset` that one read fetches at a good
@@ -147,8 +148,8 @@ impl RamSource for Chain {
         Chain::ram_size(self)
     }
 
-    fn image_id(&self) -> Option<[u8; 16]> {
-        self.id().map(ImageId::to_bytes)
+    fn image(&self) -> ParentImage {
+        ParentImage::of_image(self.id().map(ImageId::to_bytes))
     }
 
     fn segment(&self, offset: u64, within: Range<u64>) -> RamSegment {
@@ -180,8 +181,8 @@ macro_rules! forward_to_pointee {
                 (**self).ram_size()
             }
 
-            fn image_id(&self) -> Option<[u8; 16]> {
-                (**self).image_id()
+            fn image(&self) -> ParentImage {
+                (**self).image()
             }
 
             fn segment(&self, offset: u64, within: Range<u64>) -> RamSegment {

@@ -172,6 +172,38 @@ impl Chain {
         self.layers.iter()
     }
 
+    /// Returns the ids of the images, oldest first. Raw images have none.
+    ///
+    /// A diff on top of the chain needs all of them: pass them to
+    /// [`Seal::ancestors`](memory_writer::Seal::ancestors), so that it replaces none.
+    ///
+    /// # Examples
+    /// ```
+    /// use memory_image::Chain;
+    /// use memory_writer::{Layout, MemoryWriter, Seal, SnapshotError};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let paths = ["full", "diff"].map(|name| dir.path().join(name));
+    /// # let options = MemoryWriter::options().layout(Layout::Packed);
+    /// # let mut writer = options.clone().open(&paths[0], 1 << 20, 4096)?;
+    /// # writer.write_full(&vec![1; 1 << 20])?;
+    /// # let parent = writer.image_id().unwrap();
+    /// # writer.commit()?;
+    /// # let mut writer = options.clone().seal(Seal::new().parent(parent)).open(&paths[1], 1 << 20, 4096)?;
+    /// # writer.write_runs(&vec![2; 1 << 20], || std::iter::once(0..4096))?;
+    /// # writer.commit()?;
+    /// let chain = Chain::open_sealed(&paths)?; // a full image and a diff
+    /// let newest = chain.id().expect("it is packed");
+    /// let seal = Seal::new().parent(newest).ancestors(chain.ids());
+    /// let options = MemoryWriter::options().layout(Layout::Packed).seal(seal);
+    /// let refused = options.open(&paths[0], 1 << 20, 4096).unwrap_err();
+    /// assert!(matches!(refused, SnapshotError::ReplacesParent { .. }));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn ids(&self) -> impl Iterator<Item = ImageId> {
+        self.images().filter_map(Image::id)
+    }
+
     /// Returns the runs of pages that any of the images covers, ascending, in bytes. The gaps
     /// between them are zeros. In a chain of diffs, the gaps are clean pages.
     pub fn covered_runs(&self) -> impl Iterator<Item = Range<u64>> {

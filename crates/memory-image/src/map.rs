@@ -2,6 +2,7 @@
 
 mod chain;
 mod data;
+mod host_writes;
 mod plan;
 mod region;
 
@@ -9,11 +10,13 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 
-use guest_ram::RamOwner;
+use dirty_bitmap::ParentImage;
+use guest_ram::{OwnerBitmap, RamOwner};
 use image_format::ImageId;
 use page_reader::{HostMemory, PageReader, RamLayout};
 
 pub use chain::{MappedChain, MappedChainOptions};
+use host_writes::HostWrites;
 pub(crate) use region::{Region, host_page};
 
 use crate::error::{MapError, NotFullError};
@@ -64,6 +67,7 @@ pub struct MappedImage {
     ram: Region,
     layout: Option<RamLayout>,
     id: Option<ImageId>,
+    writes: HostWrites,
 }
 
 impl MappedImage {
@@ -106,6 +110,7 @@ impl MappedImage {
             ram,
             layout: image.ram_layout(),
             id: image.id(),
+            writes: HostWrites::default(),
         })
     }
 
@@ -123,14 +128,15 @@ impl MappedImage {
     }
 
     /// Overwrites these bytes of the RAM with zeros, for a balloon device, as a write of the guest
-    /// would. Threads and vCPUs may access the memory concurrently. Marks no page as dirty: mark
-    /// the pages afterwards.
+    /// would. Threads and vCPUs may access the memory concurrently. Marks the pages afterwards in
+    /// the bitmap of a `GuestRam` that has the memory, or takes it later.
     ///
     /// # Errors
-    /// Returns [`UnexpectedEof`](io::ErrorKind::UnexpectedEof) if the range ends past the RAM.
-    /// Nothing is written.
+    /// Returns [`UnexpectedEof`](io::ErrorKind::UnexpectedEof) if the range ends past the RAM, and
+    /// [`OutOfMemory`](io::ErrorKind::OutOfMemory) if the first call can't allocate a bit for each
+    /// page. Nothing is written.
     pub fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
-        self.ram.write_zeros(range)
+        write_zeros(&self.ram, &self.writes, range)
     }
 }
 
@@ -139,9 +145,25 @@ impl MappedImage {
 // value is dropped. No reference to it exists. The documentation requires that the file is not
 // truncated.
 unsafe impl RamOwner for MappedImage {
-    fn image_id(&self) -> Option<[u8; 16]> {
-        self.id.map(ImageId::to_bytes)
+    fn image(&self) -> ParentImage {
+        ParentImage::of_image(self.id.map(ImageId::to_bytes))
     }
+
+    fn mark_writes(&self, bitmap: OwnerBitmap) {
+        self.writes.mark_in(bitmap);
+    }
+}
+
+/// Overwrites a range of mapped RAM with zeros, and records the write.
+fn write_zeros(ram: &Region, writes: &HostWrites, range: Range<u64>) -> io::Result<()> {
+    writes
+        .prepare(ram.len() as u64)
+        .map_err(|error| io::Error::new(io::ErrorKind::OutOfMemory, error))?;
+    ram.write_zeros(range.clone())?;
+    if !range.is_empty() {
+        writes.record(range);
+    }
+    Ok(())
 }
 
 /// Implements [`PageReader`] for RAM that is mapped. It is read as the guest has it now: the images

@@ -1,12 +1,11 @@
 //! A chain as one image.
 
 use std::fs;
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use image_format::RAW_UNIT;
 use memory_writer::{MemoryWriter, MemoryWriterOptions, Seal, SnapshotError};
-use sparse_file::ProgressFn;
+use sparse_file::{Pass, ProgressFn};
 
 use crate::chain::Chain;
 use crate::error::{MergeError, ReadImageError, VerifyError};
@@ -26,10 +25,13 @@ impl Chain {
     }
 
     /// [Verifies](Self::verify) the chain, and writes it as one image, as `options` say: its
-    /// layout, durability, progress of the write. The new image gets new checksums, which would
+    /// layout, durability, progress. The new image gets new checksums, which would
     /// hide damage of the old ones. [`write_to`](Self::write_to) does not verify. A chain with a
     /// full base becomes a full image, a chain of diffs one diff. Returns the bytes of the pages
     /// that the images store.
+    ///
+    /// The progress function of `options` gets the verification of each image
+    /// ([`Pass::Verify`]), and then the write. It or the token of `options` may cancel both.
     ///
     /// `dest` may be one of the chain's own images. That image is replaced as it was when it was
     /// opened, and no other: what another writer has committed there since stays. See
@@ -61,7 +63,7 @@ impl Chain {
         options: MemoryWriterOptions,
         dest: impl AsRef<Path>,
     ) -> Result<u64, MergeError> {
-        self.verify(&mut |_| ControlFlow::Continue(()))?;
+        self.verify(&mut |progress| options.report(progress.in_pass(Pass::Verify)))?;
         let dest = dest.as_ref();
         let mut options = options.skip_untouched(true);
         let resolved = fs::canonicalize(dest).ok();

@@ -5,8 +5,9 @@ mod support;
 use std::fs::File;
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex};
 
-use memory_image::{Damage, Image, MergeError, VerifyError};
+use memory_image::{CancelToken, Damage, Image, MergeError, Pass, VerifyError};
 use memory_writer::{Layout, MemoryWriter, Seal};
 use support::sealed_guest::{Guest, PAGE, options, verify};
 
@@ -88,6 +89,41 @@ fn verification_reports_progress_and_can_be_cancelled() {
 }
 
 /// Each page that is nonzero and in no run is one damage.
+#[test]
+fn merge_reports_its_verification_and_can_be_cancelled_in_it() {
+    let guest = Guest::with_history(Layout::Sealed);
+    let merged = guest.path("merged.mem");
+    let cancelled = |token: CancelToken, stops: bool| {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let passes = Arc::clone(&seen);
+        let options = options(Layout::Packed, Seal::new()).cancel(token);
+        let options = options.progress(move |progress| {
+            passes.lock().unwrap().push(progress.pass);
+            match stops && progress.done > 0 {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            }
+        });
+        let result = guest.chain().merge(options, &merged);
+        let passes = seen.lock().unwrap().clone();
+        (result, passes)
+    };
+    let token = CancelToken::new();
+    token.cancel();
+    for (token, stops) in [(CancelToken::new(), true), (token, false)] {
+        let (result, passes) = cancelled(token, stops);
+        let error = result.unwrap_err();
+        let in_verification = matches!(error, MergeError::Verify(VerifyError::Cancelled));
+        assert!(in_verification, "{error:?}");
+        assert!(!passes.is_empty() && passes.iter().all(|pass| *pass == Pass::Verify));
+        assert!(!merged.exists());
+    }
+    let (result, mut passes) = cancelled(CancelToken::new(), false);
+    result.unwrap();
+    passes.dedup();
+    assert_eq!(passes, [Pass::Verify, Pass::Full]);
+}
+
 #[test]
 fn a_thousand_damages_are_listed_and_all_are_counted() {
     const DAMAGES: u64 = 1010;

@@ -1,5 +1,6 @@
 //! Errors of taking snapshots.
 
+mod failed_io;
 mod memory_io;
 mod open_file;
 mod ram;
@@ -12,7 +13,6 @@ use std::path::PathBuf;
 use atomic_file::{CommitError, OpenError};
 use dirty_bitmap::EpochReclaimed;
 use image_format::{FooterError, ImageId, RegionList};
-use sparse_file::{SpaceError, WriteError, ZeroError};
 use thiserror::Error;
 
 pub use memory_io::MemoryIoStep;
@@ -231,7 +231,7 @@ pub enum SnapshotError {
         /// The id that was passed to [`Seal::parent`](crate::Seal::parent).
         parent: ImageId,
         /// The id of the image that the marks build on: the bitmap's
-        /// [`parent_id`](dirty_bitmap::DirtyBitmap::parent_id).
+        /// [`parent`](dirty_bitmap::DirtyBitmap::parent).
         newest: ImageId,
     },
     /// The diff names a raw image as its parent, but an image with an id released the marks of the
@@ -245,19 +245,32 @@ pub enum SnapshotError {
         /// The snapshot's destination.
         dest: PathBuf,
         /// The id of the image that the marks build on: the bitmap's
-        /// [`parent_id`](dirty_bitmap::DirtyBitmap::parent_id).
+        /// [`parent`](dirty_bitmap::DirtyBitmap::parent).
         newest: ImageId,
     },
-    /// The diff would replace the image that it names as its parent, and no chain could be read
-    /// without that image. Nothing was written.
+    /// The diff names an image with an id as its parent, but a raw image released the marks of the
+    /// bitmap last. A chain of the two would lack the pages of the raw image. Nothing was written.
     #[error(
-        "the diff {dest:?} would replace its own parent, image {parent}: write it to another path, or \
-         set MemoryWriterOptions::allow_replacing_parent if another file has that image"
+        "the diff {dest:?} names image {parent} as its parent, but its bitmap has the marks since a \
+         raw image: use Seal::on_raw_image, or call DirtyBitmap::set_parent_id with the id of image \
+         {parent} if that has the state of the raw image"
+    )]
+    ParentNotRaw {
+        /// The snapshot's destination.
+        dest: PathBuf,
+        /// The id that was passed to [`Seal::parent`](crate::Seal::parent).
+        parent: ImageId,
+    },
+    /// The diff would replace its parent, or an image that its [seal](crate::Seal::ancestors) lists
+    /// below that, and no chain could be read without it. Nothing was committed.
+    #[error(
+        "the diff {dest:?} would replace an image that it builds on, {parent}: write it to another \
+         path, or set MemoryWriterOptions::allow_replacing_parent if another file has that image"
     )]
     ReplacesParent {
         /// The snapshot's destination.
         dest: PathBuf,
-        /// The id that was passed to [`Seal::parent`](crate::Seal::parent).
+        /// The id of the image at the destination.
         parent: ImageId,
     },
     /// Metadata was passed for a raw snapshot.
@@ -313,78 +326,6 @@ pub enum SnapshotError {
         /// The reason why the epoch cannot be released.
         source: EpochReclaimed,
     },
-}
-
-impl SnapshotError {
-    pub(crate) fn set_size_failed(dest: PathBuf, len: u64, error: SpaceError) -> Self {
-        Self::MemoryIo {
-            dest,
-            step: MemoryIoStep::SetSize,
-            offset: len,
-            source: io_error(error),
-        }
-    }
-
-    pub(crate) fn punch_failed(dest: PathBuf, offset: u64, error: SpaceError) -> Self {
-        Self::MemoryIo {
-            dest,
-            step: MemoryIoStep::Write,
-            offset,
-            source: io_error(error),
-        }
-    }
-
-    pub(crate) fn reflink_failed(dest: PathBuf, error: SpaceError) -> Self {
-        Self::MemoryIo {
-            dest,
-            step: MemoryIoStep::Write,
-            offset: 0,
-            source: io_error(error),
-        }
-    }
-
-    pub(crate) fn wipe_failed(dest: PathBuf, error: ZeroError) -> Self {
-        let (offset, source) = match error {
-            ZeroError::Punch(SpaceError::Io { range, source, .. }) => (range.start, source),
-            ZeroError::Punch(other) => (0, io_error(other)),
-            ZeroError::Write(error) => match Self::write_failed(dest.clone(), error) {
-                Self::MemoryIo { offset, source, .. } => (offset, source),
-                other => return other,
-            },
-        };
-        Self::MemoryIo {
-            dest,
-            step: MemoryIoStep::Wipe,
-            offset,
-            source,
-        }
-    }
-
-    pub(crate) fn write_failed(dest: PathBuf, error: WriteError) -> Self {
-        let (step, offset, source) = match error {
-            WriteError::Source { offset, source } => (MemoryIoStep::Read, offset, source),
-            WriteError::Destination { offset, source, .. } => (MemoryIoStep::Write, offset, source),
-            WriteError::ZeroWrite { offset, .. } => {
-                (MemoryIoStep::Write, offset, io::ErrorKind::WriteZero.into())
-            }
-            WriteError::Cancelled { written } => return Self::Cancelled { dest, written },
-            // The runs come from a bitmap that covers the file, so this is a failure of the write.
-            other => (MemoryIoStep::Write, 0, io::Error::other(other)),
-        };
-        Self::MemoryIo {
-            dest,
-            step,
-            offset,
-            source,
-        }
-    }
-}
-
-fn io_error(error: SpaceError) -> io::Error {
-    match error {
-        SpaceError::Io { source, .. } => source,
-        other => io::Error::other(other),
-    }
 }
 
 #[cfg(test)]

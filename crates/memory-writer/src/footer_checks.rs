@@ -1,12 +1,9 @@
 //! Checks that the pages of a write belong in an image with this footer.
 
-use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use dirty_bitmap::{DirtyBitmap, coalesce};
-use image_format::{Footer, ImageId};
-use nix::fcntl::OFlag;
+use dirty_bitmap::{DirtyBitmap, ParentImage, coalesce};
+use image_format::ImageId;
 use page_reader::{PageReader, RamLayout};
 
 use crate::error::SnapshotError;
@@ -32,26 +29,6 @@ impl FooterBuilder {
         }
     }
 
-    /// Checks that the image at `dest`, which the new one replaces, is not its parent. A file that
-    /// cannot be read as an image is not.
-    pub(crate) fn check_keeps_parent(&self, dest: &Path) -> Result<(), SnapshotError> {
-        let Parent::Image(parent) = self.parent() else {
-            return Ok(());
-        };
-        let is_file = dest.metadata().is_ok_and(|metadata| metadata.is_file());
-        // Does not wait for a process that has a lease on the file.
-        let mut open = File::options();
-        open.read(true).custom_flags(OFlag::O_NONBLOCK.bits());
-        let footer = || Footer::read(&open.open(dest).ok()?).ok();
-        match is_file.then(footer).flatten() {
-            Some(footer) if footer.id == parent => Err(SnapshotError::ReplacesParent {
-                dest: dest.to_owned(),
-                parent,
-            }),
-            _ => Ok(()),
-        }
-    }
-
     /// Checks that the marks of a bitmap build on the parent of the image at `dest`, as far as both
     /// are known.
     pub(crate) fn check_marks<K>(
@@ -59,19 +36,26 @@ impl FooterBuilder {
         dirty: &DirtyBitmap<K>,
         dest: &Path,
     ) -> Result<(), SnapshotError> {
-        match (self.parent(), dirty.parent_id().map(ImageId::from_bytes)) {
-            (Parent::Image(parent), Some(newest)) if parent != newest => {
+        let dest = || dest.to_owned();
+        match (self.parent(), dirty.parent()) {
+            (Parent::Image(parent), ParentImage::Id(newest)) if parent.to_bytes() != newest => {
                 Err(SnapshotError::StaleParent {
-                    dest: dest.into(),
+                    dest: dest(),
                     parent,
-                    newest,
+                    newest: ImageId::from_bytes(newest),
                 })
             }
-            (Parent::Raw, Some(newest)) => Err(SnapshotError::RawParent {
-                dest: dest.into(),
-                newest,
+            (Parent::Image(parent), ParentImage::Raw) => Err(SnapshotError::ParentNotRaw {
+                dest: dest(),
+                parent,
             }),
-            _ => Ok(()),
+            (Parent::Raw, ParentImage::Id(newest)) => Err(SnapshotError::RawParent {
+                dest: dest(),
+                newest: ImageId::from_bytes(newest),
+            }),
+            (Parent::Unnamed, _)
+            | (Parent::Raw, ParentImage::Unknown | ParentImage::Raw)
+            | (Parent::Image(_), ParentImage::Unknown | ParentImage::Id(_)) => Ok(()),
         }
     }
 

@@ -137,6 +137,7 @@ mod page_record;
 mod progress;
 mod raw_diff;
 mod reader_source;
+mod replaced;
 mod seal;
 mod sealing;
 mod stale_pages;

@@ -131,9 +131,13 @@ impl MemoryWriterOptions {
         self
     }
 
-    /// Sets whether a diff may replace a file that is the image which the
-    /// [seal](crate::Seal::parent) names as the parent. The default is false, because no chain of
-    /// the diff could be read. Set it if the file is a copy of the parent, or a link to it.
+    /// Sets whether a diff may replace a file that is an image which it needs: the one that the
+    /// [seal](crate::Seal::parent) names as the parent, one of its
+    /// [ancestors](crate::Seal::ancestors), or the one that the marks of a raw diff
+    /// [build on](dirty_bitmap::DirtyBitmap::parent). The default is false, because no chain of the
+    /// diff could be read. Set it if the file is a copy of that image, or a link to it.
+    ///
+    /// A raw image has no id, and is not recognized at the destination.
     pub fn allow_replacing_parent(mut self, allow: bool) -> Self {
         self.allow_replacing_parent = allow;
         self
@@ -284,6 +288,13 @@ impl MemoryWriterOptions {
     ) -> Self {
         self.reporter.callback = Some(Arc::new(Mutex::new(callback)));
         self
+    }
+
+    /// Calls the [progress](Self::progress) function, and returns
+    /// [`Break`](ControlFlow::Break) if it or the [token](Self::cancel) cancels. Use this for work
+    /// that precedes the write, such as the verification of the images to merge.
+    pub fn report(&self, progress: Progress) -> ControlFlow<()> {
+        self.reporter.report(progress)
     }
 
     /// Lets `token` cancel writes.

@@ -18,6 +18,19 @@ pub(crate) struct Reporter {
 }
 
 impl Reporter {
+    /// Reports to the caller, who may cancel.
+    pub(crate) fn report(&self, progress: Progress) -> ControlFlow<()> {
+        let mut flow = ControlFlow::Continue(());
+        if let Some(callback) = &self.callback {
+            let mut callback = callback.lock().unwrap_or_else(PoisonError::into_inner);
+            flow = callback(progress);
+        }
+        match flow.is_continue() {
+            true => self.cancel.flow(),
+            false => flow,
+        }
+    }
+
     /// Begins to count a write of `total` bytes.
     pub(crate) fn begin(&self, total: u64, pass: Pass) -> WriteProgress {
         WriteProgress {
@@ -63,14 +76,8 @@ impl WriteProgress {
 
     fn report(&self) -> ControlFlow<()> {
         let done = self.written.get() + self.skipped.get();
-        let mut flow = ControlFlow::Continue(());
-        if let Some(callback) = &self.reporter.callback {
-            let mut callback = callback.lock().unwrap_or_else(PoisonError::into_inner);
-            flow = callback(Progress::new(done, self.total).in_pass(self.pass));
-        }
-        if flow.is_continue() {
-            flow = self.reporter.cancel.flow();
-        }
+        let progress = Progress::new(done, self.total).in_pass(self.pass);
+        let flow = self.reporter.report(progress);
         self.cancelled.set(flow.is_break());
         flow
     }

@@ -42,6 +42,7 @@ use page_reader::RamLayout;
 pub struct Seal {
     pub(crate) id: Option<ImageId>,
     pub(crate) parent: Parent,
+    pub(crate) ancestors: Vec<ImageId>,
     pub(crate) regions: Option<Vec<Range<u64>>>,
     pub(crate) metadata: Vec<u8>,
 }
@@ -85,8 +86,22 @@ impl Seal {
         self
     }
 
+    /// Names other images that the diff needs: those below its parent. A diff whose destination is
+    /// one of them is [refused](crate::SnapshotError::ReplacesParent), as one over its parent is.
+    ///
+    /// The footer records only the parent. Without this call, a diff may replace the full image that
+    /// its chain begins with, or a diff between the two, and no chain could be read any more.
+    /// `memory_image::Chain::ids` returns the images of a chain.
+    pub fn ancestors(mut self, ancestors: impl IntoIterator<Item = ImageId>) -> Self {
+        self.ancestors = ancestors.into_iter().collect();
+        self
+    }
+
     /// Declares that a diff is taken on top of a raw image. A raw image has no id, so a chain
     /// cannot check that the diff fits. The diff is refused on top of a sealed or packed image.
+    ///
+    /// Nothing identifies the raw image at the destination either. The caller ensures that the diff
+    /// does not replace it.
     pub fn on_raw_image(mut self) -> Self {
         self.parent = Parent::Raw;
         self

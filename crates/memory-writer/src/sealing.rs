@@ -80,6 +80,7 @@ pub(crate) struct FooterBuilder {
     /// The footer without runs and checksums, which are known at the end.
     pub(crate) footer: Footer,
     parent: Parent,
+    ancestors: Vec<ImageId>,
     pub(crate) regions: Regions,
     map: ExtentMap,
     /// Pages that are zeros unless the map contains them. Ascending and not overlapping.
@@ -137,6 +138,7 @@ impl FooterBuilder {
             zeros: Vec::new(),
             footer,
             parent: seal.parent,
+            ancestors: seal.ancestors,
             regions,
             checksums: Checksums::new(ram_size),
         })
@@ -144,6 +146,15 @@ impl FooterBuilder {
 
     pub(crate) fn id(&self) -> ImageId {
         self.footer.id
+    }
+
+    /// Returns whether the image is a diff that needs the image `id`.
+    pub(crate) fn needs(&self, id: ImageId) -> bool {
+        match self.parent {
+            Parent::Image(parent) => id == parent || self.ancestors.contains(&id),
+            Parent::Raw => !self.is_full() && self.ancestors.contains(&id),
+            Parent::Unnamed => false,
+        }
     }
 
     pub(crate) fn parent(&self) -> Parent {

@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 
-use dirty_bitmap::{Coverage, DirtyBitmap, Epoch, ReleaseError, whole_pages};
+use dirty_bitmap::{Coverage, DirtyBitmap, Epoch, ParentImage, ReleaseError, whole_pages};
 use image_format::{FooterError, ImageId};
 use page_reader::{NonzeroRuns, PageReader, Touched};
 use sparse_file::Pass;
@@ -298,6 +298,7 @@ impl<W: Write> PackedStream<W> {
         let released = epoch.release_after(|| self.finish());
         released.map_err(|error| match error {
             ReleaseError::Commit(error) => error,
+            ReleaseError::Extended(_) => SnapshotError::EpochNotWritten { dest },
             ReleaseError::Reclaimed(source) => SnapshotError::EpochReclaimed { dest, source },
         })
     }
@@ -321,13 +322,13 @@ impl<W: Write> PackedStream<W> {
         }
         self.geometry
             .check_bitmap(epoch.bitmap(), self.ram_start, self.reader_start)?;
-        if !self.written.covers(epoch) {
+        if !epoch.check_written(&self.written) {
             return Err(SnapshotError::EpochNotWritten {
                 dest: self.name.clone(),
             });
         }
         self.set_ram_start(epoch.bitmap().ram_start());
-        epoch.set_image_id(Some(self.image_id().to_bytes()));
+        epoch.set_image(ParentImage::Id(self.image_id().to_bytes()));
         Ok(())
     }
 

@@ -50,14 +50,26 @@ pub struct MemoryWriter {
     read_untouched: bool,
     reporter: Reporter,
     state: State,
-    /// Whether the destination must not be the parent of the image.
+    /// Whether the destination must not be an image that a diff needs.
     keeps_parent: bool,
+    /// The image that the marks in a raw file build on, if it is known. A full image needs none.
+    raw_parent: Option<ImageId>,
     /// Bytes that are wiped before the commit: in a recycled file, and where a full dump skipped
     /// pages that an earlier write had written.
     stale_pages: Option<StalePages>,
     pages: PageRecord,
     /// The marks of epochs whose pages were written.
     written: Coverage,
+    check: EpochCheck,
+}
+
+/// Whether the pages of an epoch were checked to be written, so that its marks may be released.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum EpochCheck {
+    None,
+    Made,
+    /// Other bytes have replaced the pages since the check.
+    Undone,
 }
 
 /// Completeness of the staged file.

@@ -3,10 +3,13 @@
 mod support;
 
 use std::io;
+use std::ops::Range;
 
 use dirty_bitmap::DirtyBitmap;
 use image_format::ImageKind;
-use memory_writer::{FooterError, ImageId, Layout, MemoryIoStep, Seal, SnapshotError};
+use memory_writer::{
+    FooterError, ImageId, Layout, MemoryIoStep, PackedStream, Seal, SnapshotError,
+};
 use rstest::rstest;
 use support::images::{PAGE, applied, dirty, options};
 use support::{Place, Until, pattern};
@@ -119,23 +122,22 @@ fn sealed_diff_without_a_parent_is_refused_before_writes(#[case] layout: Layout)
 }
 
 /// Every other page of 46 GiB: its footer would have 48 million runs.
-#[test]
-fn footer_over_its_limit_is_refused_before_writes() {
-    struct Unread;
-    impl page_reader::PageReader for Unread {
-        fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
-            unreachable!("no page is read")
-        }
+const OVER: (u64, u64) = (46 << 30, 512);
+
+struct Unread;
+
+impl page_reader::PageReader for Unread {
+    fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        unreachable!("no page is read")
     }
-    let place = Place::new();
-    let (size, page) = (46 << 30, 512);
-    let dirty = DirtyBitmap::new(0, size, page).unwrap();
-    let words = vec![0x5555_5555_5555_5555; (size / page / 64) as usize];
-    dirty.mark_dirty_log(0, page, &words).unwrap();
-    let mut writer = options(Layout::Packed, Seal::new().on_raw_image())
-        .open(&place.dest, size, page)
-        .unwrap();
-    let error = writer.write_diff(&Unread, &dirty).unwrap_err();
+}
+
+fn runs_over() -> impl Iterator<Item = Range<u64>> {
+    let (size, page) = OVER;
+    (0..size / page / 2).map(move |run| run * 2 * page..(run * 2 + 1) * page)
+}
+
+fn assert_too_large(error: &SnapshotError) {
     assert!(
         matches!(
             error,
@@ -146,6 +148,45 @@ fn footer_over_its_limit_is_refused_before_writes() {
         ),
         "{error:?}"
     );
+}
+
+#[test]
+fn footer_over_its_limit_is_refused_before_writes() {
+    let (place, (size, page)) = (Place::new(), OVER);
+    let seal = Seal::new().on_raw_image();
+    let mut writer = options(Layout::Packed, seal.clone())
+        .open(&place.dest, size, page)
+        .unwrap();
+    assert_too_large(&writer.write_zeros(runs_over).unwrap_err());
+    assert!(
+        matches!(writer.commit(), Err(SnapshotError::NothingWritten { .. })),
+        "nothing was begun"
+    );
+    place.assert_untouched();
+
+    let mut out = Vec::new();
+    let stream = PackedStream::options().seal(seal);
+    let mut stream = stream.open(&mut out, size, page).unwrap();
+    assert_too_large(&stream.write_runs(&Unread, runs_over).unwrap_err());
+    drop(stream);
+    assert!(out.is_empty());
+}
+
+/// The set of these pages takes seconds to build. The limit is tested with fewer runs in
+/// `src/footer_limit.rs`.
+#[test]
+fn diff_over_the_limit_of_its_footer_is_refused_before_writes() {
+    if !test_machine::thorough() {
+        return;
+    }
+    let (place, (size, page)) = (Place::new(), OVER);
+    let dirty = DirtyBitmap::new(0, size, page).unwrap();
+    let words = vec![0x5555_5555_5555_5555; (size / page / 64) as usize];
+    dirty.mark_dirty_log(0, page, &words).unwrap();
+    let mut writer = options(Layout::Packed, Seal::new().on_raw_image())
+        .open(&place.dest, size, page)
+        .unwrap();
+    assert_too_large(&writer.write_diff(&Unread, &dirty).unwrap_err());
     assert!(
         matches!(writer.commit(), Err(SnapshotError::NothingWritten { .. })),
         "nothing was begun"

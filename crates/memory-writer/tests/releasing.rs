@@ -4,8 +4,8 @@ mod support;
 
 use std::io;
 
-use dirty_bitmap::{DirtyBitmap, Epoch};
-use memory_writer::{Durability, Layout, MemoryWriter, Seal, SnapshotError};
+use dirty_bitmap::{DirtyBitmap, Epoch, ReleaseError};
+use memory_writer::{Durability, Layout, MemoryWriter, PackedStream, Seal, SnapshotError};
 use page_reader::PageReader;
 use support::Place;
 
@@ -186,6 +186,19 @@ fn shared_image_discards_the_writes_of_the_epoch() {
     let refused = matches!(error, SnapshotError::EpochNotWritten { .. });
     assert!(refused, "{error}");
     assert!(is_restored(&dirty, &[0]));
+
+    // As a member of a group, after the check.
+    let mut epoch = dirty.begin_epoch().unwrap();
+    let mut writer = open(&place);
+    writer.write_full(&ram()).unwrap();
+    writer.check_epoch(&mut epoch).unwrap();
+    assert!(writer.reflink_full(&image).unwrap());
+    let error = writer.finish().unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::EpochNotWritten { .. }),
+        "{error}"
+    );
+    place.assert_untouched();
 }
 
 #[test]
@@ -285,4 +298,35 @@ fn reclaimed_save_does_not_replace_the_next_one() {
     assert!(place.read() == saved, "the later save stays");
     place.assert_nothing_else();
     assert!(dirty.is_clean());
+}
+
+/// As a member of a group, whose check comes before its commit.
+#[test]
+fn marks_taken_after_the_check_are_not_released() {
+    let (place, dirty) = (Place::new(), marked(&[0]));
+    let mut epoch = dirty.begin_epoch().unwrap();
+    let mut writer = open(&place);
+    writer.write_diff(&ram(), epoch.bitmap()).unwrap();
+    writer.check_epoch(&mut epoch).unwrap();
+    mark(&dirty, &[2]);
+    let _ = epoch.extend().unwrap();
+    let commit = || writer.finish().unwrap().commit();
+    let error = epoch.release_after(commit).unwrap_err();
+    assert!(matches!(error, ReleaseError::Extended(_)), "{error:?}");
+    place.assert_untouched();
+    assert!(is_restored(&dirty, &[0, 2]));
+}
+
+#[test]
+fn stream_releases_no_marks_taken_after_the_check() {
+    let dirty = marked(&[0]);
+    let mut epoch = dirty.begin_epoch().unwrap();
+    let mut stream = PackedStream::new(Vec::new(), SIZE, PAGE).unwrap();
+    stream.write_full(&ram()).unwrap();
+    stream.check_epoch(&mut epoch).unwrap();
+    mark(&dirty, &[2]);
+    let _ = epoch.extend().unwrap();
+    let error = epoch.release_after(|| stream.finish()).unwrap_err();
+    assert!(matches!(error, ReleaseError::Extended(_)), "{error:?}");
+    assert!(is_restored(&dirty, &[0, 2]));
 }

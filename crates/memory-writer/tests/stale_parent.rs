@@ -4,7 +4,7 @@ mod support;
 
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-use dirty_bitmap::DirtyBitmap;
+use dirty_bitmap::{DirtyBitmap, ParentImage};
 use memory_writer::{ImageId, Layout, MemoryWriter, PackedStream, Seal, SnapshotError};
 use rstest::rstest;
 use support::images::{PAGE, options};
@@ -92,7 +92,7 @@ fn stream_with_a_stale_parent_is_refused() {
 }
 
 #[test]
-fn failed_or_raw_save_does_not_set_the_parent() {
+fn failed_or_raw_save_sets_no_parent_id() {
     let (place, ram) = (Place::new(), pattern(SIZE as usize, 1));
     let marks = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
     let full = save(&place, &ram, &marks, None);
@@ -100,12 +100,63 @@ fn failed_or_raw_save_does_not_set_the_parent() {
     let unwritten = writer(&place, Seal::new(), Layout::Packed);
     unwritten.commit_and_release(epoch).unwrap_err();
     assert_eq!(marks.parent_id(), Some(full.to_bytes()));
-    // A raw image has no id, so any parent may follow it.
     let epoch = marks.begin_epoch().unwrap();
     let mut raw = writer(&place, Seal::new(), Layout::Raw);
     raw.write_full(&ram).unwrap();
     raw.commit_and_release(epoch).unwrap();
+    assert_eq!(marks.parent(), ParentImage::Raw);
     assert_eq!(marks.parent_id(), None);
+}
+
+#[rstest]
+fn parent_with_an_id_after_a_raw_image_is_refused(
+    #[values(Layout::Sealed, Layout::Packed)] layout: Layout,
+) {
+    let (place, ram) = (Place::new(), pattern(SIZE as usize, 1));
+    let marks = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
+    let full = save(&place, &ram, &marks, None);
+    marks.mark(PAGE).unwrap();
+    let epoch = marks.begin_epoch().unwrap();
+    let mut raw = writer(&place, Seal::new(), Layout::Raw);
+    raw.write_full(&ram).unwrap();
+    raw.commit_and_release(epoch).unwrap();
+
+    marks.mark(3 * PAGE).unwrap();
+    let mut diff = writer(&place, Seal::new().parent(full), layout);
+    let epoch = marks.begin_epoch().unwrap();
+    let error = diff.write_diff(&ram, epoch.bitmap()).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::ParentNotRaw { parent, .. } if parent == full),
+        "{error:?}"
+    );
+    drop((diff, epoch));
+    assert_eq!(marks.dirty_pages(), 1);
+    // The raw image was sealed with this id, or is not the parent of the next diff.
+    for parent in [ParentImage::Id(full.to_bytes()), ParentImage::Unknown] {
+        marks.set_parent(parent);
+        let mut diff = writer(&place, Seal::new().parent(full), layout);
+        diff.write_diff(&ram, &marks).unwrap();
+    }
+    marks.set_parent(ParentImage::Raw);
+    let epoch = marks.begin_epoch().unwrap();
+    let mut diff = writer(&place, Seal::new().on_raw_image(), layout);
+    diff.write_diff(&ram, epoch.bitmap()).unwrap();
+    diff.commit_and_release(epoch).unwrap();
+}
+
+#[test]
+fn stream_with_a_parent_id_after_a_raw_image_is_refused() {
+    let ram = pattern(SIZE as usize, 1);
+    let marks = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
+    marks.set_parent(ParentImage::Raw);
+    let seal = Seal::new().parent(ImageId::from_bytes([7; 16]));
+    let options = PackedStream::options().seal(seal);
+    let mut stream = options.open(Vec::new(), SIZE, PAGE).unwrap();
+    let error = stream.write_diff(&ram, &marks).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::ParentNotRaw { .. }),
+        "{error:?}"
+    );
 }
 
 #[rstest]
@@ -194,4 +245,79 @@ fn diff_over_a_parent_that_appeared_is_refused() {
         "{error:?}"
     );
     assert_eq!(marks.dirty_pages(), 1);
+}
+
+#[rstest]
+fn diff_over_an_ancestor_is_refused(
+    #[values(Layout::Sealed, Layout::Packed)] layout: Layout,
+    #[values(false, true)] on_raw_image: bool,
+) {
+    let (place, ram) = (Place::new(), pattern(SIZE as usize, 1));
+    let marks = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
+    let mut full = options(layout, Seal::new())
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    full.write_full(&ram).unwrap();
+    let base = full.image_id().unwrap();
+    full.commit().unwrap();
+    let seal = match on_raw_image {
+        true => Seal::new().on_raw_image(),
+        false => Seal::new().parent(ImageId::from_bytes([7; 16])),
+    };
+    let others = [ImageId::from_bytes([8; 16]), base];
+    let seal = seal.ancestors(others);
+    let error = options(layout, seal.clone())
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::ReplacesParent { parent, .. } if parent == base),
+        "{error:?}"
+    );
+    // It appears while the diff is written.
+    let dest = place.dest.with_extension("new");
+    let mut diff = options(layout, seal).open(&dest, SIZE, PAGE).unwrap();
+    marks.mark(PAGE).unwrap();
+    diff.write_diff(&ram, &marks).unwrap();
+    std::fs::copy(&place.dest, &dest).unwrap();
+    let error = diff.commit().unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::ReplacesParent { parent, .. } if parent == base),
+        "{error:?}"
+    );
+}
+
+/// The holes of a raw diff are used on this file system.
+#[cfg(target_os = "linux")]
+#[test]
+fn raw_diff_over_the_image_its_marks_build_on_is_refused() {
+    use test_machine::{FileSystem, LoopMount, needs};
+
+    needs!(Mount(FileSystem::EXT4));
+    let mount = LoopMount::new(FileSystem::EXT4).unwrap();
+    let (place, ram) = (Place::on(mount.path()), pattern(SIZE as usize, 1));
+    let marks = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
+    let epoch = marks.begin_epoch().unwrap();
+    let mut full = options(Layout::Packed, Seal::new())
+        .open(&place.dest, SIZE, PAGE)
+        .unwrap();
+    full.write_full(&ram).unwrap();
+    let parent = full.image_id().unwrap();
+    full.commit_and_release(epoch).unwrap();
+
+    marks.mark(PAGE).unwrap();
+    let raw = |dest| MemoryWriter::open(dest, SIZE, PAGE).unwrap();
+    let is_refused = |error| matches!(error, SnapshotError::ReplacesParent { parent: named, .. } if named == parent);
+    assert!(is_refused(
+        raw(&place.dest).write_diff(&ram, &marks).unwrap_err()
+    ));
+    let dest = place.dest.with_extension("new");
+    let mut diff = raw(&dest);
+    diff.write_diff(&ram, &marks).unwrap();
+    std::fs::copy(&place.dest, &dest).unwrap();
+    assert!(is_refused(diff.commit().unwrap_err()));
+    // A full image needs no other, also if marked pages are written again.
+    let mut full = raw(&place.dest);
+    full.write_full(&ram).unwrap();
+    full.write_diff(&ram, &marks).unwrap();
+    full.commit().unwrap();
 }

@@ -36,6 +36,9 @@ pub enum Pass {
     Pages,
     /// A write of pages that are zeros.
     Zeros,
+    /// A comparison of an image with its checksums, before it is read for another image. The pass
+    /// begins again for each image.
+    Verify,
 }
 
 impl Progress {

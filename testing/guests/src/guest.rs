@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use dirty_bitmap::{
-    EpochReclaimed, GeometryError, LoggedBitmap, LoggedEpoch, OutOfRange, Runs, TakenBitmap,
+    GeometryError, LoggedBitmap, LoggedEpoch, NotReleased, OutOfRange, Runs, TakenBitmap,
     TrackedBitmap, TrackedEpoch,
 };
 use page_reader::{HostMemory, PageReader, RamLayout};
@@ -135,7 +135,7 @@ impl Epoch {
     }
 
     /// Ends the save: its pages are durable.
-    pub fn release(self) -> Result<(), EpochReclaimed> {
+    pub fn release(self) -> Result<(), NotReleased> {
         match self {
             Self::Logged(epoch) => epoch.release(),
             Self::Tracked(epoch) => epoch.release(),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dirty_bitmap::{EpochReclaimed, Policy};
+use dirty_bitmap::{NotReleased, Policy};
 use guest_ram::{GuestRamError, RamOwner};
 use page_reader::RamLayout;
 use thiserror::Error;
@@ -14,7 +14,8 @@ use crate::tracker::{Stage2CheckpointError, Stage2Tracker, Stage2TrackerError};
 
 impl Stage2 {
     /// Maps the memory of `owner` into the guest, and tracks the guest's writes from the first one
-    /// on: what `owner` holds is the baseline of the next diff. The owner is dropped after the RAM.
+    /// on. The [image](RamOwner::image) of `owner` is the parent of the next diff. The owner is dropped
+    /// after the RAM.
     ///
     /// An owner is for example a `MappedImage` or a `MappedChain` of the crate `memory-image`. The
     /// guest then starts before the snapshot is read: the host reads each page when it is touched.
@@ -50,9 +51,12 @@ impl Stage2 {
     ) -> Result<Stage2Tracker<Self>, StartError> {
         let ram = Arc::new(GuestRam::from_owner(layout, owner)?);
         let tracker = Self::map(vm, &ram)?.track(policy)?;
-        // Protects every page, and takes the marks of all of them.
-        let epoch = tracker.checkpoint().map_err(StartError::Protect)?;
+        // Protects every page, and takes the marks of all of them. The image of the owner stays
+        // the parent of the next diff.
+        let mut epoch = tracker.checkpoint().map_err(StartError::Protect)?;
+        epoch.set_image(ram.dirty_bitmap().parent());
         epoch.release()?;
+        ram.mark_owner_writes();
         Ok(tracker)
     }
 }
@@ -76,5 +80,5 @@ pub enum StartError {
     Protect(#[source] Stage2CheckpointError<ProtectError>),
     /// The first epoch was reclaimed, which only a caller with the bitmap can do.
     #[error("failed to make mapped memory the baseline: {0}")]
-    Baseline(#[from] EpochReclaimed),
+    Baseline(#[from] NotReleased),
 }

@@ -14,12 +14,17 @@ pub(crate) const RAM: u64 = 2 * CHUNK_SIZE + 4 * PAGE;
 
 /// Reads the footer of the image `bytes`.
 pub(crate) fn read_as(bytes: &[u8], format: Option<Layout>) -> Result<Footer, FooterError> {
-    Footer::read_from(bytes.len() as u64, format, |buf, offset| {
-        let from = bytes.get(offset as usize..).unwrap_or_default();
-        let from = from.get(..buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
-        buf.copy_from_slice(from);
-        Ok(())
+    Footer::read_from(bytes.len() as u64, format, |buf, at| {
+        read_at(bytes, buf, at)
     })
+}
+
+/// Fills `buf` with the bytes of an image from `offset` on.
+pub(crate) fn read_at(bytes: &[u8], buf: &mut [u8], offset: u64) -> io::Result<()> {
+    let from = bytes.get(offset as usize..).unwrap_or_default();
+    let from = from.get(..buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+    buf.copy_from_slice(from);
+    Ok(())
 }
 
 /// Reads the footer of an image of unknown format.

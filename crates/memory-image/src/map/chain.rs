@@ -3,13 +3,15 @@
 use std::io;
 use std::ops::{ControlFlow, Range};
 
-use guest_ram::RamOwner;
+use dirty_bitmap::ParentImage;
+use guest_ram::{OwnerBitmap, RamOwner};
 use image_format::ImageId;
 use page_reader::RamLayout;
 use sparse_file::{Progress, ProgressFn};
 
+use super::host_writes::HostWrites;
 use super::plan::{Copy, Plan, len};
-use super::{Region, host_page};
+use super::{Region, host_page, write_zeros};
 use crate::chain::Chain;
 use crate::error::MapError;
 use crate::image::READ_SIZE;
@@ -50,7 +52,9 @@ use crate::trace;
 ///
 /// # As the RAM of a VMM
 /// `GuestRam::from_owner` of the crate `guest-ram` takes the value, and keeps the memory mapped as
-/// long as the RAM. The RAM begins with no marked page.
+/// long as the RAM. The RAM begins with no marked page, except those that
+/// [`write_zeros`](Self::write_zeros) has overwritten. Mark what was written by
+/// [address](Self::as_ptr).
 ///
 /// # Examples
 /// ```
@@ -81,6 +85,7 @@ pub struct MappedChain {
     pub(super) ram: Region,
     pub(super) layout: Option<RamLayout>,
     id: Option<ImageId>,
+    writes: HostWrites,
     mapped: u64,
     copied: u64,
 }
@@ -135,14 +140,15 @@ impl MappedChain {
     }
 
     /// Overwrites these bytes of the RAM with zeros, for a balloon device, as a write of the guest
-    /// would. Threads and vCPUs may access the memory concurrently. Marks no page as dirty: mark
-    /// the pages afterwards.
+    /// would. Threads and vCPUs may access the memory concurrently. Marks the pages afterwards in
+    /// the bitmap of a `GuestRam` that has the memory, or takes it later.
     ///
     /// # Errors
-    /// Returns [`UnexpectedEof`](io::ErrorKind::UnexpectedEof) if the range ends past the RAM.
-    /// Nothing is written.
+    /// Returns [`UnexpectedEof`](io::ErrorKind::UnexpectedEof) if the range ends past the RAM, and
+    /// [`OutOfMemory`](io::ErrorKind::OutOfMemory) if the first call can't allocate a bit for each
+    /// page. Nothing is written.
     pub fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
-        self.ram.write_zeros(range)
+        write_zeros(&self.ram, &self.writes, range)
     }
 }
 
@@ -202,6 +208,7 @@ impl MappedChainOptions {
             ram,
             layout: chain.ram_layout().cloned(),
             id: chain.id(),
+            writes: HostWrites::default(),
             mapped: stored - copied,
             copied,
         })
@@ -211,8 +218,12 @@ impl MappedChainOptions {
 #[allow(unsafe_code)]
 // SAFETY: as for `MappedImage`, for the files of all images.
 unsafe impl RamOwner for MappedChain {
-    fn image_id(&self) -> Option<[u8; 16]> {
-        self.id.map(ImageId::to_bytes)
+    fn image(&self) -> ParentImage {
+        ParentImage::of_image(self.id.map(ImageId::to_bytes))
+    }
+
+    fn mark_writes(&self, bitmap: OwnerBitmap) {
+        self.writes.mark_in(bitmap);
     }
 }
 

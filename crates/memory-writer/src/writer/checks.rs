@@ -1,13 +1,14 @@
 //! Checks before pages are written.
 
 use dirty_bitmap::DirtyBitmap;
-use image_format::FooterError;
+use image_format::{FooterError, ImageId};
 use page_reader::PageReader;
 
 use super::{MemoryWriter, State};
 use crate::error::{SnapshotError, WriteAmbiguity};
 use crate::page_record::PageRecord;
 use crate::raw_diff::RawDiff;
+use crate::replaced::check_replaced;
 use crate::write_pass::Plan;
 
 impl MemoryWriter {
@@ -27,6 +28,27 @@ impl MemoryWriter {
     pub(super) fn check_marks<K>(&self, bitmap: &DirtyBitmap<K>) -> Result<(), SnapshotError> {
         let footer = self.pages.footer();
         footer.map_or(Ok(()), |it| it.check_marks(bitmap, self.dest_path()))
+    }
+
+    /// Returns the image that the marks of a bitmap build on, if it is known and this is a raw diff.
+    pub(super) fn raw_parent_of<K>(&self, bitmap: &DirtyBitmap<K>) -> Option<ImageId> {
+        match self.pages {
+            PageRecord::Empty | PageRecord::Holes(_) | PageRecord::Caller => {
+                bitmap.parent_id().map(ImageId::from_bytes)
+            }
+            PageRecord::All | PageRecord::Footer(_) => None,
+        }
+    }
+
+    /// Checks that a diff does not replace an image that it needs: those of its seal, or
+    /// `raw_parent` if it is raw.
+    pub(super) fn check_replaced(&self, raw_parent: Option<ImageId>) -> Result<(), SnapshotError> {
+        let footer = self.pages.footer();
+        let needs = |id| Some(id) == raw_parent || footer.is_some_and(|footer| footer.needs(id));
+        match self.keeps_parent {
+            true => check_replaced(self.dest_path(), needs),
+            false => Ok(()),
+        }
     }
 
     /// Sets the start of the RAM to that of a bitmap that was [checked](Self::check_bitmap).

@@ -3,10 +3,10 @@
 use std::ops::Deref;
 
 use atomic_file::{AtomicWriter, Durability};
-use dirty_bitmap::{DirtyBitmap, Epoch, ReleaseError};
+use dirty_bitmap::{DirtyBitmap, Epoch, ParentImage, ReleaseError};
 use image_format::ImageId;
 
-use super::{MemoryWriter, State};
+use super::{EpochCheck, MemoryWriter, State};
 use crate::error::{MemoryIoStep, SnapshotError};
 use crate::page_record::PageRecord;
 use crate::sealing::FooterBuilder;
@@ -52,7 +52,7 @@ impl MemoryWriter {
     /// its own file. The epoch cannot be reclaimed while the commit runs.
     ///
     /// The bitmap then has the [id](MemoryWriter::image_id) of the snapshot as its
-    /// [parent](DirtyBitmap::parent_id): a diff of it that names another one is refused.
+    /// [parent](DirtyBitmap::parent): a diff of it that names another one is refused.
     ///
     /// The marks are released when the commit returns, at any
     /// [durability](crate::MemoryWriterOptions::durability). With
@@ -75,6 +75,7 @@ impl MemoryWriter {
             .release_after(|| self.commit())
             .map_err(|error| match error {
                 ReleaseError::Commit(error) => error,
+                ReleaseError::Extended(_) => SnapshotError::EpochNotWritten { dest },
                 ReleaseError::Reclaimed(source) => SnapshotError::EpochReclaimed { dest, source },
             })
     }
@@ -85,8 +86,13 @@ impl MemoryWriter {
     /// is committed as part of a group: before [`finish`](Self::finish), which
     /// [`Epoch::release_after`] may run together with the commit of the group.
     ///
-    /// Passes the [id](Self::image_id) of the snapshot to [`Epoch::set_image_id`]: once the epoch
-    /// is released, a diff that names another parent is refused.
+    /// Passes the [id](Self::image_id) of the snapshot to [`Epoch::set_image`]: once the epoch is
+    /// released, a diff that names another parent is refused.
+    ///
+    /// The epoch then [releases](Epoch::check_written) only the marks that were checked. After
+    /// another [`Epoch::extend`] that found marks, write them and call this again. A
+    /// [`reflink_full`](Self::reflink_full) after the check undoes it, and the file can't be
+    /// completed before another check.
     ///
     /// If neither [`MemoryWriterOptions::ram_start`](crate::MemoryWriterOptions::ram_start) nor a
     /// diff has set the start of the RAM, the check takes it from the epoch's bitmap, so that a
@@ -115,13 +121,13 @@ impl MemoryWriter {
             return Err(self.incomplete());
         }
         self.check_bitmap(epoch.bitmap())?;
-        if !self.written.covers(epoch) {
-            return Err(SnapshotError::EpochNotWritten {
-                dest: self.staged.dest_path().to_owned(),
-            });
+        if !epoch.check_written(&self.written) {
+            return Err(self.epoch_not_written());
         }
+        self.check = EpochCheck::Made;
         self.set_ram_start(epoch.bitmap().ram_start());
-        epoch.set_image_id(self.image_id().map(ImageId::to_bytes));
+        let id = self.image_id().map(ImageId::to_bytes);
+        epoch.set_image(ParentImage::of_image(id));
         Ok(())
     }
 
@@ -141,8 +147,10 @@ impl MemoryWriter {
     /// # Errors
     /// Returns [`SnapshotError::NothingWritten`], [`SnapshotError::Incomplete`],
     /// [`SnapshotError::MemoryIo`] (a recycled file could not be wiped),
-    /// [`SnapshotError::AmbiguousDiff`] and [`SnapshotError::Seal`]: the destination is unchanged
-    /// and no file is left behind. Returns [`SnapshotError::NotStaged`] for an [open
+    /// [`SnapshotError::AmbiguousDiff`], [`SnapshotError::ReplacesParent`],
+    /// [`SnapshotError::EpochNotWritten`] (other bytes replaced the pages of an epoch after its
+    /// check) and [`SnapshotError::Seal`]: the destination is unchanged and no file is left behind.
+    /// Returns [`SnapshotError::NotStaged`] for an [open
     /// file](crate::MemoryWriterOptions::open_file).
     pub fn finish(self) -> Result<AtomicWriter, SnapshotError> {
         match self.complete()? {
@@ -150,6 +158,12 @@ impl MemoryWriter {
             open @ Target::Open(..) => Err(SnapshotError::NotStaged {
                 dest: open.dest_path().to_owned(),
             }),
+        }
+    }
+
+    fn epoch_not_written(&self) -> SnapshotError {
+        SnapshotError::EpochNotWritten {
+            dest: self.staged.dest_path().to_owned(),
         }
     }
 
@@ -161,6 +175,9 @@ impl MemoryWriter {
             State::Incomplete => return Err(self.incomplete()),
             State::Empty => return Err(SnapshotError::NothingWritten { dest: dest() }),
         }
+        if self.check == EpochCheck::Undone {
+            return Err(self.epoch_not_written());
+        }
         let footer = self.pages.footer();
         let written = footer.map_or(self.geometry.ram_size, FooterBuilder::data_end);
         self.staged.check_len(written)?;
@@ -170,6 +187,9 @@ impl MemoryWriter {
                 .wipe(file, &self.write)
                 .map_err(|error| SnapshotError::wipe_failed(dest(), error))?;
         }
+        // Another writer may have put it there.
+        let is_full = matches!(self.pages, PageRecord::All);
+        self.check_replaced(self.raw_parent.filter(|_| !is_full))?;
         match self.pages {
             PageRecord::Holes(diff) => {
                 diff.check_written(file)
@@ -179,10 +199,6 @@ impl MemoryWriter {
                     })?;
             }
             PageRecord::Footer(footer) => {
-                // Another writer may have put the parent there.
-                if self.keeps_parent {
-                    footer.check_keeps_parent(self.staged.dest_path())?;
-                }
                 footer
                     .seal(file)
                     .map_err(|error| error.of_snapshot(dest()))?;

@@ -6,7 +6,7 @@ use dirty_bitmap::Coverage;
 use page_reader::{NonzeroRuns, PageReader, Touched};
 use sparse_file::{Pass, SpaceError, share_blocks};
 
-use super::{MemoryWriter, State};
+use super::{EpochCheck, MemoryWriter, State};
 use crate::error::SnapshotError;
 use crate::geometry::{Geometry, reader_start};
 use crate::page_record::PageRecord;
@@ -94,6 +94,9 @@ impl MemoryWriter {
         self.pages.begin_full();
         // The image has replaced all pages of the RAM that were written.
         self.written.clear();
+        if self.check == EpochCheck::Made {
+            self.check = EpochCheck::Undone;
+        }
         self.state = State::Complete;
         Ok(true)
     }

@@ -10,11 +10,12 @@ use dirty_bitmap::Coverage;
 use image_format::{HEADER_PAGE, Placement};
 use sparse_file::{SpaceError, WriteOptions, ZeroError, grow};
 
-use super::{MemoryWriter, State};
+use super::{EpochCheck, MemoryWriter, State};
 use crate::error::SnapshotError;
 use crate::geometry::Geometry;
 use crate::options::MemoryWriterOptions;
 use crate::page_record::PageRecord;
+use crate::replaced::check_replaced;
 use crate::sealing::FooterBuilder;
 use crate::stale_pages::StalePages;
 use crate::target::Target;
@@ -30,7 +31,8 @@ impl MemoryWriterOptions {
     /// - [`SnapshotError::MemoryIo`] if the staged file cannot get its size.
     /// - [`SnapshotError::Seal`] if regions or metadata do not fit the footer.
     /// - [`SnapshotError::ReplacesParent`] if the file at `dest` is the image that the
-    ///   [seal](crate::Seal::parent) names as the parent.
+    ///   [seal](crate::Seal::parent) names as the parent, or one of its
+    ///   [ancestors](crate::Seal::ancestors).
     ///
     /// No file is left behind.
     pub fn open(
@@ -158,7 +160,7 @@ impl MemoryWriterOptions {
             .map_err(|error| error.of_snapshot(dest()))?;
         let keeps_parent = !self.allow_replacing_parent && matches!(staged, Target::Staged(_));
         if let (Some(footer), true) = (&footer, keeps_parent) {
-            footer.check_keeps_parent(staged.dest_path())?;
+            check_replaced(staged.dest_path(), |id| footer.needs(id))?;
         }
         let pages = match footer {
             Some(footer) => PageRecord::Footer(footer),
@@ -208,9 +210,11 @@ impl MemoryWriterOptions {
             reporter: self.reporter.clone(),
             state: State::Empty,
             keeps_parent,
+            raw_parent: None,
             stale_pages,
             pages,
             written: Coverage::new(),
+            check: EpochCheck::None,
         })
     }
 }

@@ -49,8 +49,11 @@ impl MemoryWriter {
     /// - [`SnapshotError::AmbiguousDiff`] if a raw diff could not be read back.
     /// - [`SnapshotError::DiffWithoutParent`] for a sealed diff that no chain accepts.
     /// - [`SnapshotError::StaleParent`] for a sealed diff whose parent is not the image that the
-    ///   [marks build on](DirtyBitmap::parent_id), and [`SnapshotError::RawParent`] if it names a
-    ///   raw image and the marks build on one with an id.
+    ///   [marks build on](DirtyBitmap::parent). [`SnapshotError::RawParent`] if it names a raw image
+    ///   and the marks build on one with an id, and [`SnapshotError::ParentNotRaw`] in the reverse
+    ///   case.
+    /// - [`SnapshotError::ReplacesParent`] for a raw diff whose destination is the image that the
+    ///   marks build on. A raw image is not recognized.
     /// - [`SnapshotError::Seal`] for more runs than a footer can list.
     /// - [`SnapshotError::MemoryIo`] of the step [`SetSize`](crate::MemoryIoStep::SetSize) if the
     ///   pages of a packed file end past `RLIMIT_FSIZE`.
@@ -64,10 +67,15 @@ impl MemoryWriter {
     ) -> Result<u64, SnapshotError> {
         self.check_bitmap(dirty)?;
         self.check_marks(dirty)?;
+        let raw_parent = self.raw_parent_of(dirty);
+        if raw_parent.is_some() {
+            self.check_replaced(raw_parent)?;
+        }
         check_bitmap_start(dirty.ram_start(), reader_start(reader))?;
         let ram = dirty.ram_start();
         let pages = self.write_pages(reader, dirty.runs(), Some(ram), Pass::Pages)?;
         self.written.add_diff(dirty);
+        self.raw_parent = raw_parent.or(self.raw_parent);
         Ok(pages)
     }
 
