@@ -58,6 +58,7 @@
 //! # Features
 //! No feature is enabled by default.
 //!
+//! - `state-bytes`: `StateFormat`, by which the backends encode the states of vCPUs.
 //! - `vm-memory`: `GuestRam::from_guest_memory`, RAM in the guest memory of the `vm-memory` crate.
 
 #[cfg(test)]
@@ -69,6 +70,8 @@ mod mapping;
 mod options;
 mod owner;
 mod ram;
+#[cfg(feature = "state-bytes")]
+mod state_bytes;
 
 // The crates whose types are in public signatures.
 pub use dirty_bitmap;
@@ -81,6 +84,8 @@ pub use mapping::{Mapping, host_page_size};
 pub use options::{BaselineKind, BitmapKind, GuestRamOptions};
 pub use owner::{OwnerBitmap, RamOwner};
 pub use ram::{GuestRam, LoggedRam, TrackedRam};
+#[cfg(feature = "state-bytes")]
+pub use state_bytes::{StateError, StateFormat};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -156,7 +156,10 @@ fn failure_to_mark_host_writes_takes_no_mark() {
     );
     let error = Precopy::begin(&log).unwrap_err();
     assert!(
-        matches!(error, PrecopyError::Harvest(HarvestError::HostWrites(_))),
+        matches!(
+            error,
+            PrecopyError::Epoch(LogEpochError::Harvest(HarvestError::HostWrites(_)))
+        ),
         "{error:?}"
     );
     assert_eq!(guest.ram.dirty_bitmap().dirty_pages(), all);

@@ -9,7 +9,7 @@ use std::error::Error;
 use std::sync::{Arc, Mutex};
 
 use dirty_bitmap::TakenBitmap;
-use kvm_backend::{DirtyLog, GuestRam, Precopy, PrecopyError};
+use kvm_backend::{DirtyLog, GuestRam, LogEpochError, Precopy, PrecopyError};
 use page_reader::PageReader;
 use support::{Guest, HIGH, PAGE, offset};
 use test_machine::needs;
@@ -219,6 +219,9 @@ fn only_one_copy_is_made_at_a_time() {
     let log = started(&guest);
     let first = Precopy::begin(&log).unwrap();
     let error = Precopy::begin(&log).unwrap_err();
-    assert!(matches!(error, PrecopyError::Begin(_)), "{error:?}");
+    assert!(
+        matches!(error, PrecopyError::Epoch(LogEpochError::Begin(_))),
+        "{error:?}"
+    );
     drop(first);
 }

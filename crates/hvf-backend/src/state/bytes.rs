@@ -1,20 +1,25 @@
 //! The states as bytes that name what they are.
-//!
-//! The bytes are a magic number of 8 bytes, and the state in the format of postcard. Its first
-//! number is that of the format.
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-use thiserror::Error;
+pub use guest_ram::StateError;
+use guest_ram::StateFormat;
 
 use super::{GicState, VcpuState};
 
-const VCPU: [u8; 8] = *b"RSHVCPU\0";
-const GIC: [u8; 8] = *b"RSHGIC\0\0";
+const WRITTEN_BY: &str = "hvf-backend";
 
-/// The numbers of the formats, which the types of the states check too.
-const VCPU_FORMAT: u16 = 2;
-const GIC_FORMAT: u16 = 1;
+// The types of the states check the versions too.
+const VCPU: StateFormat = StateFormat {
+    magic: *b"RSHVCPU\0",
+    version: 2,
+    of: "a vCPU",
+    written_by: WRITTEN_BY,
+};
+const GIC: StateFormat = StateFormat {
+    magic: *b"RSHGIC\0\0",
+    version: 1,
+    of: "an interrupt controller",
+    written_by: WRITTEN_BY,
+};
 
 impl VcpuState {
     /// Returns the state as bytes, for [`from_bytes`](Self::from_bytes) of this version or a later
@@ -32,7 +37,7 @@ impl VcpuState {
     /// ```
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
-        encode(VCPU, self)
+        VCPU.encode(self)
     }
 
     /// Reads the bytes of [`to_bytes`](Self::to_bytes). They may come from anywhere: the memory
@@ -42,7 +47,7 @@ impl VcpuState {
     /// Returns a [`StateError`]. A register that is unknown to this version is an error of
     /// `restore`.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, StateError> {
-        decode(VCPU, VCPU_FORMAT, "a vCPU", bytes)
+        VCPU.decode(bytes)
     }
 }
 
@@ -51,7 +56,7 @@ impl GicState {
     /// one. There is no checksum, as in the bytes of a [`VcpuState`].
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
-        encode(GIC, self)
+        GIC.encode(self)
     }
 
     /// Reads the bytes of [`to_bytes`](Self::to_bytes). They may come from anywhere: the memory
@@ -60,64 +65,8 @@ impl GicState {
     /// # Errors
     /// Returns a [`StateError`].
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, StateError> {
-        decode(GIC, GIC_FORMAT, "an interrupt controller", bytes)
+        GIC.decode(bytes)
     }
-}
-
-fn encode(magic: [u8; 8], state: &impl Serialize) -> Vec<u8> {
-    postcard::to_extend(state, magic.to_vec()).expect("a vector grows, and no field refuses")
-}
-
-fn decode<T: DeserializeOwned>(
-    magic: [u8; 8],
-    supported: u16,
-    of: &'static str,
-    bytes: &[u8],
-) -> Result<T, StateError> {
-    let bytes = bytes
-        .strip_prefix(&magic)
-        .ok_or(StateError::NotState { of })?;
-    let damaged = |_| StateError::Damaged { of };
-    let (found, _) = postcard::take_from_bytes::<u16>(bytes).map_err(damaged)?;
-    if found != supported {
-        return Err(StateError::Version { found, supported });
-    }
-    match postcard::take_from_bytes(bytes).map_err(damaged)? {
-        (state, []) => Ok(state),
-        _ => Err(StateError::Damaged { of }),
-    }
-}
-
-/// An error of reading a state from bytes.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum StateError {
-    /// The bytes do not begin as the state does.
-    #[error("the bytes are not the state of {of}: pass what `to_bytes` of the same type returned")]
-    NotState {
-        /// What the state is of.
-        of: &'static str,
-    },
-    /// The state has another number of the format.
-    #[error(
-        "the state is in format {found}, but this version of hvf-backend reads format {supported}: \
-         use the version of hvf-backend that wrote it"
-    )]
-    Version {
-        /// The number in the bytes.
-        found: u16,
-        /// The number that is supported.
-        supported: u16,
-    },
-    /// The bytes are truncated, too many, or not a state.
-    #[error(
-        "the state of {of} is damaged or truncated: restore it from another copy, or use an older \
-         snapshot"
-    )]
-    Damaged {
-        /// What the state is of.
-        of: &'static str,
-    },
 }
 
 #[cfg(all(test, not(ramsnap_loom)))]
@@ -167,6 +116,7 @@ mod tests {
             let expected = StateError::Version {
                 found: 9,
                 supported,
+                written_by: WRITTEN_BY,
             };
             assert_eq!(error, Err(expected));
         }
@@ -176,7 +126,7 @@ mod tests {
     fn bytes_that_are_cut_or_extended_are_damaged() {
         let bytes = vcpu().to_bytes();
         let damaged = Err(StateError::Damaged { of: "a vCPU" });
-        for len in VCPU.len()..bytes.len() {
+        for len in VCPU.magic.len()..bytes.len() {
             assert_eq!(VcpuState::from_bytes(&bytes[..len]), damaged, "{len}");
         }
         assert_eq!(VcpuState::from_bytes(&[&bytes[..], &[0]].concat()), damaged);

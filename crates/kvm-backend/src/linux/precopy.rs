@@ -1,10 +1,8 @@
 //! Copies a running guest's RAM in rounds, in the order that loses no page.
 
-use std::sync::Arc;
+use dirty_bitmap::{Extension, LoggedEpoch, TakenBitmap};
 
-use dirty_bitmap::{BeginEpochError, ExtendError, Extension, LoggedEpoch, TakenBitmap};
-
-use super::dirty_log::{DirtyLog, HarvestError};
+use super::dirty_log::{DirtyLog, LogEpochError};
 use super::vcpus::Paused;
 
 /// A copy of a running guest's RAM (pre-copy), whose steps are made in the order that loses no
@@ -116,15 +114,12 @@ impl<'l> Precopy<'l> {
     /// pages: all of the RAM, if the log was just started.
     ///
     /// # Errors
-    /// Returns [`PrecopyError::Harvest`], and [`PrecopyError::Begin`] if another epoch is open.
+    /// Returns [`PrecopyError::Epoch`]: with [`LogEpochError::Harvest`], or with
+    /// [`LogEpochError::Begin`] if another epoch is open.
     pub fn begin(log: &'l DirtyLog) -> Result<Self, PrecopyError> {
-        let bitmap = Arc::clone(log.slots().ram().dirty_bitmap());
-        let epoch = LoggedEpoch::begin_after(bitmap, |_| {
-            log.harvest_live().map(drop).map_err(PrecopyError::from)
-        })?;
         Ok(Self {
             log,
-            epoch,
+            epoch: log.begin_live_epoch()?,
             stage: Stage::Begun,
         })
     }
@@ -143,10 +138,8 @@ impl<'l> Precopy<'l> {
         &mut self,
         write: impl FnOnce(&TakenBitmap) -> Result<(), E>,
     ) -> Result<u64, E> {
-        if self.stage == Stage::Written {
-            self.log.harvest_live().map_err(PrecopyError::from)?;
-        }
-        self.write_taken(write)
+        let log = self.log;
+        self.write_taken(|epoch| log.extend_live(epoch), write)
     }
 
     /// Pauses the guest, copies the pages that were written since the last round, and lets the
@@ -169,12 +162,12 @@ impl<'l> Precopy<'l> {
         let paused = pause()?;
         // The capture may make KVM write guest memory, so it precedes the harvest.
         let state = capture(&paused)?;
-        let harvest = self.log.harvest(paused).map_err(PrecopyError::from)?;
+        let harvest = self.log.harvest(paused).map_err(of_epoch)?;
         if self.stage == Stage::Begun {
             // The pages of the first take and of this one, in one write.
-            let _ = extend(&mut self.epoch)?;
+            let _ = harvest.extend(&mut self.epoch).map_err(of_epoch)?;
         }
-        let pages = self.write_taken(write)?;
+        let pages = self.write_taken(|epoch| harvest.extend(epoch), write)?;
         drop(harvest); // the vCPUs may run
         Ok(Precopied {
             state,
@@ -183,15 +176,17 @@ impl<'l> Precopy<'l> {
         })
     }
 
-    /// Writes what was not yet written, and returns the number of pages.
+    /// Writes what was not yet written, and returns the number of pages. If all pages of the epoch
+    /// are written, it is extended first.
     fn write_taken<E: From<PrecopyError>>(
         &mut self,
+        extend: impl FnOnce(&mut LoggedEpoch) -> Result<Extension<'_>, LogEpochError>,
         write: impl FnOnce(&TakenBitmap) -> Result<(), E>,
     ) -> Result<u64, E> {
         self.check_written()?;
         let pages = match self.stage {
             Stage::Begun => self.epoch.bitmap(),
-            _ => extend(&mut self.epoch)?.bitmap(),
+            Stage::Written | Stage::Failed => extend(&mut self.epoch).map_err(of_epoch)?.bitmap(),
         };
         // Until `write` has returned, these pages are in the epoch and in no file.
         self.stage = Stage::Failed;
@@ -208,9 +203,8 @@ impl<'l> Precopy<'l> {
     }
 }
 
-/// Takes the marks that were set since the last take, after the log was harvested.
-fn extend(epoch: &mut LoggedEpoch) -> Result<Extension<'_>, PrecopyError> {
-    epoch.extend_after(|_| Ok(()))
+fn of_epoch(error: impl Into<LogEpochError>) -> PrecopyError {
+    PrecopyError::Epoch(error.into())
 }
 
 /// An error of copying a running guest's RAM. No page is lost: all marks return to the bitmap when
@@ -218,15 +212,10 @@ fn extend(epoch: &mut LoggedEpoch) -> Result<Extension<'_>, PrecopyError> {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PrecopyError {
-    /// KVM's log could not be harvested.
+    /// KVM's log could not be harvested, or the marks could not be taken: another save is in
+    /// progress.
     #[error(transparent)]
-    Harvest(#[from] HarvestError),
-    /// The marks of the bitmap could not be taken: another save is in progress.
-    #[error(transparent)]
-    Begin(#[from] BeginEpochError),
-    /// The marks that were set since the last round could not be taken.
-    #[error(transparent)]
-    Extend(#[from] ExtendError),
+    Epoch(#[from] LogEpochError),
     /// An earlier write failed.
     #[error(
         "pages of an earlier round were not written: drop this copy, which marks its pages again, \
