@@ -37,6 +37,9 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     if let Some(SnapshotError::Ram(error)) = cause.downcast_ref() {
         return Some(of_sizes(error));
     }
+    if let Some(SnapshotError::ReplacesParent { .. }) = cause.downcast_ref() {
+        return Some(ExitStatus::Usage);
+    }
     if let Some(OpenError::MagicLink { .. }) = cause.downcast_ref() {
         return Some(ExitStatus::Usage);
     }

@@ -24,6 +24,7 @@ mod ram;
 mod ram_lock;
 mod save;
 mod session;
+mod stack;
 mod stderr;
 mod stream;
 mod sys;
@@ -63,9 +64,11 @@ fn run() -> anyhow::Result<ExitStatus> {
 }
 
 fn main() -> ExitCode {
-    let status = run().unwrap_or_else(|error| {
-        words::print_error(&error);
-        library_errors::exit_status(&error)
+    let status = stack::run(|| {
+        run().unwrap_or_else(|error| {
+            words::print_error(&error);
+            library_errors::exit_status(&error)
+        })
     });
     status.into()
 }

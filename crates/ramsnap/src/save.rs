@@ -1,14 +1,18 @@
 //! Staging and committing an image.
 
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use atomic_file::{AtomicWriter, Symlinks, check_destination};
+use image_format::{Footer, ImageId};
 use memory_image::{Chain, Image, MergeError};
 use memory_writer::{
     MemoryWriter, MemoryWriterOptions, NotPreserved, OpenError, Preserve, SnapshotError,
 };
+use nix::fcntl::OFlag;
 
 use crate::args::Output;
 use crate::failure::Failure;
@@ -39,6 +43,22 @@ pub fn check_is_no_input(path: &Path, inputs: &[PathBuf]) -> Result<(), Failure>
             path: path.to_owned(),
         }),
         false => Ok(()),
+    }
+}
+
+/// Refuses an output that is the image which the inputs build on, and no input itself: the result
+/// is a diff that needs it.
+pub fn check_replaces_no(image: Option<ImageId>, output: &Path) -> Result<(), SnapshotError> {
+    let is_file = output.metadata().is_ok_and(|metadata| metadata.is_file());
+    let mut open = File::options();
+    open.read(true).custom_flags(OFlag::O_NONBLOCK.bits());
+    let replaced = || Footer::read_id(&open.open(output).ok()?).ok();
+    match image.filter(|image| is_file && replaced() == Some(*image)) {
+        Some(parent) => Err(SnapshotError::ReplacesParent {
+            dest: output.to_owned(),
+            parent,
+        }),
+        None => Ok(()),
     }
 }
 

@@ -98,6 +98,9 @@ fn of_snapshot(error: &SnapshotError) -> Option<String> {
         SnapshotError::AmbiguousDiff { dest, .. } => {
             Some(format!("the raw diff {dest:?} could not be read back"))
         }
+        SnapshotError::ReplacesParent { dest, parent } => Some(format!(
+            "the output {dest:?} is image {parent}, which the diff builds on: name another output"
+        )),
         _ => None,
     }
 }

@@ -111,6 +111,25 @@ fn an_output_that_is_an_input_is_refused(#[case] command: &str, #[case] input: &
     }
 }
 
+/// The output is no input, but its id is that of an image which the diff needs.
+#[rstest]
+#[case::full("convert d.raw --raw-diff --parent d1.mem --layout packed", "full.mem")]
+#[case::diff("convert d.raw --raw-diff --parent d2.mem --layout packed", "d1.mem")]
+#[case::merged("merge d1.mem d2.mem", "full.mem")]
+#[case::merged_raw("merge d1.mem d2.mem --layout raw", "full.mem")]
+fn an_output_that_the_diff_builds_on_is_refused(#[case] command: &str, #[case] output: &str) {
+    let work = Work::with_chain();
+    work.good("diff full.mem d1.mem --ram ram -o d.raw --layout raw");
+    let before = work.read(output);
+    work.fails(
+        &format!("{command} -o {output} --force"),
+        2,
+        &[output, "builds on"],
+    );
+    assert!(work.read(output) == before);
+    work.good(&format!("{command} -o new.mem"));
+}
+
 /// A file has different device and inode numbers in the layer and in the overlay.
 #[cfg(target_os = "linux")]
 #[rstest]

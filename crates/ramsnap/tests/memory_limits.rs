@@ -112,3 +112,24 @@ fn a_limit_of_memory_is_an_error_or_has_no_effect(#[case] arguments: &str) {
     }
     assert!(refused > 0 && done > 0, "{refused} refused, {done} done");
 }
+
+/// The first thread of a program has this stack. An overflow ends it by a signal.
+#[rstest]
+#[case::dump("dump ram -o out")]
+#[case::diff("diff full.mem --ram ram -o out")]
+#[case::merge("merge full.mem d1.mem -o out --layout sealed")]
+#[case::send("convert - --zstd -o out")]
+#[case::restore("restore full.mem d1.mem -o out")]
+#[case::verify("verify full.mem d1.mem")]
+#[case::usage("--help")]
+fn a_small_stack_has_no_effect(#[case] arguments: &str) {
+    let work = scattered();
+    let mut prlimit = Command::new("prlimit");
+    prlimit
+        .args(["--stack=131072", "--core=0", support::RAMSNAP])
+        .args(arguments.split(' '))
+        .current_dir(work.path(""))
+        .stdin(File::open(work.path("stream")).unwrap());
+    let ended = Ended::of(&mut prlimit);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+}

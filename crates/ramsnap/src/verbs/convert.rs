@@ -323,6 +323,8 @@ impl Convert {
             // The regions of the guest, which a raw diff does not record.
             let regions = parent.footer().map(|footer| &footer.regions[..]);
             self.extras.check_regions(regions)?;
+            let below = parent.footer().and_then(Footer::parent);
+            save::check_replaces_no(below, &self.output.path)?;
             seal = seal
                 .parent(id)
                 .regions(regions.unwrap_or_default().iter().cloned());

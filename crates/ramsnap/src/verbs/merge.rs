@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
+use image_format::Footer;
 use memory_image::{Chain, Image, Layout};
 
 use crate::args::{Formats, ImageFile, Output, RawImages, kept_seal, layouts};
@@ -72,6 +73,9 @@ impl Merge {
             true => input::raw_diffs(session, &self.files, &self.raw)?,
             false => input::chain(session, &self.files, self.formats, &self.raw)?,
         };
+        let first = chain.images().next().and_then(Image::footer);
+        let below = first.filter(|_| !chain.is_full()).and_then(Footer::parent);
+        save::check_replaces_no(below, &output.path)?;
         let layout = self.layout.unwrap_or_else(|| layout_of_first(&chain));
         let mut options = session
             .options("merging")
