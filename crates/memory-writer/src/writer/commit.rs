@@ -90,9 +90,8 @@ impl MemoryWriter {
     /// released, a diff that names another parent is refused.
     ///
     /// The epoch then [releases](Epoch::check_written) only the marks that were checked. After
-    /// another [`Epoch::extend`] that found marks, write them and call this again. A
-    /// [`reflink_full`](Self::reflink_full) after the check undoes it, and the file can't be
-    /// completed before another check.
+    /// another [`Epoch::extend`] that found marks, write them and call this again. After a
+    /// [`reflink_full`](Self::reflink_full) that follows the check, the file can't be completed.
     ///
     /// If neither [`MemoryWriterOptions::ram_start`](crate::MemoryWriterOptions::ram_start) nor a
     /// diff has set the start of the RAM, the check takes it from the epoch's bitmap, so that a
@@ -121,7 +120,8 @@ impl MemoryWriter {
             return Err(self.incomplete());
         }
         self.check_bitmap(epoch.bitmap())?;
-        if !epoch.check_written(&self.written) {
+        // An epoch that was checked before may be another one.
+        if self.check == EpochCheck::Undone || !epoch.check_written(&self.written) {
             return Err(self.epoch_not_written());
         }
         self.check = EpochCheck::Made;

@@ -113,7 +113,8 @@ pub(crate) const CRATES: [Mutated; 6] = [
                 "verification",
             ],
             &["chains", "damage", "raw_diffs", "restore_targets"],
-            &["bad_input", "comparison", "oracle", "secrets"],
+            &["bad_input", "call_orders", "comparison", "oracle"],
+            &["secrets"],
             &["chain_memory", "claimed_ram", "diff_chains", "long_chains"],
             &[
                 "changed_images",
