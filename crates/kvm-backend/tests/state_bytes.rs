@@ -52,7 +52,7 @@ fn other_versions_lengths_and_sizes_are_typed_errors() {
         error,
         StateError::Version {
             found: 2,
-            supported: 1
+            supported: 1,
             written_by: "kvm-backend",
         }
     );
