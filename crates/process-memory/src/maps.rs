@@ -1,6 +1,7 @@
 //! The mappings of a process, and the search for a guest's RAM among them.
 
 mod error;
+mod pages;
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -129,8 +130,8 @@ impl ProcessMaps {
     /// The kernel splits a mapping when a part of it gets other permissions or advice. A VMM that
     /// tracks writes by `mprotect(2)` splits its RAM this way. Adjacent regions count if they are
     /// consecutive parts of one file, or both anonymous with one name. Their permissions may
-    /// differ. Anonymous memory that cannot be read, such as the guard page of a stack, does not
-    /// count.
+    /// differ. Anonymous memory that cannot be read counts only if it has pages, which were written
+    /// before: the guard page of a stack has none.
     #[must_use]
     pub fn around(&self, address: u64) -> Option<Range<u64>> {
         let index = self
@@ -143,19 +144,29 @@ impl ProcessMaps {
         let (before, after) = self.regions.split_at(index);
         let mut first = found;
         for region in before.iter().rev() {
-            if !may_be_one(region, first) {
+            if !self.may_be_one(region, first) {
                 break;
             }
             first = region;
         }
         let mut last = found;
         for region in &after[1..] {
-            if !may_be_one(last, region) {
+            if !self.may_be_one(last, region) {
                 break;
             }
             last = region;
         }
         Some(first.addresses.start..last.addresses.end)
+    }
+
+    /// Returns `true` if `next` is adjacent to `region` and may be the next part of the same memory.
+    fn may_be_one(&self, region: &ProcessRegion, next: &ProcessRegion) -> bool {
+        let is_ram = |region: &ProcessRegion| {
+            region.inode != 0
+                || region.permissions.read
+                || pages::has_pages(self.pid, &region.addresses)
+        };
+        is_continued(region, next) && is_ram(region) && is_ram(next)
     }
 
     /// Returns the regions with this name, ascending by address. If there are none, returns those
@@ -232,20 +243,17 @@ impl ProcessMaps {
 /// Returns `true` if `next` is adjacent to `region` and maps the next part of the same file
 /// in the same way.
 fn is_continued_by(region: &ProcessRegion, next: &ProcessRegion) -> bool {
-    region.inode != 0 && region.permissions == next.permissions && may_be_one(region, next)
+    region.inode != 0 && region.permissions == next.permissions && is_continued(region, next)
 }
 
-/// Returns `true` if `next` is adjacent to `region` and may be the next part of the same memory.
-fn may_be_one(region: &ProcessRegion, next: &ProcessRegion) -> bool {
+/// Returns `true` if `next` is adjacent to `region` and of the same kind.
+fn is_continued(region: &ProcessRegion, next: &ProcessRegion) -> bool {
     let of_one_file = |region: &ProcessRegion| (region.device, region.inode);
     region.addresses.end == next.addresses.start
         && of_one_file(region) == of_one_file(next)
         && region.name == next.name
         && region.permissions.shared == next.permissions.shared
-        && match region.inode {
-            0 => region.permissions.read && next.permissions.read,
-            _ => region.offset.checked_add(region.size()) == Some(next.offset),
-        }
+        && (region.inode == 0 || region.offset.checked_add(region.size()) == Some(next.offset))
 }
 
 #[cfg(test)]

@@ -6,11 +6,13 @@
 mod support;
 
 use std::io::{self, ErrorKind};
+use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
+use nix::sys::mman::{MmapAdvise, ProtFlags, mprotect};
 use nix::sys::signal::{Signal, kill};
 use page_reader::{LayeredError, PageReader};
-use process_memory::{ProcessMemory, ProcessMemoryError};
+use process_memory::{ProcessMaps, ProcessMemory, ProcessMemoryError};
 use support::child::Child;
 use test_memory::{Mapping, PAGE, pattern};
 
@@ -201,4 +203,34 @@ fn opening_a_zombie_process_fails() {
         }
         other => panic!("{other}"),
     }
+}
+
+/// A VMM that tracks accesses makes parts of its RAM inaccessible, which has been written. A guard
+/// page never was.
+#[test]
+fn inaccessible_part_of_ram_is_a_part_and_a_guard_is_not() {
+    const SIZE: usize = 3 * PAGE;
+    // The last page is the guard.
+    let mapping = Mapping::inaccessible(SIZE + PAGE);
+    mapping.allow(SIZE);
+    mapping.write(&pattern(SIZE));
+    let start = mapping.address();
+    let middle = NonNull::new(mapping.as_ptr().wrapping_add(PAGE).cast()).unwrap();
+    let protect = |flags| {
+        // SAFETY: the page is that of the mapping, to which no reference exists.
+        unsafe { mprotect(middle, PAGE, flags) }.unwrap();
+    };
+    protect(ProtFlags::PROT_NONE);
+    let maps = ProcessMaps::of_this_process().unwrap();
+    for page in 0..3 {
+        // Memory before the mapping may be of the same kind.
+        let found = maps.around(start + (page * PAGE) as u64).unwrap();
+        assert!(found.contains(&start), "{page}: {found:x?}");
+        assert_eq!(found.end, start + SIZE as u64, "{page}");
+    }
+    // Without a page, it may be a guard.
+    let discard = MmapAdvise::MADV_DONTNEED;
+    mapping.advise(PAGE..2 * PAGE, discard).unwrap();
+    let found = maps.around(start).unwrap();
+    assert_eq!(found.end, start + PAGE as u64);
 }
