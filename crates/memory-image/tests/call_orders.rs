@@ -1,5 +1,5 @@
-//! Random orders of calls: whatever a program does between saves, a page that differs from the
-//! image that the bitmap builds on is marked.
+//! Random orders of calls between saves: a page that differs from the image that the bitmap builds
+//! on is marked.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -89,8 +89,8 @@ impl Seal {
     /// Names other images that the diff needs: those below its parent. A diff whose destination is
     /// one of them is [refused](crate::SnapshotError::ReplacesParent), as one over its parent is.
     ///
-    /// The footer records only the parent. Without this call, a diff may replace the full image that
-    /// its chain begins with, or a diff between the two, and no chain could be read any more.
+    /// The footer records only the parent. Without this call, a diff may replace the full image
+    /// that its chain begins with, or a diff between the two, and no chain could be read any more.
     /// `memory_image::Chain::ids` returns the images of a chain.
     pub fn ancestors(mut self, ancestors: impl IntoIterator<Item = ImageId>) -> Self {
         self.ancestors = ancestors.into_iter().collect();

@@ -159,7 +159,7 @@ impl ProcessMaps {
         Some(first.addresses.start..last.addresses.end)
     }
 
-    /// Returns `true` if `next` is adjacent to `region` and may be the next part of the same memory.
+    /// Returns `true` if `next` is adjacent to `region` and may be the next part of its memory.
     fn may_be_one(&self, region: &ProcessRegion, next: &ProcessRegion) -> bool {
         let is_ram = |region: &ProcessRegion| {
             region.inode != 0

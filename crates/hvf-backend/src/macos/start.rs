@@ -14,8 +14,8 @@ use crate::tracker::{Stage2CheckpointError, Stage2Tracker, Stage2TrackerError};
 
 impl Stage2 {
     /// Maps the memory of `owner` into the guest, and tracks the guest's writes from the first one
-    /// on. The [image](RamOwner::image) of `owner` is the parent of the next diff. The owner is dropped
-    /// after the RAM.
+    /// on. The [image](RamOwner::image) of `owner` is the parent of the next diff. The owner is
+    /// dropped after the RAM.
     ///
     /// An owner is for example a `MappedImage` or a `MappedChain` of the crate `memory-image`. The
     /// guest then starts before the snapshot is read: the host reads each page when it is touched.

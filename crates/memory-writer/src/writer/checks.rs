@@ -30,7 +30,8 @@ impl MemoryWriter {
         footer.map_or(Ok(()), |it| it.check_marks(bitmap, self.dest_path()))
     }
 
-    /// Returns the image that the marks of a bitmap build on, if it is known and this is a raw diff.
+    /// Returns the image that the marks of a bitmap build on, if this is a raw diff and the image
+    /// is known.
     pub(super) fn raw_parent_of<K>(&self, bitmap: &DirtyBitmap<K>) -> Option<ImageId> {
         match self.pages {
             PageRecord::Empty | PageRecord::Holes(_) | PageRecord::Caller => {

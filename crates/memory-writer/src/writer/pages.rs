@@ -49,9 +49,9 @@ impl MemoryWriter {
     /// - [`SnapshotError::AmbiguousDiff`] if a raw diff could not be read back.
     /// - [`SnapshotError::DiffWithoutParent`] for a sealed diff that no chain accepts.
     /// - [`SnapshotError::StaleParent`] for a sealed diff whose parent is not the image that the
-    ///   [marks build on](DirtyBitmap::parent). [`SnapshotError::RawParent`] if it names a raw image
-    ///   and the marks build on one with an id, and [`SnapshotError::ParentNotRaw`] in the reverse
-    ///   case.
+    ///   [marks build on](DirtyBitmap::parent). [`SnapshotError::RawParent`] if it names a raw
+    ///   image and the marks build on one with an id, and [`SnapshotError::ParentNotRaw`] in the
+    ///   reverse case.
     /// - [`SnapshotError::ReplacesParent`] for a raw diff whose destination is the image that the
     ///   marks build on. A raw image is not recognized.
     /// - [`SnapshotError::Seal`] for more runs than a footer can list.
