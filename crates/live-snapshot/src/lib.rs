@@ -53,7 +53,7 @@
 //! - **Store the state of vCPUs and devices**: [`Frozen::set_metadata`], with what was captured in
 //!   the pause.
 //! - **Start from an image**: restore the RAM, start the tracker, and call
-//!   [`UffdTracker::set_baseline`] with the id of the image.
+//!   [`UffdTracker::set_baseline`] with the image.
 //! - **Bound the load**: [`rate_limit`](LiveSnapshotOptions::rate_limit),
 //!   [`pool`](LiveSnapshotOptions::pool), [`when_pool_full`](LiveSnapshotOptions::when_pool_full).
 //! - **Cancel**: [`cancel`](LiveSnapshotOptions::cancel), or drop the value. Nothing is committed,
@@ -131,6 +131,8 @@ mod tracker;
 
 pub use options::{Method, WhenPoolFull};
 
+#[cfg(not(ramsnap_loom))]
+pub use dirty_bitmap::ParentImage;
 #[cfg(not(ramsnap_loom))]
 pub use error::LiveError;
 #[cfg(all(feature = "hvf", not(ramsnap_loom)))]

@@ -5,7 +5,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 
-use dirty_bitmap::{Extension, Policy, TrackedBitmap, TrackedEpoch, WriteProtection, WriteTracker};
+use dirty_bitmap::{
+    Extension, ParentImage, Policy, TrackedBitmap, TrackedEpoch, WriteProtection, WriteTracker,
+};
 use host_memory::BlockedSignals;
 use page_reader::PageReader;
 
@@ -195,14 +197,14 @@ impl UffdTracker {
             .map(drop)
     }
 
-    /// Makes the present contents of the RAM the baseline of the next diff: they are those of the
-    /// image with this id, from which the RAM was restored. The guest does not run yet.
+    /// Makes the present contents of the RAM the baseline of the next diff: they are those of this
+    /// image, from which the RAM was restored. The guest does not run yet.
     ///
     /// # Errors
     /// Returns [`UffdCheckpointError`]. All marks are in the bitmap.
-    pub fn set_baseline(&self, image_id: Option<[u8; 16]>) -> Result<(), UffdCheckpointError> {
+    pub fn set_baseline(&self, image: ParentImage) -> Result<(), UffdCheckpointError> {
         let mut epoch = self.checkpoint()?;
-        epoch.set_image_id(image_id);
+        epoch.set_image(image);
         Ok(epoch.release()?)
     }
 

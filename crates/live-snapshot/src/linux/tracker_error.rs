@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use dirty_bitmap::{CheckpointError, EpochReclaimed, GeometryError, TrackerError};
+use dirty_bitmap::{CheckpointError, GeometryError, NotReleased, TrackerError};
 use thiserror::Error;
 use uffd::{OpenError, RegisterError, Stop};
 
@@ -83,7 +83,7 @@ pub enum UffdCheckpointError {
          start a new tracker, whose next snapshot has all pages: {0}"
     )]
     Untracked(#[source] Arc<io::Error>),
-    /// The epoch of the baseline was reclaimed by another thread.
+    /// The epoch of the baseline was not released: another thread has reclaimed it.
     #[error(transparent)]
-    Reclaimed(#[from] EpochReclaimed),
+    NotReleased(#[from] NotReleased),
 }
