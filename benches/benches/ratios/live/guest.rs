@@ -165,7 +165,10 @@ fn run(
     let batch = Duration::from_secs_f64((BATCH * PAGE) as f64 / hot as f64);
     let mut due = Instant::now();
     while !state.stop.load(SeqCst) {
-        let exit = vcpu.run().unwrap();
+        let exit = match vcpu.run() {
+            Err(error) if error.errno() == libc::EINTR => continue,
+            exit => exit.unwrap(),
+        };
         assert!(matches!(exit, VcpuExit::IoOut(0x80, _)), "{exit:?}");
         let stopped = Instant::now();
         state.pages.fetch_add(BATCH, SeqCst);
