@@ -1,5 +1,6 @@
 //! Running a vCPU's instructions in Unicorn until the framework would exit.
 
+mod access;
 mod callbacks;
 mod decode;
 
@@ -10,12 +11,14 @@ use std::time::{Duration, Instant};
 
 use crate::calls::Code;
 use crate::exit::Exit;
+use crate::identity;
 use crate::interrupts::Lines;
 use crate::machine;
 use crate::memory::{self, Mapped};
+use crate::registers;
 use crate::state::{State, Stop};
 use crate::unicorn::{Engine, UnicornError, register};
-use crate::vcpus::Shared;
+use crate::vcpus::{self, Shared};
 
 /// SCR_EL3 and HCR_EL2: the levels below are AArch64 and not secure.
 const CONTROL_OF_HIGHER_LEVELS: [(u16, u64); 2] = [(0xf088, 1 << 10 | 1), (0xe088, 1 << 31)];
@@ -27,6 +30,10 @@ pub(crate) struct Emulation {
     state: NonNull<State>,
     /// What is mapped into the engine.
     mapped: Vec<Mapped>,
+    /// The version of the translations that are mapped.
+    translated: u64,
+    /// The engine translates by the tables of [`identity`].
+    translates: bool,
     executed: Duration,
 }
 
@@ -41,6 +48,8 @@ impl Emulation {
             engine,
             state: NonNull::from(Box::leak(state)),
             mapped: Vec::new(),
+            translated: 0,
+            translates: false,
             executed: Duration::ZERO,
         };
         callbacks::add(&emulation.engine, emulation.state)?;
@@ -103,6 +112,8 @@ impl Emulation {
             let start = Instant::now();
             let result = self.engine.run(pc);
             self.executed += start.elapsed();
+            let level = registers::level(self.engine.read(register::PSTATE)?);
+            self.state().translations.leave_engine_at(level);
             result
         });
         shared.storing.store(false, Ordering::SeqCst);
@@ -117,12 +128,32 @@ impl Emulation {
     /// Maps into the engine what the guest may read, if it has changed.
     fn follow_memory(&mut self) -> Result<(), UnicornError> {
         let memory = memory::read();
-        let shared = Arc::clone(&self.state().shared);
-        if shared.memory_version.load(Ordering::SeqCst) == memory.version {
+        let pstate = self.engine.read(register::PSTATE)?;
+        let state = self.state();
+        let shared = Arc::clone(&state.shared);
+        let memory_changes = shared.memory_version.load(Ordering::SeqCst) != memory.version;
+        if memory_changes {
+            state.translations.forget();
+        }
+        state.follow_translation(pstate);
+        let translated = state.translations.version();
+        if translated == self.translated {
             return Ok(());
         }
-        let readable = memory.readable();
-        for old in self.mapped.extract_if(.., |old| !readable.contains(old)) {
+        let translations = &self.state().translations;
+        let control = translations.control();
+        let (level, readable) = if translations.are_enabled() {
+            let mapped = translations.mapped();
+            let beside = identity::beside(&mapped);
+            (Some(translations.engine_level()), [mapped, beside].concat())
+        } else {
+            (None, memory.readable())
+        };
+        let is_stale = |old: &mut Mapped| !readable.contains(old);
+        let stale: Vec<_> = self.mapped.extract_if(.., is_stale).collect();
+        for old in stale {
+            // Unicorn keeps the code of memory that is unmapped.
+            forget_code_in(&self.engine, &old)?;
             self.engine.unmap(old.guest_start, old.size as usize)?;
         }
         for new in readable {
@@ -136,6 +167,11 @@ impl Emulation {
             unsafe { self.engine.map(new.guest_start, size, host) }?;
             self.mapped.push(new);
         }
+        if level.is_some() || self.translates {
+            identity::set(&self.engine, level, control, translated)?;
+            self.translates = level.is_some();
+        }
+        self.translated = translated;
         shared
             .memory_version
             .store(memory.version, Ordering::SeqCst);
@@ -144,11 +180,8 @@ impl Emulation {
 
     /// Forgets all translated code.
     fn forget_code(&self) -> Result<(), UnicornError> {
-        for mapped in &self.mapped {
-            let end = mapped.guest_start + mapped.size;
-            self.engine.forget_code(mapped.guest_start..end)?;
-        }
-        Ok(())
+        let mut mapped = self.mapped.iter();
+        mapped.try_for_each(|mapped| forget_code_in(&self.engine, mapped))
     }
 
     /// Handles a stop of the engine. Returns the exit, if it is one.
@@ -160,7 +193,8 @@ impl Emulation {
         let pc = state.pc;
         let stop = match state.stop.take() {
             Some(stop) => stop,
-            None => decode::idle(pc).ok_or_else(|| result.err().unwrap_or(UnicornError(0)))?,
+            None => decode::idle(pc, state.instruction(pc))
+                .ok_or_else(|| result.err().unwrap_or(UnicornError(0)))?,
         };
         match stop {
             // With an interrupt controller, the framework waits.
@@ -181,6 +215,12 @@ impl Emulation {
                 engine.write(register::PC, next)?;
                 self.forget_code()?;
             }
+            Stop::OtherRegime { next } => engine.write(register::PC, next)?,
+            Stop::ForgetTranslations { next } => {
+                engine.write(register::PC, next)?;
+                vcpus::forget_translations();
+                vcpus::finish_stores();
+            }
             Stop::Unsupported(what) => {
                 engine.write(register::PC, pc)?;
                 eprintln!("fake-hvf: at {pc:#x}: {what} is not emulated");
@@ -189,6 +229,10 @@ impl Emulation {
         }
         Ok(Ok(None))
     }
+}
+
+fn forget_code_in(engine: &Engine, mapped: &Mapped) -> Result<(), UnicornError> {
+    engine.forget_code(mapped.guest_start..mapped.guest_start.saturating_add(mapped.size))
 }
 
 impl Drop for Emulation {

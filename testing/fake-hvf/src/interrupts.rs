@@ -66,6 +66,8 @@ pub(crate) struct GuestException {
     pub syndrome: u64,
     /// The value of ELR_EL1.
     pub return_address: u64,
+    /// The value of FAR_EL1, of an abort.
+    pub fault_address: Option<u64>,
 }
 
 /// Arm ARM, `AArch64.TakeException`.

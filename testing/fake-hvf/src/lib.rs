@@ -11,9 +11,21 @@
 //!
 //! [`control`] makes calls fail, removes functions of newer systems, and reports what is mapped.
 //!
+//! A guest translates its addresses by page tables of its own (SCTLR_EL1.M, TCR_EL1, TTBR0_EL1 and
+//! TTBR1_EL1): of 4, 16 and 64 KiB, with blocks, permissions, access flags and dirty states. This
+//! crate walks the tables, because Unicorn cannot run such a guest: version 2.0.1 looks up memory,
+//! and calls back, by the virtual address before it translates it. While Unicorn's translation is
+//! off, it refuses addresses of the upper half (both seen with its model `max`). So each page that
+//! the guest accesses is mapped into Unicorn at its virtual address. [`tables`] builds tables for
+//! guests of tests.
+//!
 //! # Limitations
-//! - **No address translation of the guest.** Virtual addresses are guest-physical ones. The
-//!   registers of translation are stored, and the guest's tables are never read.
+//! - **Translation**: addresses have at most 47 bits in each half, and the lowest 4 MiB of the upper
+//!   half of 47 bits are in use. There are no ASIDs: a write of TTBR0_EL1 or TTBR1_EL1 forgets all
+//!   translations, as each `tlbi` does. PSTATE.PAN, `ldtr` and `sttr` have no effect, and pages that
+//!   level 0 may only execute are readable there. `at` does not use the guest's tables.
+//! - **After an exception from level 0**, level 1 executes no privileged instructions. Unicorn
+//!   decodes by a cached exception level, which writing PSTATE does not change (`uc_reg_write`).
 //! - **Caches, memory attributes and the order of memory accesses are those of the host.** Only
 //!   translated code is cached: code that the host replaces is stale until `ic ivau`.
 //! - **Atomic instructions of several vCPUs are not atomic to each other.** Each alone faults and
@@ -24,7 +36,8 @@
 //!   no guest acknowledges one. There are no private interrupts, and timers signal none.
 //! - **Syndromes have no instruction-specific part** (ISV is 0). The framework sets it for most
 //!   loads and stores.
-//! - Exceptions that the guest takes are interrupts, `svc`, `brk` and undefined instructions.
+//! - Exceptions that the guest takes are interrupts, `svc`, `brk`, undefined instructions, and aborts
+//!   of its own page tables. Alignment is not checked.
 //! - Exception level 2, SME instructions, breakpoints, watchpoints and the performance monitor are
 //!   registers without an effect.
 //! - Times are those of an emulator.
@@ -48,18 +61,22 @@ mod exit;
 mod gic;
 mod gic_registers;
 mod host;
+mod identity;
 mod interrupts;
 mod machine;
 mod macos;
 mod memory;
 mod objects;
+mod page_tables;
 mod registers;
 mod sme;
 mod state;
 mod symbols;
 mod system_registers;
 mod systems;
+pub mod tables;
 mod timer;
+mod translations;
 mod unicorn;
 mod vcpu;
 mod vcpu_registers;
@@ -117,7 +134,7 @@ mod tests {
     use std::path::Path;
 
     /// The modules. Each uses only modules before it.
-    const LAYERS: [&str; 25] = [
+    const LAYERS: [&str; 29] = [
         "unicorn",
         "host",
         "systems",
@@ -130,6 +147,10 @@ mod tests {
         "memory",
         "vm",
         "system_registers",
+        "identity",
+        "page_tables",
+        "tables",
+        "translations",
         "registers",
         "interrupts",
         "timer",

@@ -6,7 +6,7 @@
 
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::calls::{Code, Outcome, framework, give};
@@ -118,6 +118,36 @@ impl Memory {
         // SAFETY: the region is mapped in this process, because the framework's caller keeps it
         // mapped until it has called `hv_vm_unmap`. Instructions are aligned.
         Some(unsafe { host.read_volatile() })
+    }
+
+    /// Returns the word at an address, which is aligned and mapped.
+    pub(crate) fn word(&self, address: u64) -> u64 {
+        let word = self.atomic_word(address);
+        word.map_or(0, |word| word.load(SeqCst))
+    }
+
+    /// Replaces the word at an address, which is aligned and mapped, if it is `old`.
+    ///
+    /// `hv_vm_protect` waits for the caller's lock, so it returns after the store or refuses it.
+    pub(crate) fn update_word(&self, address: u64, old: u64, new: u64) {
+        if let Some(word) = self.atomic_word(address) {
+            let _ = word.compare_exchange(old, new, SeqCst, SeqCst);
+        }
+    }
+
+    fn atomic_word(&self, address: u64) -> Option<&AtomicU64> {
+        let region = self.region(address)?;
+        let host = region.host + (address - region.start) as usize;
+        let host = std::ptr::with_exposed_provenance_mut::<u64>(host);
+        // SAFETY: as in `instruction`. The walks of all vCPUs access descriptors by this function.
+        Some(unsafe { AtomicU64::from_ptr(host) })
+    }
+
+    /// Returns the range that the guest may read around an address.
+    pub(crate) fn readable_around(&self, address: u64) -> Option<Mapped> {
+        let mut readable = self.readable().into_iter();
+        readable
+            .find(|range| (range.guest_start..range.guest_start + range.size).contains(&address))
     }
 
     /// Returns the ranges that the guest may read.

@@ -18,6 +18,11 @@ pub(crate) fn general(number: u32) -> Option<i32> {
     }
 }
 
+/// Returns the exception level of a PSTATE: 0 or 1.
+pub(crate) fn level(pstate: u64) -> usize {
+    usize::from(pstate & LEVEL != 0)
+}
+
 /// Returns the system register that SP is with this PSTATE.
 pub(crate) fn stack_pointer(pstate: u64) -> u16 {
     match (pstate & LEVEL, pstate & OWN_STACK_POINTER) {

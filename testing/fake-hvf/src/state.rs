@@ -8,15 +8,18 @@ use std::time::Duration;
 use crate::calls::{Code, Outcome};
 use crate::exit::Exit;
 use crate::interrupts::{GuestException, Lines, Vector, enter_level_1};
-use crate::registers::{stack_pointer, unexpected};
+use crate::page_tables::Regime;
+use crate::registers::{level, stack_pointer, unexpected};
 use crate::system_registers::{
     CNTFRQ_EL0, CNTP_CTL_EL0, CNTP_CVAL_EL0, CNTV_CTL_EL0, CNTV_CVAL_EL0, CNTV_TVAL_EL0,
-    CNTVCT_EL0, CPACR_EL1, ESR_EL1, IN_ENGINE, MPIDR_EL1, PHYSICAL_TIMER, SystemRegisters,
+    CNTVCT_EL0, CPACR_EL1, ESR_EL1, FAR_EL1, ID_AA64MMFR1_EL1, IN_ENGINE, MPIDR_EL1,
+    PHYSICAL_TIMER, SCTLR_EL1, SystemRegisters, TCR_EL1, TTBR0_EL1, TTBR1_EL1,
 };
 use crate::timer::VirtualTimer;
+use crate::translations::Translations;
 use crate::unicorn::{Engine, UnicornError, register};
 use crate::vcpus::Shared;
-use crate::{host, machine, timer};
+use crate::{host, machine, memory, timer};
 
 /// The state of a vCPU beside the registers in the engine.
 pub(crate) struct State {
@@ -32,6 +35,7 @@ pub(crate) struct State {
     pub lines: Lines,
     pub system: SystemRegisters,
     pub timer: VirtualTimer,
+    pub translations: Translations,
 }
 
 /// Why a callback stopped the engine.
@@ -47,6 +51,10 @@ pub(crate) enum Stop {
     Exception(GuestException),
     /// Translated code is forgotten before the instruction at `next`.
     ForgetCode { next: u64 },
+    /// The registers of translation have changed before the instruction at `next`.
+    OtherRegime { next: u64 },
+    /// All vCPUs forget their translations of addresses before the instruction at `next`.
+    ForgetTranslations { next: u64 },
     /// The guest does what this crate does not emulate.
     Unsupported(String),
 }
@@ -63,6 +71,7 @@ impl State {
             lines: Lines::default(),
             system: SystemRegisters::default(),
             timer: VirtualTimer::default(),
+            translations: Translations::default(),
         }
     }
 
@@ -110,8 +119,37 @@ impl State {
         exception: &GuestException,
     ) -> Result<(), UnicornError> {
         self.system.set(ESR_EL1, exception.syndrome);
+        if let Some(address) = exception.fault_address {
+            self.system.set(FAR_EL1, address);
+        }
         let vector = Vector::Synchronous;
         enter_level_1(engine, &self.system, vector, exception.return_address)
+    }
+
+    /// Returns the registers that decide how the guest's addresses are translated.
+    fn regime(&self) -> Regime {
+        Regime {
+            sctlr: self.system.get(SCTLR_EL1),
+            tcr: self.system.get(TCR_EL1),
+            ttbr: [TTBR0_EL1, TTBR1_EL1].map(|register| self.system.get(register)),
+            features: self.system.get(ID_AA64MMFR1_EL1),
+        }
+    }
+
+    /// Makes the translations those of the registers and of the level. Forgets stale ones.
+    pub(crate) fn follow_translation(&mut self, pstate: u64) {
+        if self.shared.stale_translations.swap(false, Ordering::SeqCst) {
+            self.translations.forget();
+        }
+        let regime = self.regime();
+        self.translations.follow(regime, level(pstate));
+    }
+
+    /// Returns the instruction at an address that was executed.
+    pub(crate) fn instruction(&self, pc: u64) -> u32 {
+        let physical = self.translations.known(pc);
+        let instruction = physical.and_then(|at| memory::read().instruction(at));
+        instruction.unwrap_or_default()
     }
 
     /// Returns the guest's virtual counter.

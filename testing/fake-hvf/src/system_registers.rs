@@ -8,24 +8,33 @@ use std::collections::BTreeMap;
 use crate::host;
 use crate::systems::{self, System};
 
+pub(crate) const SCTLR_EL1: u16 = 0xc080;
 pub(crate) const CPACR_EL1: u16 = 0xc082;
+pub(crate) const TTBR0_EL1: u16 = 0xc100;
+pub(crate) const TTBR1_EL1: u16 = 0xc101;
+pub(crate) const TCR_EL1: u16 = 0xc102;
 pub(crate) const SPSR_EL1: u16 = 0xc200;
 pub(crate) const ELR_EL1: u16 = 0xc201;
 pub(crate) const SP_EL0: u16 = 0xc208;
 pub(crate) const SP_EL1: u16 = 0xe208;
 pub(crate) const ESR_EL1: u16 = 0xc290;
+pub(crate) const FAR_EL1: u16 = 0xc300;
 pub(crate) const VBAR_EL1: u16 = 0xc600;
 pub(crate) const CNTV_CTL_EL0: u16 = 0xdf19;
 pub(crate) const CNTV_CVAL_EL0: u16 = 0xdf1a;
 pub(crate) const MPIDR_EL1: u16 = 0xc005;
 const ID_AA64PFR1_EL1: u16 = 0xc021;
 const ID_AA64DFR0_EL1: u16 = 0xc028;
+pub(crate) const ID_AA64MMFR1_EL1: u16 = 0xc039;
 pub(crate) const CNTV_TVAL_EL0: u16 = 0xdf18;
 pub(crate) const CNTFRQ_EL0: u16 = 0xdf00;
 pub(crate) const CNTVCT_EL0: u16 = 0xdf02;
 
 /// The registers that Unicorn has.
 pub(crate) const IN_ENGINE: [u16; 4] = [SPSR_EL1, ELR_EL1, SP_EL0, SP_EL1];
+
+/// The registers that decide how the guest's addresses are translated.
+pub(crate) const OF_TRANSLATION: [u16; 4] = [SCTLR_EL1, TTBR0_EL1, TTBR1_EL1, TCR_EL1];
 
 /// Registers that identify the CPU, with the values of an M4, where known.
 const IDENTIFICATION: [(u16, u64); 11] = [
@@ -38,19 +47,19 @@ const IDENTIFICATION: [(u16, u64); 11] = [
     (0xc030, 0x0221_1110_1121_2120),  // ID_AA64ISAR0_EL1
     (0xc031, 0x0000_0111_0021_1402),  // ID_AA64ISAR1_EL1
     (0xc038, 0x0000_0100_0f10_0022),  // ID_AA64MMFR0_EL1: 40 address bits
-    (0xc039, 0x1121_2000),            // ID_AA64MMFR1_EL1
-    (0xc03a, 0x1001_0110_0001_1011),  // ID_AA64MMFR2_EL1
+    (ID_AA64MMFR1_EL1, 0x1121_2000),
+    (0xc03a, 0x1001_0110_0001_1011), // ID_AA64MMFR2_EL1
 ];
 
 /// The other registers of every vCPU.
 const PLAIN: [u16; 33] = [
     0x8010, // MDCCINT_EL1
     0x8012, // MDSCR_EL1
-    0xc080, // SCTLR_EL1
+    SCTLR_EL1,
     CPACR_EL1,
-    0xc100, // TTBR0_EL1
-    0xc101, // TTBR1_EL1
-    0xc102, // TCR_EL1
+    TTBR0_EL1,
+    TTBR1_EL1,
+    TCR_EL1,
     0xc108, // APIAKEYLO_EL1
     0xc109,
     0xc10a,
@@ -64,7 +73,7 @@ const PLAIN: [u16; 33] = [
     0xc288, // AFSR0_EL1
     0xc289, // AFSR1_EL1
     ESR_EL1,
-    0xc300, // FAR_EL1
+    FAR_EL1,
     0xc3a0, // PAR_EL1
     0xc510, // MAIR_EL1
     0xc518, // AMAIR_EL1

@@ -28,6 +28,8 @@ pub(crate) struct Shared {
     pub emulating: AtomicBool,
     /// Translated code is to be forgotten.
     pub stale_code: AtomicBool,
+    /// Translations of addresses are to be forgotten.
+    pub stale_translations: AtomicBool,
     /// A store is permitted, and may not be in memory yet.
     pub storing: AtomicBool,
     /// The version of the memory that is mapped into the engine.
@@ -137,6 +139,14 @@ pub(crate) fn follow(version: u64) {
 pub(crate) fn forget_code() {
     for vcpu in each() {
         vcpu.stale_code.store(true, Ordering::SeqCst);
+        vcpu.attention.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Makes each vCPU forget its translations of addresses before it uses one again.
+pub(crate) fn forget_translations() {
+    for vcpu in each() {
+        vcpu.stale_translations.store(true, Ordering::SeqCst);
         vcpu.attention.store(true, Ordering::SeqCst);
     }
 }

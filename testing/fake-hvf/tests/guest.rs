@@ -15,15 +15,6 @@ use std::time::Duration;
 use fake_hvf::*;
 use support::*;
 
-const DATA_ABORT: u64 = 0x24;
-const INSTRUCTION_ABORT: u64 = 0x20;
-const IL: u64 = 1 << 25;
-const WRITE: u64 = 1 << 6;
-const TRANSLATION: u64 = 0x07;
-const PERMISSION: u64 = 0x0f;
-const ESR_EL1: u16 = 0xc290;
-const ELR_EL1: u16 = 0xc201;
-
 /// Each kind of store, to the address in x1, and by how much it changes x1. x2 and x3 have the
 /// value in memory.
 const STORES: [(&str, u32, u64); 15] = [

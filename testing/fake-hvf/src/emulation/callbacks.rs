@@ -5,10 +5,10 @@ use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
 use super::decode;
-use crate::exit::{Exit, ExitException};
-use crate::memory::{self, EXEC, READ, Refusal, WRITE};
+use crate::memory::{EXEC, READ, WRITE};
 use crate::registers;
 use crate::state::{State, Stop};
+use crate::system_registers::OF_TRANSLATION;
 use crate::unicorn::{Engine, RawEngine, SystemRegister, UnicornError, access, hook, register};
 
 /// The number of instructions between two looks at the timer.
@@ -56,10 +56,12 @@ extern "C" fn on_instruction(raw: RawEngine, address: u64, _size: u32, data: *mu
     }
     let page = address >> 12;
     let engine = Engine::of_callback(raw);
+    if state.translations.are_enabled() && has_other_level(&engine, state) {
+        return state.stop(&engine, Stop::Attention);
+    }
     if state.page != Some(page) {
-        if let Err(refusal) = memory::read().check(address, EXEC) {
-            let exit = abort(decode::INSTRUCTION_ABORT, false, refusal, address);
-            return state.stop(&engine, Stop::Exit(exit, address));
+        if let Err(stop) = state.access(address..=address, EXEC) {
+            return state.stop(&engine, stop);
         }
         state.page = Some(page);
     }
@@ -79,12 +81,18 @@ extern "C" fn on_instruction(raw: RawEngine, address: u64, _size: u32, data: *mu
     }
 }
 
+/// Returns whether the guest has changed its exception level since the engine was started.
+fn has_other_level(engine: &Engine, state: &State) -> bool {
+    let pstate = engine.read(register::PSTATE);
+    pstate.is_ok_and(|pstate| registers::level(pstate) != state.translations.level())
+}
+
 /// `uc_cb_eventmem_t`. Returns whether the access goes on.
 ///
 /// No store is permitted in the engine's own mappings, so each comes here first. Unicorn carries it
 /// out after this returns true.
 extern "C" fn on_invalid_memory(
-    _raw: RawEngine,
+    raw: RawEngine,
     kind: i32,
     address: u64,
     size: i32,
@@ -97,10 +105,17 @@ extern "C" fn on_invalid_memory(
         // Unicorn goes on after the first refusal of an instruction that makes several accesses.
         return false;
     }
-    let (permission, class) = match kind {
-        access::WRITE_PROTECTED | access::WRITE_UNMAPPED => (WRITE, decode::DATA_ABORT),
-        access::READ_UNMAPPED => (READ, decode::DATA_ABORT),
-        access::FETCH_UNMAPPED => (EXEC, decode::INSTRUCTION_ABORT),
+    if kind == access::FETCH_UNMAPPED {
+        state.pc = address;
+    }
+    if state.translations.are_enabled() && has_other_level(&Engine::of_callback(raw), state) {
+        state.stop = Some(Stop::Attention);
+        return false;
+    }
+    let permission = match kind {
+        access::WRITE_PROTECTED | access::WRITE_UNMAPPED => WRITE,
+        access::READ_UNMAPPED => READ,
+        access::FETCH_UNMAPPED => EXEC,
         other => {
             state.stop = Some(Stop::Unsupported(format!(
                 "a memory access of kind {other}"
@@ -108,47 +123,29 @@ extern "C" fn on_invalid_memory(
             return false;
         }
     };
-    if kind == access::FETCH_UNMAPPED {
-        state.pc = address;
+    let storing = &state.shared.storing;
+    storing.store(permission == WRITE, Ordering::SeqCst);
+    let last = address.saturating_add(size.max(1).unsigned_abs() as u64 - 1);
+    match state.access(address..=last, permission) {
+        Ok(()) if kind == access::WRITE_PROTECTED => return true,
+        // Mapped since the engine was started.
+        Ok(()) => state.stop = Some(Stop::Attention),
+        Err(stop) => state.stop = Some(stop),
     }
-    state
-        .shared
-        .storing
-        .store(permission == WRITE, Ordering::SeqCst);
-    let last = address + size.max(1).unsigned_abs() as u64 - 1;
-    let memory = memory::read();
-    let checked = [address, last].map(|at| memory.check(at, permission).map_err(|why| (why, at)));
-    if let Some((refusal, at)) = checked.into_iter().find_map(Result::err) {
-        state.shared.storing.store(false, Ordering::SeqCst);
-        let exit = abort(class, permission == WRITE, refusal, at);
-        state.stop = Some(Stop::Exit(exit, state.pc));
-        return false;
-    }
-    if kind == access::WRITE_PROTECTED {
-        return true;
-    }
-    // Mapped since the engine was started.
-    state.stop = Some(Stop::Attention);
+    state.shared.storing.store(false, Ordering::SeqCst);
     false
-}
-
-fn abort(class: u64, write: bool, refusal: Refusal, address: u64) -> Exit {
-    let status = match refusal {
-        Refusal::Translation => 0x07,
-        Refusal::Permission => 0x0f,
-    };
-    Exit::Exception(ExitException {
-        syndrome: decode::syndrome(class, u64::from(write) << 6 | status),
-        virtual_address: address,
-        physical_address: address,
-    })
 }
 
 /// `uc_cb_hookintr_t`, at exceptions.
 extern "C" fn on_interrupt(raw: RawEngine, number: u32, data: *mut c_void) {
     // SAFETY: as in `on_instruction`.
     let state = unsafe { of_callback(data) };
-    let stop = decode::exception(number, state.pc, state.trap_breakpoints);
+    let stop = decode::exception(
+        number,
+        state.pc,
+        state.instruction(state.pc),
+        state.trap_breakpoints,
+    );
     state.stop(&Engine::of_callback(raw), stop);
 }
 
@@ -164,7 +161,7 @@ extern "C" fn on_mrs(
     let Some(value) = state.guest_reads(register) else {
         return 0;
     };
-    if let Some(to) = registers::general(decode::register_operand(state.pc)) {
+    if let Some(to) = registers::general(decode::register_operand(state.instruction(state.pc))) {
         let _ = Engine::of_callback(raw).write(to, value);
     }
     1
@@ -179,11 +176,16 @@ extern "C" fn on_msr(
 ) -> u32 {
     // SAFETY: as in `on_mrs`.
     let (state, register) = unsafe { (of_callback(data), (*register).encoding()) };
-    let from = registers::general(decode::register_operand(state.pc));
+    let from = registers::general(decode::register_operand(state.instruction(state.pc)));
     let value = from.map_or(0, |from| {
         Engine::of_callback(raw).read(from).unwrap_or_default()
     });
-    u32::from(state.guest_writes(register, value))
+    let is_done = state.guest_writes(register, value);
+    if OF_TRANSLATION.contains(&register) {
+        let next = state.pc + 4;
+        state.stop(&Engine::of_callback(raw), Stop::OtherRegime { next });
+    }
+    u32::from(is_done)
 }
 
 /// `uc_cb_insn_sys_t`, at a system instruction. Returns 1 if the instruction is done.
@@ -195,9 +197,11 @@ extern "C" fn on_sys(
 ) -> u32 {
     // SAFETY: as in `on_mrs`.
     let (state, instruction) = unsafe { (of_callback(data), (*instruction).encoding()) };
+    let next = state.pc + 4;
     if decode::invalidates_code(instruction) {
-        let next = state.pc + 4;
         state.stop(&Engine::of_callback(raw), Stop::ForgetCode { next });
+    } else if decode::invalidates_translations(instruction) {
+        state.stop(&Engine::of_callback(raw), Stop::ForgetTranslations { next });
     }
     0
 }

@@ -2,7 +2,6 @@
 
 use crate::exit::{Exit, ExitException};
 use crate::interrupts::GuestException;
-use crate::memory;
 use crate::state::Stop;
 
 /// Exception classes (ESR_ELx.EC).
@@ -38,19 +37,14 @@ fn exit(syndrome: u64, pc: u64) -> Stop {
     Stop::Exit(Exit::Exception(exception), pc)
 }
 
-fn instruction(pc: u64) -> u32 {
-    memory::read().instruction(pc).unwrap_or_default()
-}
-
 /// Returns the operand of an instruction of exception generation, if it is one of this kind.
 fn operand(instruction: u32, kind: u32) -> Option<u64> {
     let matches = instruction & 0xffe0_001f == kind;
     matches.then_some(u64::from(instruction >> 5 & 0xffff))
 }
 
-/// Returns why the engine stopped at an exception of the instruction at `pc`.
-pub(super) fn exception(number: u32, pc: u64, trap_breakpoints: bool) -> Stop {
-    let instruction = instruction(pc);
+/// Returns why the engine stopped at an exception of this instruction at `pc`.
+pub(super) fn exception(number: u32, pc: u64, instruction: u32, trap_breakpoints: bool) -> Stop {
     match number {
         UNDEFINED | SUPERVISOR_CALL | BREAKPOINT | HYPERVISOR_CALL | MONITOR_CALL => {}
         other => return Stop::Unsupported(format!("exception {other} of Unicorn")),
@@ -66,6 +60,7 @@ pub(super) fn exception(number: u32, pc: u64, trap_breakpoints: bool) -> Stop {
         Stop::Exception(GuestException {
             syndrome,
             return_address,
+            fault_address: None,
         })
     };
     if let Some(operand) = operand(instruction, 0xd400_0001) {
@@ -78,11 +73,11 @@ pub(super) fn exception(number: u32, pc: u64, trap_breakpoints: bool) -> Stop {
     }
 }
 
-/// Returns the exit of a vCPU that waits at `pc`, if it does.
-pub(super) fn idle(pc: u64) -> Option<Stop> {
+/// Returns the exit of a vCPU that waits by this instruction at `pc`, if it does.
+pub(super) fn idle(pc: u64, instruction: u32) -> Option<Stop> {
     // COND is always, and valid.
     let condition = 0b1_1110 << 20;
-    match instruction(pc) {
+    match instruction {
         WFI => Some(exit(syndrome(WAIT, condition), pc)),
         WFE => Some(exit(syndrome(WAIT, condition | 1), pc)),
         _ => None,
@@ -97,15 +92,21 @@ impl Exit {
     }
 }
 
-/// Returns the number of the general register of the instruction of system registers at `pc`.
-pub(super) fn register_operand(pc: u64) -> u32 {
-    instruction(pc) & 0x1f
+/// Returns the number of the general register of an instruction of system registers.
+pub(super) fn register_operand(instruction: u32) -> u32 {
+    instruction & 0x1f
 }
 
 /// Returns whether a system instruction invalidates instruction caches: `ic ialluis`, `ic iallu`,
 /// `ic ivau`.
 pub(super) fn invalidates_code(encoding: u16) -> bool {
     matches!(encoding, 0x4388 | 0x43a8 | 0x5ba9)
+}
+
+/// Returns whether a system instruction invalidates translations of addresses: `tlbi`.
+pub(super) fn invalidates_translations(encoding: u16) -> bool {
+    let (op0, crn) = (encoding >> 14, encoding >> 7 & 0xf);
+    (op0, crn) == (1, 8)
 }
 
 #[cfg(test)]
@@ -132,5 +133,7 @@ mod tests {
         assert!(invalidates_code(encoding(0, 5, 0)));
         assert!(invalidates_code(encoding(0, 1, 0)));
         assert!(!invalidates_code(encoding(3, 4, 1))); // dc zva
+        assert!(!invalidates_translations(encoding(0, 8, 0))); // at s1e1r
+        assert!(invalidates_translations(1 << 14 | 8 << 7 | 7 << 3)); // tlbi vmalle1
     }
 }

@@ -27,6 +27,16 @@ pub(crate) const FPSR: u32 = 33;
 pub(crate) const CPSR: u32 = 34;
 pub(crate) const CPACR_EL1: u16 = 0xc082;
 pub(crate) const VBAR_EL1: u16 = 0xc600;
+pub(crate) const ELR_EL1: u16 = 0xc201;
+pub(crate) const ESR_EL1: u16 = 0xc290;
+
+/// Of a syndrome.
+pub(crate) const DATA_ABORT: u64 = 0x24;
+pub(crate) const INSTRUCTION_ABORT: u64 = 0x20;
+pub(crate) const IL: u64 = 1 << 25;
+pub(crate) const WRITE: u64 = 1 << 6;
+pub(crate) const TRANSLATION: u64 = 0x07;
+pub(crate) const PERMISSION: u64 = 0x0f;
 
 /// Converts the return code of a call.
 pub(crate) fn done(code: i32) -> Result<(), Code> {
@@ -119,6 +129,10 @@ impl Ram {
         }
     }
 
+    pub(crate) fn write_word(&self, at: u64, value: u64) {
+        unsafe { self.host_at::<u64>(at).write_volatile(value) };
+    }
+
     pub(crate) fn word(&self, at: u64) -> u64 {
         unsafe { self.host_at::<u64>(at).read_volatile() }
     }
@@ -186,8 +200,13 @@ impl Vcpu {
     }
 
     pub(crate) fn cancel(&self) {
-        done(unsafe { hv_vcpus_exit(&raw const self.id, 1) }).unwrap();
+        cancel(self.id);
     }
+}
+
+/// Makes a vCPU of any thread exit.
+pub(crate) fn cancel(id: u64) {
+    done(unsafe { hv_vcpus_exit(&raw const id, 1) }).unwrap();
 }
 
 impl Drop for Vcpu {
