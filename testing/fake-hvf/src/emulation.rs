@@ -149,11 +149,7 @@ impl Emulation {
         } else {
             (None, memory.readable())
         };
-        let is_stale = |old: &mut Mapped| !readable.contains(old);
-        let stale: Vec<_> = self.mapped.extract_if(.., is_stale).collect();
-        for old in stale {
-            // Unicorn keeps the code of memory that is unmapped.
-            forget_code_in(&self.engine, &old)?;
+        for old in self.mapped.extract_if(.., |old| !readable.contains(old)) {
             self.engine.unmap(old.guest_start, old.size as usize)?;
         }
         for new in readable {
@@ -180,8 +176,11 @@ impl Emulation {
 
     /// Forgets all translated code.
     fn forget_code(&self) -> Result<(), UnicornError> {
-        let mut mapped = self.mapped.iter();
-        mapped.try_for_each(|mapped| forget_code_in(&self.engine, mapped))
+        for mapped in &self.mapped {
+            let end = mapped.guest_start.saturating_add(mapped.size);
+            self.engine.forget_code(mapped.guest_start..end)?;
+        }
+        Ok(())
     }
 
     /// Handles a stop of the engine. Returns the exit, if it is one.
@@ -229,10 +228,6 @@ impl Emulation {
         }
         Ok(Ok(None))
     }
-}
-
-fn forget_code_in(engine: &Engine, mapped: &Mapped) -> Result<(), UnicornError> {
-    engine.forget_code(mapped.guest_start..mapped.guest_start.saturating_add(mapped.size))
 }
 
 impl Drop for Emulation {

@@ -273,11 +273,12 @@ fn code_at_an_address_is_that_of_its_page() {
     for (page, number) in pages {
         guest.ram.write(page, &[hvc(number)]);
     }
+    guest.ram.write(RAM, &[INVALIDATE, 0xd61f_0020]); // br x1
+    guest.vcpu.set(X1, DATA_AT);
     for (page, number) in pages {
         guest.map(DATA_AT, page, ACCESSED);
-        // tlbi vmalle1is; br x1
-        let exit = guest.execute(DATA_AT, &[INVALIDATE, 0xd61f_0020]);
-        assert_eq!(hypercall(exit), u64::from(number));
+        guest.vcpu.set(PC, CODE_AT);
+        assert_eq!(hypercall(guest.vcpu.run()), u64::from(number));
     }
 }
 
