@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use crate::calls::answer;
+use crate::memory::{self, Mapped};
 use crate::{host, objects, symbols, vcpus};
 
 /// The page size of a Mac in bytes.
@@ -61,10 +62,16 @@ pub unsafe extern "C" fn sysctlbyname(
     0
 }
 
-/// Forgets translated code, of any addresses.
+/// Forgets all translated code, if guests have any memory of the range.
 #[unsafe(no_mangle)]
-pub extern "C" fn sys_icache_invalidate(_start: *mut c_void, _len: usize) {
-    vcpus::forget_code();
+pub extern "C" fn sys_icache_invalidate(start: *mut c_void, len: usize) {
+    let (start, end) = (start.addr(), start.addr().saturating_add(len));
+    let is_of_guest = |mapped: &Mapped| {
+        mapped.host_start < end && start < mapped.host_start + mapped.size as usize
+    };
+    if memory::mapped().iter().any(is_of_guest) {
+        vcpus::forget_code();
+    }
 }
 
 /// The task of this process, which [`mach_vm_page_range_query`] takes.
@@ -167,7 +174,8 @@ pub unsafe extern "C" fn sysconf(name: c_int) -> c_long {
 
 type Mmap = unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, c_int, i64) -> *mut c_void;
 
-/// Maps anonymous memory at a multiple of a Mac's page size, and everything else as libc does.
+/// Maps memory at a multiple of a Mac's page size where the kernel chooses the address, and
+/// everything else as libc does.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mmap(
     address: *mut c_void,
@@ -179,34 +187,51 @@ pub unsafe extern "C" fn mmap(
 ) -> *mut c_void {
     // SAFETY: this is the type of the function.
     let next: Mmap = unsafe { std::mem::transmute(next(c"mmap")) };
-    let map = |size| {
-        // SAFETY: the caller's arguments, except for a larger size where the kernel chooses the
-        // address.
-        unsafe { next(address, size, access, flags, file, offset) }
-    };
-    if flags & libc::MAP_ANONYMOUS == 0 || !address.is_null() {
-        return map(size);
-    }
+    // SAFETY: the caller's arguments, or a place that is reserved here.
+    let map = |place: *mut c_void, flags| unsafe { next(place, size, access, flags, file, offset) };
     let Some(larger) = size.checked_add(PAGE_SIZE) else {
-        return map(size);
+        return map(address, flags);
     };
-    let start = map(larger);
+    if !address.is_null() || size == 0 {
+        return map(address, flags);
+    }
+    let reserved = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: the kernel chooses the address.
+    let start = unsafe {
+        next(
+            std::ptr::null_mut(),
+            larger,
+            libc::PROT_NONE,
+            reserved,
+            -1,
+            0,
+        )
+    };
     if start == libc::MAP_FAILED {
         return start;
     }
     let padding = start.addr().next_multiple_of(PAGE_SIZE) - start.addr();
     let aligned = start.map_addr(|start| start + padding);
     let end = aligned.map_addr(|aligned| aligned + size.next_multiple_of(4 << 10));
-    for (from, size) in [
+    let unused = [
         (start, padding),
         (end, larger - padding - (end.addr() - aligned.addr())),
-    ] {
+    ];
+    let mapped = map(aligned, flags | libc::MAP_FIXED);
+    // SAFETY: a call without arguments that have requirements.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: the variable of this thread.
+    let failure = unsafe { *errno };
+    let of_failure = (mapped == libc::MAP_FAILED).then_some((aligned, size));
+    for (from, size) in unused.into_iter().chain(of_failure) {
         if size > 0 {
-            // SAFETY: this part of the new mapping is in no use.
+            // SAFETY: this part of the reserved place is in no use.
             unsafe { libc::munmap(from, size) };
         }
     }
-    aligned
+    // SAFETY: as above. The caller sees why its mapping failed.
+    unsafe { *errno = failure };
+    mapped
 }
 
 /// As [`mmap`].

@@ -8,6 +8,8 @@
 
 mod support;
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::ptr;
 use std::thread;
@@ -218,10 +220,16 @@ fn the_host_has_pages_of_16_kib() {
     let _turn = turn();
     assert_eq!(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }, 16 << 10);
     assert!(unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) } > 0);
-    for size in [1, 4096, 5000, 1 << 20] {
+    let file = File::open(std::env::current_exe().unwrap()).unwrap();
+    let kinds = [(libc::MAP_ANONYMOUS, -1), (0, file.as_raw_fd())];
+    let sizes = [1, 4096, 5000, 1 << 20];
+    for (size, (kind, file)) in sizes
+        .into_iter()
+        .flat_map(|size| kinds.map(|it| (size, it)))
+    {
         let access = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        let start = unsafe { libc::mmap(ptr::null_mut(), size, access, flags, -1, 0) };
+        let flags = libc::MAP_PRIVATE | kind;
+        let start = unsafe { libc::mmap(ptr::null_mut(), size, access, flags, file, 0) };
         assert!(start.addr().is_multiple_of(16 << 10), "{start:?}");
         unsafe { start.cast::<u8>().add(size - 1).write(1) };
         assert_eq!(unsafe { libc::munmap(start, size) }, 0);

@@ -7,6 +7,8 @@
     reason = "the framework's functions, with variables of the test"
 )]
 
+pub(crate) mod translated;
+
 use std::ffi::c_void;
 use std::ptr;
 
