@@ -16,7 +16,7 @@ use applevisor_sys::{
 };
 use dirty_bitmap::Policy;
 use fake_hvf::control;
-use hvf_backend::el1::{self, Start};
+use hvf_backend::el1;
 use hvf_backend::{AdoptVcpuError, Exit, ExitAction, GuestRam, PAGE_SIZE, Stage2, VcpuState, Vm};
 use page_reader::RamLayout;
 
@@ -37,12 +37,7 @@ fn ram(code: &[u32]) -> Arc<GuestRam> {
 }
 
 fn start() -> VcpuState {
-    let start = Start {
-        entry: PROGRAM,
-        page_table: RAM,
-        address_bits: 36,
-    };
-    let mut state = start.state();
+    let mut state = support::start_state();
     (state.x[0], state.x[1]) = (7, DATA);
     state
 }

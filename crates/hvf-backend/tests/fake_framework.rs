@@ -3,23 +3,23 @@
 //! The framework is that of `testing/fake-hvf`: `cargo xtask fake-hvf`.
 #![cfg(hvf_fake)]
 
+mod support;
+
 use std::collections::BTreeSet;
 use std::sync::{Arc, Barrier};
 use std::thread;
 
 use dirty_bitmap::{Policy, TakenBitmap};
 use fake_hvf::control;
-use hvf_backend::el1::{self, Start};
 use hvf_backend::{
-    Encoding, Exit, ExitAction, GuestRam, MapError, PAGE_SIZE, Register, RestoreError, Stage2,
-    Stage2Tracker, SysReg, SystemRegister, Vcpu, VcpuState, Vm,
+    Encoding, Exit, GuestRam, MapError, PAGE_SIZE, Register, RestoreError, Stage2, Stage2Tracker,
+    SysReg, SystemRegister, VcpuState, Vm,
 };
 use page_reader::{PageReader, RamLayout};
 use rstest::rstest;
+use support::{PROGRAM, RAM, run_tracked, start};
 
-const RAM: u64 = 0x8000_0000;
 const SIZE: u64 = 8 << 20;
-const PROGRAM: u64 = RAM + PAGE_SIZE;
 const VECTORS: u64 = PROGRAM + 0x800;
 const DATA: u64 = RAM + (4 << 20);
 
@@ -27,23 +27,11 @@ fn hvc(number: u32) -> u32 {
     0xd400_0002 | number << 5
 }
 
-fn start(vcpu: &Vcpu) {
-    let start = Start {
-        entry: PROGRAM,
-        page_table: RAM,
-        address_bits: 36,
-    };
-    let restored = start.state().restore(vcpu, 0).unwrap();
-    assert_eq!(restored.differing, []);
-}
-
 /// Creates a machine with the program in its RAM.
 fn machine(code: &[u32]) -> (Vm, Stage2) {
     let vm = Vm::new().unwrap();
     let ram = Arc::new(GuestRam::new(RamLayout::single(RAM, SIZE).unwrap()).unwrap());
-    ram.write(RAM, &el1::page_table()).unwrap();
-    let code: Vec<u8> = code.iter().copied().flat_map(u32::to_le_bytes).collect();
-    ram.write(PROGRAM, &code).unwrap();
+    support::write_guest(&ram, code);
     let stage2 = Stage2::map(&vm, &ram).unwrap();
     (vm, stage2)
 }
@@ -229,14 +217,8 @@ fn fill(vm: &Vm, tracker: &Stage2Tracker<Stage2>, number: u64) {
     for (register, value) in registers.into_iter().zip(arguments) {
         vcpu.set_register(register, value).unwrap();
     }
-    loop {
-        let run_guard = tracker.enter();
-        let exit = vcpu.run().unwrap();
-        if tracker.handle_exit(&run_guard, &exit).unwrap() == ExitAction::Forward {
-            assert_eq!(hypercall(exit), 0);
-            return;
-        }
-    }
+    let exit = run_tracked(tracker, &mut vcpu);
+    assert_eq!(hypercall(exit), 0);
 }
 
 /// Four vCPUs write pages next to each other's while checkpoints are taken and their pages copied.
@@ -295,7 +277,7 @@ fn no_write_of_four_vcpus_is_lost(#[values(Policy::Pages, Policy::default())] po
         .step_by(PAGE_SIZE as usize)
         .filter(stale)
         .collect();
-    assert_eq!(stale, []);
+    assert!(stale.is_empty(), "{stale:x?}");
 }
 
 #[test]
@@ -356,9 +338,7 @@ fn small_pages_are_tracked_one_by_one() {
     let layout = RamLayout::single(RAM, SIZE).unwrap();
     let options = GuestRam::options().dirty_bitmap(Arc::new(bitmap));
     let ram = Arc::new(options.allocate(layout).unwrap());
-    ram.write(RAM, &el1::page_table()).unwrap();
-    let code = [0xf900_0020, hvc(0)].map(u32::to_le_bytes).concat(); // str x0, [x1]
-    ram.write(PROGRAM, &code).unwrap();
+    support::write_guest(&ram, &[0xf900_0020, hvc(0)]); // str x0, [x1]
     let stage2 = Stage2::map(&vm, &ram).unwrap();
     assert_eq!(stage2.vm().granule(), 4096);
     let tracker = stage2.track(Policy::Pages).unwrap();
@@ -366,13 +346,7 @@ fn small_pages_are_tracked_one_by_one() {
     let mut vcpu = vm.create_vcpu().unwrap();
     start(&vcpu);
     vcpu.set_register(Register::X1, DATA + 4096).unwrap();
-    loop {
-        let run_guard = tracker.enter();
-        let exit = vcpu.run().unwrap();
-        if tracker.handle_exit(&run_guard, &exit).unwrap() == ExitAction::Forward {
-            break;
-        }
-    }
+    run_tracked(&tracker, &mut vcpu);
     let epoch = tracker.checkpoint().unwrap();
     let runs: Vec<_> = epoch.bitmap().runs().collect();
     assert_eq!(runs, [DATA - RAM + 4096..DATA - RAM + 8192]);

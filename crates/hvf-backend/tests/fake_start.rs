@@ -3,21 +3,21 @@
 //! The framework is that of `testing/fake-hvf`: `cargo xtask fake-hvf`.
 #![cfg(hvf_fake)]
 
+mod support;
+
 use std::path::Path;
 use std::sync::Arc;
 
 use dirty_bitmap::Policy;
 use fake_hvf::{Code, control};
-use hvf_backend::el1::{self, Start};
 use hvf_backend::guest_ram::RamOwner;
-use hvf_backend::{ExitAction, GuestRam, PAGE_SIZE, Stage2, StartError, Vm};
+use hvf_backend::{GuestRam, PAGE_SIZE, Stage2, StartError, Vm};
 use memory_image::MappedImage;
 use memory_writer::{Layout, MemoryWriter};
 use page_reader::{PageReader, RamLayout};
+use support::RAM;
 
-const RAM: u64 = 0x8000_0000;
 const SIZE: u64 = 1 << 20;
-const PROGRAM: u64 = RAM + PAGE_SIZE;
 const DATA: u64 = RAM + 8 * PAGE_SIZE;
 
 fn layout(size: u64) -> RamLayout {
@@ -27,9 +27,7 @@ fn layout(size: u64) -> RamLayout {
 /// Returns an image of the RAM of a guest that executes `str x0, [x1]; hvc #0`.
 fn image(dir: &Path) -> MappedImage {
     let ram = GuestRam::new(layout(SIZE)).unwrap();
-    ram.write(RAM, &el1::page_table()).unwrap();
-    let code = [0xf900_0020_u32, 0xd400_0002].map(u32::to_le_bytes);
-    ram.write(PROGRAM, code.as_flattened()).unwrap();
+    support::write_guest(&ram, &[0xf900_0020, 0xd400_0002]);
     let path = dir.join("guest.mem");
     let options = MemoryWriter::options().layout(Layout::Sealed);
     let mut writer = options.open(&path, SIZE, PAGE_SIZE).unwrap();
@@ -50,21 +48,10 @@ fn a_guest_starts_from_an_image_with_its_writes_tracked() {
     image.write_zeros(zeroed..SIZE).unwrap();
     let tracker = Stage2::start(&vm, layout(SIZE), image, Policy::Pages).unwrap();
     let mut vcpu = vm.create_vcpu().unwrap();
-    let start = Start {
-        entry: PROGRAM,
-        page_table: RAM,
-        address_bits: 36,
-    };
-    let mut state = start.state();
+    let mut state = support::start_state();
     (state.x[0], state.x[1]) = (7, DATA);
     let _ = state.restore(&vcpu, 0).unwrap();
-    loop {
-        let run_guard = tracker.enter();
-        let exit = vcpu.run().unwrap();
-        if tracker.handle_exit(&run_guard, &exit).unwrap() == ExitAction::Forward {
-            break;
-        }
-    }
+    support::run_tracked(&tracker, &mut vcpu);
     let epoch = tracker.checkpoint().unwrap();
     let dirty = |offset: &u64| epoch.bitmap().is_dirty(*offset).unwrap();
     let pages: Vec<u64> = (0..SIZE)

@@ -2,7 +2,6 @@
 //! `testing/fake-hvf` elsewhere (`--cfg hvf_fake`).
 #![cfg(any(all(target_os = "macos", target_arch = "aarch64"), hvf_fake))]
 
-#[cfg(feature = "macos-15")]
 mod support;
 
 use std::path::Path;
@@ -12,17 +11,15 @@ use std::thread;
 use std::time::Duration;
 
 use dirty_bitmap::{Policy, TrackedBitmap, WriteProtection};
-use hvf_backend::el1::{self, Start};
 use hvf_backend::{
-    Access, CreateVmError, Exit, ExitAction, GuestRam, MapError, PAGE_SIZE, Register, Stage2,
-    SysReg, Vcpu, VcpuState, Vm,
+    Access, CreateVmError, Exit, GuestRam, MapError, PAGE_SIZE, Register, Stage2, SysReg, Vcpu,
+    VcpuState, Vm,
 };
 use page_reader::{PageReader, RamLayout};
+use support::{PROGRAM, RAM};
 use test_machine::{Need, needs};
 
-const RAM: u64 = 0x8000_0000;
 const SIZE: u64 = 8 << 20;
-const PROGRAM: u64 = RAM + PAGE_SIZE;
 const DATA: u64 = RAM + (4 << 20);
 const HVC: u64 = 0x16;
 
@@ -42,18 +39,10 @@ fn layout() -> RamLayout {
 fn machine(code: &[u32]) -> (Vm, Stage2, Vcpu) {
     let vm = Vm::new().unwrap();
     let ram = Arc::new(GuestRam::new(layout()).unwrap());
-    ram.write(RAM, &el1::page_table()).unwrap();
-    let code: Vec<u8> = code.iter().copied().flat_map(u32::to_le_bytes).collect();
-    ram.write(PROGRAM, &code).unwrap();
+    support::write_guest(&ram, code);
     let stage2 = Stage2::map(&vm, &ram).unwrap();
     let vcpu = vm.create_vcpu().unwrap();
-    let start = Start {
-        entry: PROGRAM,
-        page_table: RAM,
-        address_bits: 36,
-    };
-    let restored = start.state().restore(&vcpu, 0).unwrap();
-    assert_eq!(restored.differing, []);
+    support::start(&vcpu);
     (vm, stage2, vcpu)
 }
 
@@ -121,14 +110,8 @@ fn the_tracker_marks_exactly_the_written_pages() {
         .collect();
     for offset in &written {
         vcpu.set_register(Register::X1, RAM + offset).unwrap();
-        loop {
-            let run_guard = tracker.enter();
-            let exit = vcpu.run().unwrap();
-            if tracker.handle_exit(&run_guard, &exit).unwrap() == ExitAction::Forward {
-                assert!(is_hvc(exit), "{exit:x?}");
-                break;
-            }
-        }
+        let exit = support::run_tracked(&tracker, &mut vcpu);
+        assert!(is_hvc(exit), "{exit:x?}");
     }
     let epoch = tracker.checkpoint().unwrap();
     let pages: Vec<u64> = (0..SIZE)

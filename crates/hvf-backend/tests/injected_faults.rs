@@ -322,6 +322,15 @@ fn ram_that_stage_2_keeps_stays_mapped() {
 }
 
 #[test]
+fn ram_that_stage_2_releases_has_no_other_owner() {
+    let _turn = control::turn();
+    let (vm, stage2) = mapped_machine();
+    let ram = Arc::clone(stage2.ram());
+    drop((stage2, vm));
+    assert_eq!(Arc::strong_count(&ram), 1);
+}
+
+#[test]
 fn a_vcpu_that_stays_keeps_the_machine() {
     let _turn = control::turn();
     control::reset();

@@ -159,6 +159,7 @@ pub(crate) const CRATES: [Mutated; 6] = [
                 "fake_registers",
                 "fake_start",
                 "fake_state",
+                "fake_translation",
                 "hypervisor",
                 "injected_faults",
                 "recorded_syndromes",
