@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 pub use behavior::{HoleSupport, Punch, SeekHole, WrittenZeros};
 pub use direct::{AlignmentBasis, DirectIo};
-use sample::Sample;
+use sample::{Layout, Sample};
 
 use crate::sys;
 
@@ -56,7 +56,7 @@ pub enum ProbeError {
     #[error(
         "failed to probe the file system of {dir:?}: could not {operation} a temporary file of {} \
          MiB: {source}",
-        sample::LEN >> 20
+        sample::HERE.len >> 20
     )]
     Io {
         /// The directory that was to be probed.
@@ -113,7 +113,7 @@ impl Capabilities {
                 source,
             }
         };
-        let mut sample = Sample::write(&file).map_err(doing("write"))?;
+        let mut sample = Sample::write(&file, sample::HERE).map_err(doing("write"))?;
         let allocated = sample.allocated().map_err(doing("examine"))?;
         let seek_hole = sample.seek_hole().map_err(doing("list the extents of"))?;
         let written_zeros = sample
@@ -127,7 +127,7 @@ impl Capabilities {
         let punch = sample.punch().map_err(doing("punch a hole into"))?;
         Ok(Self {
             file_system: sys::file_system_name(&file).map_err(doing("name the file system of"))?,
-            holes: HoleSupport::from_evidence(seek_hole, allocated),
+            holes: HoleSupport::from_evidence(sample::HERE, seek_hole, allocated),
             seek_hole,
             written_zeros,
             punch,
@@ -140,13 +140,16 @@ impl Capabilities {
 impl HoleSupport {
     /// Derives the support from the extents reported for the synced sample or, if these provide no
     /// information, from the bytes allocated to it.
-    fn from_evidence(seek_hole: SeekHole, allocated: u64) -> Self {
-        match (seek_hole, allocated) {
-            (SeekHole::Exact { .. }, _) => Self::Sparse,
-            (_, sample::LEN..) => Self::Dense,
-            // Between the minimum allocation and half of the file. Less than what was written is
-            // impossible.
-            (_, sample::WRITTEN..=sample::HALF) => Self::Sparse,
+    fn from_evidence(layout: Layout, seek_hole: SeekHole, allocated: u64) -> Self {
+        if matches!(seek_hole, SeekHole::Exact { .. }) {
+            return Self::Sparse;
+        }
+        // Between the minimum allocation and half of the file. Less than what was written is
+        // impossible.
+        let sparse = sample::WRITTEN..=layout.half();
+        match allocated {
+            all if all >= layout.len => Self::Dense,
+            part if sparse.contains(&part) => Self::Sparse,
             _ => Self::Unknown,
         }
     }
@@ -200,18 +203,19 @@ mod tests {
     #[rstest]
     #[case::ext4_xfs_btrfs_tmpfs(EXACT, sample::WRITTEN, HoleSupport::Sparse)]
     #[case::nfs_3_over_ext4(SeekHole::AllData, sample::WRITTEN, HoleSupport::Sparse)]
-    #[case::hfs_plus_and_exfat(SeekHole::AllData, sample::LEN, HoleSupport::Dense)]
+    #[case::hfs_plus_and_exfat(SeekHole::AllData, sample::HERE.len, HoleSupport::Dense)]
     #[case::apfs_on_linux_reports_0(SeekHole::AllData, 0, HoleSupport::Unknown)]
     #[case::holes_reported_despite_wrong_allocation(EXACT, 0, HoleSupport::Sparse)]
     #[case::less_than_was_written(SeekHole::Unsupported, sample::WRITTEN - 512, HoleSupport::Unknown)]
-    #[case::neither_sparse_nor_dense(SeekHole::AllData, sample::LEN - 512, HoleSupport::Unknown)]
+    #[case::neither_sparse_nor_dense(SeekHole::AllData, sample::HERE.len - 512, HoleSupport::Unknown)]
     #[case::unreliable_seek_is_ignored(SeekHole::Unreliable, 0, HoleSupport::Unknown)]
     fn holes_are_derived_from_possible_evidence(
         #[case] seek_hole: SeekHole,
         #[case] allocated: u64,
         #[case] verdict: HoleSupport,
     ) {
-        assert_eq!(HoleSupport::from_evidence(seek_hole, allocated), verdict);
+        let found = HoleSupport::from_evidence(sample::HERE, seek_hole, allocated);
+        assert_eq!(found, verdict);
     }
 
     #[test]

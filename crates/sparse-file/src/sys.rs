@@ -9,6 +9,8 @@ use nix::unistd::{SysconfVar, sysconf};
 mod linux;
 #[cfg(target_os = "macos")]
 mod macos;
+#[cfg(any(target_os = "macos", test))]
+mod macos_calls;
 
 #[cfg(target_os = "linux")]
 pub(crate) use linux::{StoredHandle, stored_handle, stored_handle_at};
@@ -23,11 +25,14 @@ pub(crate) use linux::{
 pub(crate) use macos::{StoredHandle, stored_handle, stored_handle_at};
 #[cfg(target_os = "macos")]
 pub(crate) use macos::{
-    Uncached, extent_size_hint, file_system_block, file_system_name, first_unwritten, is_layered,
+    extent_size_hint, file_system_block, file_system_name, first_unwritten, is_layered,
     is_layered_at, is_on_disk, lacks_extents, least_direct_alignment, may_change_reports,
     on_one_layer, on_one_mount, punch_hole, reopen_direct, reported_direct_alignment,
     reports_holes_correctly, reserve, set_direct, share_blocks, zeros_beside,
 };
+
+#[cfg(target_os = "macos")]
+pub(crate) use macos_calls::Uncached;
 
 /// Returns the page size of the processor in bytes.
 pub(crate) fn page_size() -> usize {

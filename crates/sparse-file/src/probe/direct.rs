@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use host_memory::AlignedBuffer;
 
-use super::sample::{NOISE, noise};
+use super::sample::{HERE, noise};
 use crate::sys;
 
 /// The largest alignment to try: no disk has larger sectors, and no file system requires more.
@@ -47,14 +47,22 @@ pub(super) fn probe(file: &File, block: Option<u64>) -> io::Result<Option<Direct
         Err(error) if sys::is_unsupported_argument(&error) => return Ok(None),
         Err(error) => return Err(error),
     }
-    let found = alignment(file, block)?;
+    let reported = sys::reported_direct_alignment(file);
+    let found = alignment(file, block, reported, sys::least_direct_alignment())?;
     sys::set_direct(file, false)?;
     Ok(found)
 }
 
-fn alignment(file: &File, block: Option<u64>) -> io::Result<Option<DirectIo>> {
+/// Finds the alignments of a file that does direct I/O. `least` is the least alignment of a measured
+/// one.
+fn alignment(
+    file: &File,
+    block: Option<u64>,
+    reported: Option<(usize, usize)>,
+    least: usize,
+) -> io::Result<Option<DirectIo>> {
     let mut attempt = Attempt::new(file);
-    match sys::reported_direct_alignment(file) {
+    match reported {
         Some((0, _) | (_, 0)) => return Ok(None),
         Some((memory_align, offset_align))
             if memory_align.max(offset_align) <= MAX_ALIGN
@@ -79,7 +87,7 @@ fn alignment(file: &File, block: Option<u64>) -> io::Result<Option<DirectIo>> {
         .and_then(|block| usize::try_from(block).ok())
         .filter(|block| block.is_power_of_two() && *block <= MAX_ALIGN)
         .unwrap_or(4096)
-        .max(sys::least_direct_alignment());
+        .max(least);
     Ok(Some(DirectIo {
         memory_align: memory.max(block),
         offset_align: offset.max(block),
@@ -126,7 +134,7 @@ impl<'f> Attempt<'f> {
 
     /// Returns whether one call reads the bytes that another has written.
     fn round_trips(&mut self, start: usize, offset: usize, len: usize) -> io::Result<bool> {
-        let at = NOISE.start + offset as u64;
+        let at = HERE.noise().start + offset as u64;
         let wanted = &self.noise[..len];
         let piece = &mut self.buffer.bytes_mut()[start..start + len];
         piece.copy_from_slice(wanted);
@@ -161,5 +169,22 @@ mod tests {
         let mut attempt = Attempt::new(&file);
         assert!(attempt.works(512, 512).expect("tried"));
         assert!(!attempt.works(256, 512).expect("tried"));
+    }
+
+    /// As on macOS: with `F_NOCACHE`, I/O that is not aligned succeeds through the page cache, as
+    /// all I/O of a file without direct I/O does.
+    #[test]
+    fn alignment_of_the_page_cache_is_raised_to_a_page() {
+        let file = tempfile::tempfile().expect("file");
+        let page = 16 << 10;
+        for (block, expected) in [(None, page), (Some(512), page), (Some(64 << 10), 64 << 10)] {
+            let found = alignment(&file, block, None, page).expect("tried");
+            let measured = DirectIo {
+                memory_align: expected,
+                offset_align: expected,
+                basis: AlignmentBasis::Measured,
+            };
+            assert_eq!(found, Some(measured), "{block:?}");
+        }
     }
 }

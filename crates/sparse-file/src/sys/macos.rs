@@ -1,4 +1,5 @@
-//! macOS: fcntl's F_PUNCHHOLE, F_PREALLOCATE and F_NOCACHE, and statfs. Type-checked, never run.
+//! macOS: fcntl's F_PUNCHHOLE, F_PREALLOCATE and F_NOCACHE, and statfs. Type-checked, never run: the
+//! decisions are in `macos_calls`.
 
 #![allow(unsafe_code)]
 
@@ -12,82 +13,80 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statfs::fstatfs;
 
-/// Punches a hole by `F_PUNCHHOLE`, which refuses a range that is not of whole blocks. Parts of
-/// blocks at both ends are therefore overwritten with zeros.
-pub(crate) fn punch_hole(file: &File, range: Range<u64>) -> io::Result<()> {
-    let block = u64::from(fstatfs(file)?.block_size()).max(1);
-    let start = range.start.next_multiple_of(block).min(range.end);
-    let end = (range.end - range.end % block).max(start);
-    // First, so that an unsupported call changes no bytes.
-    if start < end {
-        punch_blocks(file, start..end)?;
+use super::macos_calls::{self, Calls, Sizes};
+
+impl Calls for File {
+    fn sizes(&self) -> io::Result<Sizes> {
+        let metadata = self.metadata()?;
+        Ok(Sizes {
+            len: metadata.len(),
+            allocated: metadata.blocks() * 512,
+        })
     }
-    write_zeros(file, range.start..start)?;
-    write_zeros(file, end..range.end)
+
+    fn resize(&self, len: u64) -> io::Result<()> {
+        self.set_len(len)
+    }
+
+    fn put(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        self.write_all_at(bytes, at)
+    }
+
+    fn block_size(&self) -> io::Result<u64> {
+        file_system_block(self)
+    }
+
+    #[allow(
+        clippy::cast_possible_wrap,
+        reason = "checked by the callers in space.rs"
+    )]
+    fn punch(&self, blocks: Range<u64>) -> Result<(), Errno> {
+        let hole = libc::fpunchhole_t {
+            fp_flags: 0,
+            reserved: 0,
+            fp_offset: blocks.start as libc::off_t,
+            fp_length: (blocks.end - blocks.start) as libc::off_t,
+        };
+        // SAFETY: F_PUNCHHOLE reads an fpunchhole_t, which `hole` is for the length of the call;
+        // `self` is open.
+        let result = unsafe { libc::fcntl(self.as_raw_fd(), libc::F_PUNCHHOLE, &raw const hole) };
+        Errno::result(result).map(drop)
+    }
+
+    #[allow(
+        clippy::cast_possible_wrap,
+        reason = "checked by the callers in space.rs"
+    )]
+    fn preallocate(&self, more: u64) -> Result<(), Errno> {
+        let mut store = libc::fstore_t {
+            fst_flags: libc::F_ALLOCATEALL,
+            fst_posmode: libc::F_PEOFPOSMODE,
+            fst_offset: 0,
+            fst_length: more as libc::off_t,
+            fst_bytesalloc: 0,
+        };
+        fcntl(self, FcntlArg::F_PREALLOCATE(&mut store)).map(drop)
+    }
+
+    fn set_uncached(&self, on: bool) -> Result<(), Errno> {
+        // SAFETY: F_NOCACHE takes an int by value; `self` is open.
+        let result =
+            unsafe { libc::fcntl(self.as_raw_fd(), libc::F_NOCACHE, libc::c_int::from(on)) };
+        Errno::result(result).map(drop)
+    }
 }
 
-#[allow(
-    clippy::cast_possible_wrap,
-    reason = "checked by the callers in space.rs"
-)]
-fn punch_blocks(file: &File, blocks: Range<u64>) -> io::Result<()> {
-    let hole = libc::fpunchhole_t {
-        fp_flags: 0,
-        reserved: 0,
-        fp_offset: blocks.start as libc::off_t,
-        fp_length: (blocks.end - blocks.start) as libc::off_t,
-    };
-    // SAFETY: F_PUNCHHOLE reads an fpunchhole_t, which `hole` is for the length of the call; `file`
-    // is borrowed, so open.
-    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_PUNCHHOLE, &raw const hole) };
-    Errno::result(result)?;
-    Ok(())
+pub(crate) fn punch_hole(file: &File, range: Range<u64>) -> io::Result<()> {
+    macos_calls::punch_hole(file, range)
+}
+
+pub(crate) fn reserve(file: &File, len: u64) -> io::Result<()> {
+    macos_calls::reserve(file, len)
 }
 
 /// Unsupported: APFS clones only whole files, to new names.
 pub(crate) fn share_blocks(_from: &File, _to: &File, _len: u64) -> io::Result<()> {
     Err(Errno::ENOTSUP.into())
-}
-
-fn write_zeros(file: &File, range: Range<u64>) -> io::Result<()> {
-    let zeros = [0; 4096];
-    let mut at = range.start;
-    while at < range.end {
-        let len = usize::try_from(range.end - at).map_or(zeros.len(), |len| len.min(zeros.len()));
-        file.write_all_at(&zeros[..len], at)?;
-        at += len as u64;
-    }
-    Ok(())
-}
-
-/// The length of `F_PREALLOCATE` is what to add after the present blocks of the file. It does not
-/// change the length of the file.
-#[allow(
-    clippy::cast_possible_wrap,
-    reason = "checked by the callers in space.rs"
-)]
-pub(crate) fn reserve(file: &File, len: u64) -> io::Result<()> {
-    let metadata = file.metadata()?;
-    let owned = metadata.len().max(metadata.blocks() * 512);
-    if len > owned {
-        let mut store = libc::fstore_t {
-            fst_flags: libc::F_ALLOCATEALL,
-            fst_posmode: libc::F_PEOFPOSMODE,
-            fst_offset: 0,
-            fst_length: (len - owned) as libc::off_t,
-            fst_bytesalloc: 0,
-        };
-        match fcntl(file, FcntlArg::F_PREALLOCATE(&mut store)) {
-            // APFS returns this for valid arguments: for some new files, and where more is
-            // allocated than was asked for.
-            Err(Errno::EINVAL) => return Err(Errno::ENOTSUP.into()),
-            result => result?,
-        };
-    }
-    if len > metadata.len() {
-        file.set_len(len)?;
-    }
-    Ok(())
 }
 
 /// Returns the page size: I/O that is not aligned to pages succeeds through the page cache, despite
@@ -98,29 +97,7 @@ pub(crate) fn least_direct_alignment() -> usize {
 
 /// Sets or clears `F_NOCACHE`: macOS has no `O_DIRECT`.
 pub(crate) fn set_direct(file: &File, on: bool) -> io::Result<()> {
-    // SAFETY: F_NOCACHE takes an int by value; `file` is borrowed, so the descriptor is open.
-    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_NOCACHE, libc::c_int::from(on)) };
-    Errno::result(result)?;
-    Ok(())
-}
-
-/// Sets `F_NOCACHE` on a file until it is dropped. The previous state cannot be queried, so it is
-/// cleared on drop.
-#[derive(Debug)]
-pub(crate) struct Uncached<'f>(&'f File);
-
-impl<'f> Uncached<'f> {
-    /// Sets `F_NOCACHE` as a hint: a file that does not support it is written without.
-    pub(crate) fn new(file: &'f File) -> Self {
-        let _ = set_direct(file, true);
-        Self(file)
-    }
-}
-
-impl Drop for Uncached<'_> {
-    fn drop(&mut self) {
-        let _ = set_direct(self.0, false);
-    }
+    Ok(file.set_uncached(on)?)
 }
 
 /// Unsupported: macOS opens a second description of a file only by its path.
