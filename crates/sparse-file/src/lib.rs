@@ -159,7 +159,8 @@
 //!
 //! # Limitations
 //!
-//! - Linux and macOS only. The macOS code is type-checked and was never run.
+//! - Linux and macOS only. The calls of macOS are type-checked and were never run. The decisions
+//!   about them are tested on Linux.
 //! - The crate neither syncs files for durability nor replaces them atomically. The caller does
 //!   both.
 //! - If another thread lowers `RLIMIT_FSIZE` while [`write_runs`] runs, this is not noticed.

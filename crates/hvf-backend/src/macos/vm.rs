@@ -2,6 +2,9 @@
 
 #![allow(unsafe_code)]
 
+#[cfg(not(feature = "macos-26"))]
+mod fewer_features;
+
 use std::any::Any;
 use std::io;
 use std::sync::Arc;
@@ -214,19 +217,9 @@ impl VmOptions {
         self.address_bits
     }
 
-    #[cfg(not(feature = "macos-13"))]
-    fn requested_bits(&self) -> Option<u32> {
-        None
-    }
-
     #[cfg(feature = "macos-26")]
     fn granule(&self) -> u64 {
         if self.small_pages { 4096 } else { PAGE_SIZE }
-    }
-
-    #[cfg(not(feature = "macos-26"))]
-    fn granule(&self) -> u64 {
-        PAGE_SIZE
     }
 
     /// Returns the bits of guest-physical addresses, of which this Mac has enough.
@@ -271,12 +264,6 @@ impl VmOptions {
             Some(place) => GicInstance::create(machine, place, self.msis).map(Instance::Gic),
             None => Ok(Instance::Plain(machine)),
         }
-    }
-
-    #[cfg(not(feature = "macos-15"))]
-    #[allow(clippy::unnecessary_wraps, reason = "the signature with the feature")]
-    fn instance(&self, machine: Arc<Machine>) -> Result<Instance, CreateVmError> {
-        Ok(Instance::Plain(machine))
     }
 }
 
