@@ -20,10 +20,11 @@
 //! guests of tests.
 //!
 //! # Limitations
-//! - **Translation**: addresses have at most 47 bits in each half, and the lowest 4 MiB of the upper
-//!   half of 47 bits are in use. There are no ASIDs: a write of TTBR0_EL1 or TTBR1_EL1 forgets all
-//!   translations, as each `tlbi` does. PSTATE.PAN, `ldtr` and `sttr` have no effect, and pages that
-//!   level 0 may only execute are readable there. `at` does not use the guest's tables.
+//! - **Translation**: addresses have at most 47 bits in each half, and the lowest 5 MiB of the
+//!   upper half of 47 bits are in use. There are no ASIDs: a write of TTBR0_EL1 or TTBR1_EL1
+//!   forgets all translations, as each `tlbi` does. PSTATE.PAN has no effect, `ldtr` and `sttr` are
+//!   accesses of the present level, and pages that level 0 may only execute are readable there.
+//!   `at` does not use the guest's tables.
 //! - **After an exception from level 0**, level 1 executes no privileged instructions. Unicorn
 //!   decodes by a cached exception level, which writing PSTATE does not change (`uc_reg_write`).
 //! - **Caches, memory attributes and the order of memory accesses are those of the host.** Only
@@ -36,8 +37,8 @@
 //!   no guest acknowledges one. There are no private interrupts, and timers signal none.
 //! - **Syndromes have no instruction-specific part** (ISV is 0). The framework sets it for most
 //!   loads and stores.
-//! - Exceptions that the guest takes are interrupts, `svc`, `brk`, undefined instructions, and aborts
-//!   of its own page tables. Alignment is not checked.
+//! - Exceptions that the guest takes are interrupts, `svc`, `brk`, undefined instructions, and
+//!   aborts of its own page tables. Alignment is not checked.
 //! - Exception level 2, SME instructions, breakpoints, watchpoints and the performance monitor are
 //!   registers without an effect.
 //! - Times are those of an emulator.

@@ -53,8 +53,7 @@ pub(super) fn probe(file: &File, block: Option<u64>) -> io::Result<Option<Direct
     Ok(found)
 }
 
-/// Finds the alignments of a file that does direct I/O. `least` is the least alignment of a measured
-/// one.
+/// Finds the alignments of a file that does direct I/O. A measured one is raised to `least`.
 fn alignment(
     file: &File,
     block: Option<u64>,

@@ -1,5 +1,5 @@
-//! macOS: fcntl's F_PUNCHHOLE, F_PREALLOCATE and F_NOCACHE, and statfs. Type-checked, never run: the
-//! decisions are in `macos_calls`.
+//! macOS: fcntl's F_PUNCHHOLE, F_PREALLOCATE and F_NOCACHE, and statfs. Type-checked, never run.
+//! The decisions are in `macos_calls`.
 
 #![allow(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! The decisions about system calls of macOS, apart from the calls, so that they run on each system.
+//! The decisions about system calls of macOS, apart from the calls. Tests run them on each system.
 
 use std::io;
 use std::ops::Range;
