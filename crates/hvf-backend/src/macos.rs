@@ -4,6 +4,8 @@ mod adopt;
 mod create_error;
 mod create_vcpu;
 mod errors;
+#[cfg(not(feature = "macos-26"))]
+mod fewer_features;
 #[cfg(feature = "macos-15")]
 mod gic;
 #[cfg(feature = "macos-15")]

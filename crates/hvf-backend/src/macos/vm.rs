@@ -2,9 +2,6 @@
 
 #![allow(unsafe_code)]
 
-#[cfg(not(feature = "macos-26"))]
-mod fewer_features;
-
 use std::any::Any;
 use std::io;
 use std::sync::Arc;

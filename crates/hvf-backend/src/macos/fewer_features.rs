@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 #[cfg(not(feature = "macos-15"))]
-use super::super::create_error::CreateVmError;
+use super::create_error::CreateVmError;
 #[cfg(not(feature = "macos-15"))]
-use super::super::machine::{Instance, Machine};
-use super::{PAGE_SIZE, VmOptions};
+use super::machine::{Instance, Machine};
+use super::vm::{PAGE_SIZE, VmOptions};
 
 impl VmOptions {
     #[cfg(not(feature = "macos-13"))]
