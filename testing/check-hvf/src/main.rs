@@ -38,7 +38,7 @@ const JSON: &str = "--message-format=json-render-diagnostics";
 ///
 /// The code for macOS is compiled for Linux (`--cfg hvf_fake`) and linked with `testing/fake-hvf`,
 /// which runs arm64 guests in the emulator Unicorn. Runs the tests of the fake itself, those of
-/// hvf-backend with its fewest and its most features, its examples, among them the self-test for
+/// hvf-backend with its fewest and its most features, the live snapshots of such guests, its examples, among them the self-test for
 /// Macs, and the demo with its guest of the framework. Then it prints how many lines of
 /// crates/hvf-backend/src/macos were executed, and which were not. Less than 90 % are an error.
 ///
@@ -98,6 +98,7 @@ fn unavailable(why: &str) -> anyhow::Result<()> {
 fn run_all(sh: &Shell) -> anyhow::Result<BTreeSet<PathBuf>> {
     let backend = tests(sh, "crates/hvf-backend")?;
     let fake = tests(sh, "testing/fake-hvf")?;
+    let live = ["--test", "hvf"].map(String::from).to_vec();
     // All builds select `demo` or `adaptive`: with either, cargo selects the same features of all
     // dependencies, and builds each once. `adaptive` selects no feature of hvf-backend.
     let backend_only = ["-p", "ramsnap-hvf-backend", "-p", "adaptive"];
@@ -107,6 +108,8 @@ fn run_all(sh: &Shell) -> anyhow::Result<BTreeSet<PathBuf>> {
         "-p",
         "fake-hvf",
         "-p",
+        "ramsnap-live-snapshot",
+        "-p",
         "demo",
         "--all-features",
     ];
@@ -115,7 +118,7 @@ fn run_all(sh: &Shell) -> anyhow::Result<BTreeSet<PathBuf>> {
     // interrupt controller.
     for (packages, tests) in [
         (&backend_only[..], backend.clone()),
-        (&all[..], [backend, fake].concat()),
+        (&all[..], [backend, fake, live].concat()),
     ] {
         let tests = &tests;
         let build = cmd!(sh, "cargo test --locked {packages...} --lib {tests...}");
