@@ -36,8 +36,9 @@ pub struct LiveSnapshot {
 
 /// A live snapshot whose point in time is set: the VMM may resume the guest now.
 ///
-/// It is `Send`: another thread may write it. That thread must not write the guest's RAM, because
-/// its write would wait for itself. Dropping the value cancels the snapshot.
+/// Write it soon: once the pool is full, writes of the guest wait until pages are written to the
+/// file. It is `Send`: another thread may write it. That thread must not write the guest's RAM or
+/// wait for the guest, because it would wait for itself. Dropping the value cancels the snapshot.
 #[derive(Debug)]
 #[must_use = "a live snapshot that is dropped is cancelled: call `commit`"]
 pub struct Frozen {

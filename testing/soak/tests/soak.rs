@@ -31,6 +31,32 @@ fn a_few_rounds_find_nothing_and_leave_nothing() {
     assert_eq!(left, 0, "{said}");
 }
 
+#[test]
+fn live_snapshots_find_nothing_and_leave_nothing() {
+    let room = room();
+    let (output, said) = soak(room.path(), &["--seed=1", "--only=3.0", "--rounds=12"]);
+    assert!(output.status.success(), "{said}");
+    let left = std::fs::read_dir(room.path()).expect("it is there").count();
+    assert_eq!(left, 0, "{said}");
+}
+
+#[test]
+fn image_of_another_point_in_time_is_found() {
+    if !test_machine::Need::Userfaultfd.met("image_of_another_point_in_time_is_found") {
+        return;
+    }
+    let room = room();
+    let of = [
+        "--seed=1",
+        "--only=3.0",
+        "--rounds=12",
+        "--mutant=late-copy",
+    ];
+    let (output, said) = soak(room.path(), &of);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("a page is torn"), "{said}");
+}
+
 /// The seed makes each guest's plan the same: the violation shows within these rounds.
 #[rstest]
 #[case("mark-dropped", "a page is lost")]

@@ -21,6 +21,8 @@ pub(super) enum Mutant {
     ReleasedEarly,
     /// A file stays open when a guest is gone
     FileKept,
+    /// The RAM of a live snapshot is copied after the pause
+    LateCopy,
 }
 
 /// What all guests share.
