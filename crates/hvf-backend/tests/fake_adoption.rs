@@ -4,7 +4,6 @@
 #![cfg(hvf_fake)]
 #![allow(unsafe_code)]
 
-#[cfg(feature = "macos-15")]
 mod support;
 
 use std::ptr;
