@@ -25,6 +25,13 @@ pub(crate) trait PageMemory: Send + Sync {
     /// Returns whether all pages of a range are write-protected, as far as the platform can say.
     /// Pages that lost their protection without a fault were discarded, and their bytes with them.
     fn is_protected(&self, range: Range<u64>) -> io::Result<bool>;
+
+    /// Returns the offset of a page of a range that is neither write-protected nor marked, as far
+    /// as the platform can say: it was discarded.
+    fn find_discarded(&self, range: Range<u64>) -> io::Result<Option<u64>> {
+        let _ = range;
+        Ok(None)
+    }
 }
 
 /// The reason why a capture has failed.
@@ -40,6 +47,13 @@ pub(crate) enum Failure {
     NotPending { offset: u64 },
     /// The capture was ended.
     Ended,
+}
+
+impl Failure {
+    fn memory(offset: u64, error: io::Error) -> Self {
+        let error = Arc::new(error);
+        Self::Memory { offset, error }
+    }
 }
 
 /// A capture of RAM: which pages still have the bytes of the image, and copies of those that do
@@ -152,6 +166,20 @@ impl Capture {
     ///
     /// Waits while the pool is full. After it returns, the pages may be overwritten.
     pub(crate) fn save(&self, range: Range<u64>) {
+        self.save_pages(range.clone());
+        if !self.active.load(Ordering::SeqCst) {
+            return;
+        }
+        // A page that was discarded before the point in time and written since is not in the image.
+        // Afterwards it is marked, like the other pages of the range.
+        match self.memory.find_discarded(range.clone()) {
+            Ok(None) => {}
+            Ok(Some(offset)) => self.fail(Failure::Discarded { offset }),
+            Err(error) => self.fail(Failure::memory(range.start, error)),
+        }
+    }
+
+    fn save_pages(&self, range: Range<u64>) {
         for page in range.start / self.page_size..range.end.div_ceil(self.page_size) {
             if !self.active.load(Ordering::SeqCst) {
                 return;
@@ -181,11 +209,10 @@ impl Capture {
                     }
                     let offset = page * self.page_size;
                     let bytes = buffer.sized(self.page_size as usize);
-                    if let Err(error) = self.memory.copy(offset, bytes) {
+                    if let Err(failure) = self.copy_protected(offset, bytes) {
                         self.pool.give_back(buffer);
                         self.end_copies(page..page + 1, |_| PageState::Pending);
-                        let error = Arc::new(error);
-                        return self.fail(Failure::Memory { offset, error });
+                        return self.fail(failure);
                     }
                     self.pool.put(page, offset / self.chunk_size(), buffer);
                     self.end_copies(page..page + 1, |_| PageState::Pooled);
@@ -301,26 +328,7 @@ impl Capture {
         }
         let end = offset + buf.len() as u64;
         let start = offset.max(held.pages.start * self.page_size);
-        let bytes = &mut buf[(start - offset) as usize..];
-        self.memory
-            .copy(start, bytes)
-            .map_err(|error| Failure::Memory {
-                offset: start,
-                error: Arc::new(error),
-            })?;
-        // Compared while the pages are held: a fault unprotects a page after it was copied.
-        let whole = held.pages.start * self.page_size..held.pages.end * self.page_size;
-        match self.memory.is_protected(whole) {
-            Ok(true) => {}
-            Ok(false) => return Err(Failure::Discarded { offset: start }),
-            Err(error) => {
-                let error = Arc::new(error);
-                return Err(Failure::Memory {
-                    offset: start,
-                    error,
-                });
-            }
-        }
+        self.copy_protected(start, &mut buf[(start - offset) as usize..])?;
         self.end_copies(std::mem::take(&mut held.pages), |page| {
             match end >= (page + 1) * self.page_size {
                 true => PageState::Free,
@@ -329,6 +337,20 @@ impl Capture {
             }
         });
         Ok(())
+    }
+
+    /// Copies the bytes of pages that the calling thread has set to
+    /// [`Copying`](PageState::Copying), and checks that they were not discarded.
+    fn copy_protected(&self, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
+        let failed = |error| Failure::memory(offset, error);
+        self.memory.copy(offset, buf).map_err(failed)?;
+        // After the copy: a fault unprotects these pages only when they are not held any more.
+        let end = (offset + buf.len() as u64).next_multiple_of(self.page_size);
+        let pages = offset - offset % self.page_size..end;
+        match self.memory.is_protected(pages).map_err(failed)? {
+            true => Ok(()),
+            false => Err(Failure::Discarded { offset }),
+        }
     }
 }
 
@@ -357,3 +379,6 @@ impl Drop for Held<'_> {
 
 #[cfg(all(test, ramsnap_loom))]
 mod interleavings;
+
+#[cfg(all(test, not(ramsnap_loom)))]
+mod tests;

@@ -39,6 +39,10 @@ impl PageMemory for GuestMemory {
     fn is_protected(&self, range: Range<u64>) -> io::Result<bool> {
         self.tracker.is_protected(range)
     }
+
+    fn find_discarded(&self, range: Range<u64>) -> io::Result<Option<u64>> {
+        self.tracker.find_discarded(range)
+    }
 }
 
 /// The bytes of a capture. Each byte is read once.

@@ -106,3 +106,74 @@ impl<R: PageReader> PageReader for Paced<'_, R> {
         self.reader.known_size()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 4 reads of 5 ms each, and the first one at once.
+    #[test]
+    fn reads_take_at_least_the_time_of_their_rate() {
+        let (pacer, token) = (Pacer::new(Some(1 << 20)), CancelToken::new());
+        let began = Instant::now();
+        for _ in 0..5 {
+            pacer.wait((1 << 20) / 200, &token).unwrap();
+        }
+        assert!(began.elapsed() >= Duration::from_millis(19));
+    }
+
+    #[test]
+    fn idle_time_does_not_count() {
+        let (pacer, token) = (Pacer::new(Some(1 << 20)), CancelToken::new());
+        pacer.wait(10, &token).unwrap();
+        thread::sleep(Duration::from_millis(5));
+        pacer.wait((1 << 20) / 100, &token).unwrap();
+        let next = pacer.next.lock().unwrap().unwrap();
+        assert!(next.saturating_duration_since(Instant::now()) <= Duration::from_millis(10));
+        let began = Instant::now();
+        pacer.wait(1, &token).unwrap();
+        assert!(Instant::now() >= next && began.elapsed() <= Duration::from_mins(1));
+    }
+
+    #[test]
+    fn without_a_limit_nothing_waits() {
+        let (pacer, token) = (Pacer::new(None), CancelToken::new());
+        pacer.wait(usize::MAX, &token).unwrap();
+        assert!(pacer.next.lock().unwrap().is_none());
+        token.cancel();
+        let error = pacer.wait(1, &token).unwrap_err();
+        assert_eq!(error.to_string(), "the live snapshot was cancelled");
+    }
+
+    /// The read would wait for an hour.
+    #[test]
+    fn cancellation_ends_a_wait() {
+        let (pacer, token) = (Pacer::new(Some(1)), CancelToken::new());
+        pacer.wait(3600, &token).unwrap();
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| pacer.wait(1, &token));
+            token.cancel();
+            waiting.join().unwrap().unwrap_err();
+        });
+    }
+
+    #[test]
+    fn memory_is_exposed_only_at_an_unlimited_rate() {
+        let (ram, token) = (vec![7; 4096], CancelToken::new());
+        let (unlimited, limited) = (Pacer::new(None), Pacer::new(Some(1 << 40)));
+        let paced = Paced::new(&ram[..], &unlimited, &token);
+        assert_eq!(
+            paced.host_memory(96, 4000).map(|memory| memory.len()),
+            Some(4000)
+        );
+        assert_eq!(paced.known_size(), ram[..].known_size());
+        let slow = Paced::new(&ram[..], &limited, &token);
+        assert!(slow.host_memory(0, 4096).is_none());
+        let mut bytes = [0; 3];
+        slow.read_at(5, &mut bytes).unwrap();
+        assert_eq!(bytes, [7; 3]);
+        token.cancel();
+        assert!(paced.host_memory(0, 4096).is_none());
+        assert!(paced.read_at(0, &mut bytes).is_err());
+    }
+}

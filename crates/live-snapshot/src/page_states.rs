@@ -166,4 +166,37 @@ mod tests {
         }
         assert_eq!(states.needed(0..100).count(), 47);
     }
+
+    #[test]
+    fn runs_of_any_place_and_length_become_pending() {
+        for start in [0, 1, 31, 32, 33, 64] {
+            for end in [start, start + 1, 32, 63, 64, 65, 96, 128] {
+                let states = PageStates::new(128);
+                states.set_pending(start..end);
+                let expected = |page| (start..end).contains(&page);
+                for page in 0..128 {
+                    let is_pending = states.get(page) == PageState::Pending;
+                    assert_eq!(is_pending, expected(page), "{start}..{end}: {page}");
+                }
+                let runs: Vec<_> = states.needed(0..128).collect();
+                let expected: Vec<_> = (start < end).then_some(start..end).into_iter().collect();
+                assert_eq!(runs, expected);
+            }
+        }
+    }
+
+    #[test]
+    fn pending_again_replaces_every_state() {
+        let states = PageStates::new(64);
+        states.set_pending(0..64);
+        for page in 0..64 {
+            let to = [PageState::Free, PageState::Copying, PageState::Pooled][page as usize % 3];
+            states.change(page, PageState::Pending, to).unwrap();
+        }
+        states.set_pending(1..40);
+        assert_eq!(states.get(0), PageState::Free);
+        assert!((1..40).all(|page| states.get(page) == PageState::Pending));
+        assert_eq!(states.get(40), PageState::Copying);
+        assert_eq!(states.needed(38..44).collect::<Vec<_>>(), [38..42, 43..44]);
+    }
 }

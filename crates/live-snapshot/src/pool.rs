@@ -212,3 +212,6 @@ impl State {
         clear
     }
 }
+
+#[cfg(all(test, not(ramsnap_loom)))]
+mod tests;

@@ -4,25 +4,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dirty_bitmap::{PageSet, TrackedEpoch};
-use memory_writer::{CancelToken, MemoryWriter, SnapshotError};
+use memory_writer::MemoryWriter;
 
 use crate::capture::Capture;
 use crate::error::LiveError;
-use crate::frozen_ram::{FrozenRam, GuestMemory, check_cancelled};
+use crate::frozen_ram::{GuestMemory, check_cancelled};
 use crate::options::Method;
-use crate::order::Order;
-use crate::pacer::{Paced, Pacer};
-use crate::precopy::{PassError, Passes};
+use crate::pacer::Pacer;
 use crate::report::Report;
-use crate::settings::{Kind, LiveSnapshotOptions};
+use crate::settings::LiveSnapshotOptions;
 use crate::slot::Attached;
 use crate::tracker::LiveTracker;
 
-/// The largest number of pages whose protection is left to the pause.
-const FEW_PAGES: u64 = 256;
+mod parts;
 
-/// The largest number of rounds in which written pages are protected again before the pause.
-const MAX_ROUNDS: u32 = 8;
+use parts::Parts;
 
 /// A live snapshot that is prepared: the VMM may pause the guest now.
 ///
@@ -55,39 +51,15 @@ pub struct Written {
     report: Report,
 }
 
-/// What the steps of a snapshot share.
-struct Parts {
-    // Dropped first: a write fault must not wait for a snapshot that is cancelled.
-    attached: Option<Attached>,
-    tracker: Arc<dyn LiveTracker>,
-    writer: MemoryWriter,
-    epoch: TrackedEpoch,
-    memory: Arc<GuestMemory>,
-    /// For a full image: pages that may hold nonzero bytes.
-    populated: PageSet,
-    kind: Kind,
-    cancel: CancelToken,
-    pacer: Pacer,
-    report: Report,
-}
-
-impl std::fmt::Debug for Parts {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Parts")
-            .field("writer", &self.writer)
-            .field("report", &self.report)
-            .finish_non_exhaustive()
-    }
-}
-
 impl LiveSnapshotOptions {
     /// Begins a snapshot of the guest of `tracker` while the guest runs, and returns when the guest
     /// should be paused.
     ///
     /// Copy-on-write and stop-and-copy protect all of the RAM here, so that
     /// [`freeze`](LiveSnapshot::freeze) only protects the pages that were written since. This takes
-    /// about 16 ms for each GiB at the first snapshot, and later depends on the number of pages
-    /// written since the last one. Pre-copy writes all of the RAM here.
+    /// about 16 ms for each GiB at the first snapshot. Later it takes as long to look for pages
+    /// that were discarded unseen, and longer the more pages were written since the last one.
+    /// Pre-copy writes all of the RAM here.
     ///
     /// # Errors
     /// Returns [`LiveError`]. Nothing changed, except that pages may be protected.
@@ -129,6 +101,7 @@ impl LiveSnapshotOptions {
             }
             (Method::CopyOnWrite | Method::PreCopy | Method::StopAndCopy | Method::Auto, _) => None,
         };
+        tracker.mark_discarded().map_err(LiveError::Tracker)?;
         let epoch = tracker.begin_epoch().map_err(LiveError::Tracker)?;
         let mut parts = Parts {
             attached,
@@ -254,6 +227,8 @@ impl Frozen {
             parts.report.pool_waited = usage.waited;
         }
         written?;
+        parts.check_discarded()?;
+        check_cancelled(&parts.cancel)?;
         parts.report.written_in = resumed.elapsed();
         let Parts {
             attached,
@@ -299,130 +274,6 @@ impl Written {
     /// Returns what the snapshot did so far.
     pub fn report(&self) -> &Report {
         &self.report
-    }
-}
-
-impl Parts {
-    /// Protects the pages again that were written since the last round, until few are left.
-    fn protect_again(&mut self) -> Result<(), LiveError> {
-        let mut last = u64::MAX;
-        for _ in 0..MAX_ROUNDS {
-            check_cancelled(&self.cancel)?;
-            let dirty = self.tracker.bitmap().dirty_pages();
-            if dirty <= FEW_PAGES || dirty > last / 2 {
-                break;
-            }
-            last = dirty;
-            let extended = self.tracker.extend_epoch(&mut self.epoch);
-            let extension = extended.map_err(LiveError::Tracker)?;
-            if let Some(attached) = &self.attached {
-                extension.runs().for_each(|run| attached.capture.add(run));
-            }
-        }
-        Ok(())
-    }
-
-    /// Adds the pages of the image to the capture: of a full image, those that may hold nonzero
-    /// bytes. They are protected, so a page that is written from now on is added again.
-    fn add_to_capture(&mut self) -> Result<(), LiveError> {
-        let Some(attached) = &self.attached else {
-            return Ok(());
-        };
-        match self.kind {
-            Kind::Diff => self
-                .epoch
-                .bitmap()
-                .runs()
-                .for_each(|run| attached.capture.add(run)),
-            Kind::Full => {
-                let ram_size = self.tracker.bitmap().ram_size();
-                let reader = self.memory.reader();
-                for run in reader.populated(0..ram_size) {
-                    check_cancelled(&self.cancel)?;
-                    self.populated.add(&run);
-                }
-                self.populated
-                    .runs()
-                    .for_each(|run| attached.capture.add(run));
-            }
-        }
-        Ok(())
-    }
-
-    fn precopy(&mut self, options: &LiveSnapshotOptions) -> Result<(), LiveError> {
-        let reader = Paced::new(self.memory.reader(), &self.pacer, &self.cancel);
-        let passes = Passes {
-            tracker: &*self.tracker,
-            writer: &mut self.writer,
-            epoch: &mut self.epoch,
-            reader: &reader,
-            kind: self.kind,
-            options,
-        };
-        let (passes, convergence) = passes.make().map_err(|error| match error {
-            PassError::Write(error) => self.cause(error),
-            PassError::Tracker(error) => error,
-        })?;
-        self.report.passes = passes;
-        self.report.convergence = Some(convergence);
-        Ok(())
-    }
-
-    /// Writes the image in the pause.
-    fn write_all(&mut self, kind: Kind) -> Result<(), LiveError> {
-        let reader = self.memory.reader();
-        let written = match kind {
-            Kind::Full => self.writer.write_full(&*reader),
-            Kind::Diff => {
-                let dirty = self.epoch.bitmap();
-                self.writer.write_diff(&*reader, dirty).map(drop)
-            }
-        };
-        written.map_err(|error| self.cause(error))
-    }
-
-    /// Writes the pages of the last extension of the epoch in the pause.
-    fn write_last_pass(&mut self) -> Result<(), LiveError> {
-        let reader = self.memory.reader();
-        let written = match self.epoch.last_extension() {
-            Some(dirtied) => self.writer.write_diff(&*reader, dirtied).map(drop),
-            None => Ok(()),
-        };
-        written.map_err(|error| self.cause(error))
-    }
-
-    /// Writes the pages of the capture.
-    fn write_captured(&mut self, capture: &Arc<Capture>) -> Result<(), LiveError> {
-        let frozen = FrozenRam::new(self.memory.reader(), capture, &self.pacer, &self.cancel);
-        let ram_size = self.tracker.bitmap().ram_size();
-        let order = Order::new(capture, ram_size);
-        let (writer, epoch) = (&mut self.writer, &self.epoch);
-        let written = match (self.report.method, self.kind) {
-            (Method::PreCopy, _) => {
-                let rest: Vec<_> = capture.needed(0..ram_size).collect();
-                let written = writer.write_runs(&frozen, || rest.iter().cloned());
-                // The earlier passes wrote the other pages, which have not changed since.
-                written.and_then(|_| writer.count_as_written(epoch.bitmap()))
-            }
-            (_, Kind::Full) => writer.write_full_in_order(&frozen, order),
-            (_, Kind::Diff) => {
-                let runs = order.data();
-                writer
-                    .write_diff_in_order(&frozen, epoch.bitmap(), runs)
-                    .map(drop)
-            }
-        };
-        written.map_err(|error| self.cause(error))
-    }
-
-    /// Returns the cause of a failed write: the writer reports only that the reader has failed.
-    fn cause(&self, error: SnapshotError) -> LiveError {
-        let failed = self.attached.as_ref().and_then(|it| it.capture.failure());
-        let of_capture = failed.and_then(LiveError::of_capture);
-        let cancelled = || self.cancel.is_cancelled().then_some(LiveError::Cancelled);
-        of_capture
-            .or_else(cancelled)
-            .unwrap_or(LiveError::Write(error))
     }
 }
 

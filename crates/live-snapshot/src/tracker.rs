@@ -68,4 +68,24 @@ pub trait LiveTracker: Send + Sync + 'static {
         let _ = range;
         Ok(true)
     }
+
+    /// Returns the offset of a page of a range that was discarded unseen: it is neither protected
+    /// nor marked. Called for a snapshot in progress before pages are unprotected. The provided
+    /// method returns `None`.
+    ///
+    /// # Errors
+    /// Returns an error if the platform does not answer.
+    fn find_discarded(&self, range: Range<u64>) -> io::Result<Option<u64>> {
+        let _ = range;
+        Ok(None)
+    }
+
+    /// Marks all pages that were discarded unseen: they are neither protected nor marked. Returns
+    /// the offset of the first one. The provided method returns `None`.
+    ///
+    /// # Errors
+    /// Returns an error if the platform does not answer, or writes are not tracked any more.
+    fn mark_discarded(&self) -> Result<Option<u64>, CheckpointFailed> {
+        Ok(None)
+    }
 }

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 const WRITE_PROTECTED: u64 = 1 << 57;
 
 /// The number of entries that are read at once.
-const ENTRIES: usize = 64;
+const ENTRIES: usize = 512;
 
 /// The page table of this process.
 #[derive(Debug)]
@@ -27,8 +27,12 @@ impl Pagemap {
         Ok(Self { file, page_size })
     }
 
-    /// Returns whether all pages of a range of addresses are write-protected.
-    pub(super) fn is_protected(&self, addresses: Range<u64>) -> io::Result<bool> {
+    /// Returns the first run of pages of a range of addresses that are not write-protected. It may
+    /// be a part of a longer run.
+    pub(super) fn first_unprotected(
+        &self,
+        addresses: Range<u64>,
+    ) -> io::Result<Option<Range<u64>>> {
         let mut page = addresses.start / self.page_size;
         let end = addresses.end.div_ceil(self.page_size);
         let mut bytes = [0; ENTRIES * 8];
@@ -37,12 +41,15 @@ impl Pagemap {
             let bytes = &mut bytes[..count * 8];
             self.file.read_exact_at(bytes, page * 8)?;
             let (entries, _) = bytes.as_chunks::<8>();
-            let mut entries = entries.iter().map(|entry| u64::from_ne_bytes(*entry));
-            if entries.any(|entry| entry & WRITE_PROTECTED == 0) {
-                return Ok(false);
+            let is_open = |entry: &[u8; 8]| u64::from_ne_bytes(*entry) & WRITE_PROTECTED == 0;
+            if let Some(first) = entries.iter().position(is_open) {
+                let run = entries[first..].iter().take_while(|entry| is_open(entry));
+                let start = page + first as u64;
+                let run = start..start + run.count() as u64;
+                return Ok(Some(run.start * self.page_size..run.end * self.page_size));
             }
             page += count as u64;
         }
-        Ok(true)
+        Ok(None)
     }
 }

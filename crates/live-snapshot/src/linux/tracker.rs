@@ -31,9 +31,11 @@ use crate::tracker::{CheckpointFailed, LiveTracker};
 ///   [mark](Self::mark_range) what they wrote.
 /// - **Device DMA** to pinned memory (VFIO, vDPA, `io_uring` with registered buffers). Complete
 ///   requests before `freeze`.
-/// - **Discards** (balloon, free page reporting, `MADV_DONTNEED`, `MADV_REMOVE`, hole punching): a
-///   snapshot in progress ends with [`LiveError::Discarded`](crate::LiveError::Discarded). Between
-///   snapshots, [mark](Self::mark_range) the pages afterwards.
+/// - **Discards** (balloon, free page reporting, `MADV_DONTNEED`, `MADV_REMOVE`, hole punching):
+///   make them in [`discard`](Self::discard), at any time. Private memory loses its protection by
+///   other discards: a snapshot in progress ends with
+///   [`LiveError::Discarded`](crate::LiveError::Discarded), and the next one marks the pages.
+///   Shared memory keeps its protection, so other discards of it are not noticed.
 ///
 /// # Child processes
 /// After `fork`, a child has private memory of its own, whose writes are not tracked. Shared memory
@@ -197,6 +199,35 @@ impl UffdTracker {
             .map(drop)
     }
 
+    /// Discards bytes of the memory file: calls `discard`, and marks them. A snapshot in progress
+    /// copies them first, and may wait for the file that is being written.
+    ///
+    /// `discard` returns the pages to the host, by `madvise` or `fallocate`. It must not write the
+    /// RAM, because the write would wait for this.
+    ///
+    /// # Errors
+    /// Returns the errors of [`mark_range`](dirty_bitmap::DirtyBitmap::mark_range): `discard` was
+    /// not called.
+    pub fn discard<T>(
+        &self,
+        offset: u64,
+        len: u64,
+        discard: impl FnOnce() -> T,
+    ) -> Result<T, dirty_bitmap::OutOfRange> {
+        // A snapshot's point in time is before the copy or after the discard.
+        let faults = self.shared.faults.read();
+        let _faults = faults.unwrap_or_else(PoisonError::into_inner);
+        // Marked before too: a page that lost its protection without a mark ends a snapshot.
+        self.mark_range(offset, len)?;
+        self.shared
+            .protection
+            .slot()
+            .before_write(offset..offset + len);
+        let discarded = discard();
+        self.mark_range(offset, len)?;
+        Ok(discarded)
+    }
+
     /// Makes the present contents of the RAM the baseline of the next diff: they are those of this
     /// image, from which the RAM was restored. The guest does not run yet.
     ///
@@ -210,6 +241,7 @@ impl UffdTracker {
 
     /// Takes all marks into an epoch, and protects their pages.
     fn checkpoint(&self) -> Result<TrackedEpoch, UffdCheckpointError> {
+        self.check_handled()?;
         let epoch = self.shared.tracker.checkpoint(&self.shared.protection)?;
         self.check_handled()?;
         Ok(epoch)
@@ -219,6 +251,7 @@ impl UffdTracker {
         &self,
         epoch: &'e mut TrackedEpoch,
     ) -> Result<Extension<'e>, UffdCheckpointError> {
+        self.check_handled()?;
         let protection = &self.shared.protection;
         let extension = self
             .shared
@@ -278,7 +311,49 @@ impl LiveTracker for UffdTracker {
 
     fn is_protected(&self, range: Range<u64>) -> io::Result<bool> {
         let mut addresses = self.shared.protection.protection().addresses(range);
-        addresses.try_fold(true, |all, one| Ok(all && self.pagemap.is_protected(one)?))
+        addresses.try_fold(true, |all, one| {
+            Ok(all && self.pagemap.first_unprotected(one)?.is_none())
+        })
+    }
+
+    fn find_discarded(&self, range: Range<u64>) -> io::Result<Option<u64>> {
+        let bitmap = self.bitmap();
+        let protection = self.shared.protection.protection();
+        for mut addresses in protection.addresses(range) {
+            while let Some(run) = self.pagemap.first_unprotected(addresses.clone())? {
+                let offset = protection.offset_of(run.start).unwrap_or(0);
+                let offsets = offset..offset + (run.end - run.start);
+                let mut pages = offsets.step_by(usize::try_from(bitmap.page_size()).unwrap_or(1));
+                let is_clean = |page: &u64| bitmap.is_dirty(*page) == Ok(false);
+                if let Some(page) = pages.find(is_clean) {
+                    return Ok(Some(page));
+                }
+                addresses.start = run.end;
+            }
+        }
+        Ok(None)
+    }
+
+    fn mark_discarded(&self) -> Result<Option<u64>, CheckpointFailed> {
+        self.check_handled()?;
+        let bitmap = self.bitmap();
+        let (ram_size, page_size) = (bitmap.ram_size(), bitmap.page_size());
+        let (mut at, mut first) = (0, None);
+        while bitmap.dirty_pages() < ram_size / page_size
+            && let Some(found) = self.find_discarded(at..ram_size)?
+        {
+            // A page that a fault has unprotected is marked next.
+            let no_faults = self.shared.faults.write();
+            let no_faults = no_faults.unwrap_or_else(PoisonError::into_inner);
+            if let Some(page) = self.find_discarded(found..found + page_size)? {
+                bitmap.mark_range(page, page_size)?;
+                first.get_or_insert(page);
+            }
+            drop(no_faults);
+            at = found + page_size;
+        }
+        self.check_handled()?;
+        Ok(first)
     }
 }
 

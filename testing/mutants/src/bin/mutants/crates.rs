@@ -29,7 +29,7 @@ impl Mutated {
 }
 
 /// The crates in which a defect can lose a page, and their test files.
-pub(crate) const CRATES: [Mutated; 6] = [
+pub(crate) const CRATES: [Mutated; 7] = [
     Mutated::all_of(
         "atomic-file",
         &[
@@ -80,7 +80,14 @@ pub(crate) const CRATES: [Mutated; 6] = [
     Mutated::all_of(
         "memory-writer",
         &[
-            &["bad_input", "destinations", "layout_errors", "layouts"],
+            &[
+                "bad_input",
+                "destinations",
+                "in_order",
+                "in_order_oracle",
+                "layout_errors",
+                "layouts",
+            ],
             &["oracle", "process", "progress", "snapshots"],
             &["engine_choice", "events"],
             &[
@@ -141,6 +148,13 @@ pub(crate) const CRATES: [Mutated; 6] = [
                 "unprivileged",
             ],
             &["events"],
+        ],
+    ),
+    Mutated::all_of(
+        "live-snapshot",
+        &[
+            &["discards", "handler", "limits", "precopy"],
+            &["cancellation", "consistency", "processes"],
         ],
     ),
     // Its other modules run on all systems. Most of their tests need no framework.
