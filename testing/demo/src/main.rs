@@ -6,6 +6,8 @@
 //!
 //! Run it by `cargo xtask demo`.
 
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod live;
 mod picture;
 mod report;
 mod restore;
@@ -44,9 +46,14 @@ use verify::Proof;
 #[derive(Parser)]
 #[command(name = "cargo xtask demo", bin_name = "cargo xtask demo")]
 struct Demo {
-    /// The guest's RAM, in binary units: 256M, 4G, 1.5GiB
-    #[arg(long, default_value = "256M", value_parser = ram_size)]
-    ram: u64,
+    /// Snapshot a KVM guest with two vCPUs while it runs, by stop-and-copy, pre-copy and
+    /// copy-on-write, and compare its pauses and its work rate
+    #[arg(long, conflicts_with_all = ["rounds", "steps", "guest"])]
+    live: bool,
+    /// The guest's RAM, in binary units: 256M, 4G, 1.5GiB [default: 256M; 4G with --live, or less
+    /// if the machine has less memory]
+    #[arg(long, value_parser = ram_size)]
+    ram: Option<u64>,
     /// The number of diffs to take after the full snapshot
     #[arg(long, default_value_t = 8)]
     rounds: u64,
@@ -73,7 +80,6 @@ impl Demo {
     fn run(self, sh: &Shell) -> anyhow::Result<()> {
         let interrupt = Interrupt::catch()?;
         let out = sh.current_dir().join("target").join("demo");
-        let kind = self.announce()?;
         let dir = self.dir.as_deref().unwrap_or(&out);
         for dir in [dir, &out] {
             fs::create_dir_all(dir).with_context(|| format!("can't make {}", dir.display()))?;
@@ -84,15 +90,8 @@ impl Demo {
             .with_context(|| {
                 format!("can't make a directory for snapshots in {}", dir.display())
             })?;
-        let plan = Plan {
-            kind,
-            layout: Layout::of(self.ram),
-            rounds: self.rounds,
-            steps: self.steps,
-            dir: snapshots.path(),
-        };
         let progress = Progress::new(interrupt);
-        let story = plan.carry_out(&progress, |_| Ok(()));
+        let story = self.story(snapshots.path(), &progress);
         progress.phase("removing the snapshots", 0);
         let (kept, removed) = if self.keep {
             (Some(snapshots.keep()), Ok(()))
@@ -104,13 +103,7 @@ impl Demo {
         progress.interrupted()?;
         let story = story?;
 
-        say(report::table(&story.table))?;
-        say(report::LEGEND)?;
-        say(story.picture.text())?;
-        let svg = out.join("dirty-pages.svg");
-        let saved = story.picture.save(&svg);
-        saved.with_context(|| format!("can't write {}", svg.display()))?;
-        say(format_args!("chart (SVG): {}", svg.display()))?;
+        story.show(&out)?;
         if let Some(kept) = kept {
             say(format_args!("snapshots: {}", kept.display()))?;
         }
@@ -118,9 +111,25 @@ impl Demo {
         story.close()
     }
 
+    /// Runs the demo that was asked for.
+    fn story(&self, dir: &Path, progress: &Progress) -> anyhow::Result<Box<dyn Outcome>> {
+        if self.live {
+            return live_story(self.ram, dir, progress);
+        }
+        let ram = self.ram.unwrap_or(RAM);
+        let plan = Plan {
+            kind: self.announce(ram)?,
+            layout: Layout::of(ram),
+            rounds: self.rounds,
+            steps: self.steps,
+            dir,
+        };
+        Ok(Box::new(plan.carry_out(progress, |_| Ok(()))?))
+    }
+
     /// Prints the kind of guest that runs, and the reason.
-    fn announce(&self) -> anyhow::Result<Kind> {
-        let ram = BinaryBytes(self.ram);
+    fn announce(&self, ram: u64) -> anyhow::Result<Kind> {
+        let ram = BinaryBytes(ram);
         if let Some(kind) = self.guest {
             say(format_args!("guest: {kind}, {ram} of RAM (as requested)"))?;
             return Ok(kind);
@@ -133,6 +142,20 @@ impl Demo {
         say(format_args!("guest: {kind}, {ram} of RAM ({why})"))?;
         Ok(kind)
     }
+}
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn live_story(
+    ram: Option<u64>,
+    dir: &Path,
+    progress: &Progress,
+) -> anyhow::Result<Box<dyn Outcome>> {
+    Ok(Box::new(live::run(ram, dir, progress)?))
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+fn live_story(_: Option<u64>, _: &Path, _: &Progress) -> anyhow::Result<Box<dyn Outcome>> {
+    bail!("--live requires KVM and userfaultfd: Linux on x86-64")
 }
 
 /// The size of a guest's RAM as given on the command line.
@@ -163,6 +186,9 @@ fn ram_size(text: &str) -> Result<u64, String> {
     }
     Ok(size)
 }
+
+/// The RAM of a guest whose snapshots are a chain.
+const RAM: u64 = 256 << 20;
 
 /// The number of steps between updates of the progress bar and checks for an interrupt.
 const SPELL: u64 = 1 << 12;
@@ -228,7 +254,8 @@ impl Plan<'_> {
         snapshots
             .files
             .restore(&mut *restored, page_size, progress)?;
-        let different = verify::compare(&original.ram(), &restored.ram(), self.layout, progress)?;
+        let different =
+            verify::compare(&original.ram(), &restored.ram(), self.layout.ram, progress)?;
         let mut proof = verify::go_on(&mut *original, &mut *restored, self.layout, progress)?;
         proof.mismatches.splice(0..0, different);
         Ok(Story {
@@ -258,10 +285,27 @@ impl Plan<'_> {
     }
 }
 
-impl Story {
-    /// Returns the closing line: the comparisons that succeeded, or an error for the first that
-    /// failed.
-    fn close(self) -> anyhow::Result<()> {
+/// The results of a demo, as they are shown.
+trait Outcome {
+    /// Prints the results, and writes charts to `out`.
+    fn show(&self, out: &Path) -> anyhow::Result<()>;
+
+    /// Prints the closing line, or returns an error for the comparisons that failed.
+    fn close(self: Box<Self>) -> anyhow::Result<()>;
+}
+
+impl Outcome for Story {
+    fn show(&self, out: &Path) -> anyhow::Result<()> {
+        say(report::table(&self.table))?;
+        say(report::LEGEND)?;
+        say(self.picture.text())?;
+        let svg = out.join("dirty-pages.svg");
+        let saved = self.picture.save(&svg);
+        saved.with_context(|| format!("can't write {}", svg.display()))?;
+        Ok(say(format_args!("chart (SVG): {}", svg.display()))?)
+    }
+
+    fn close(self: Box<Self>) -> anyhow::Result<()> {
         let Proof {
             mismatches,
             steps,

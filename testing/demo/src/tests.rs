@@ -10,7 +10,7 @@ use rstest::rstest;
 
 use super::report::Progress;
 use super::restore::Files;
-use super::{Plan, Story, oracle, ram_size};
+use super::{Outcome, Plan, Story, oracle, ram_size};
 
 const RAM: u64 = 8 << 20;
 
@@ -146,7 +146,7 @@ fn the_proof_fails_for(
         assert!(said.contains(part), "{part:?} is not in {said:?}");
     }
     assert!(!said.contains("the original guest"), "{said}");
-    let closing = story.close().unwrap_err().to_string();
+    let closing = Box::new(story).close().unwrap_err().to_string();
     assert!(closing.starts_with("not verified: "), "{closing}");
 }
 

@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use guests::guest::{Guest, Ram};
+use guests::guest::Guest;
 use guests::ledger::{Layout, NO_PAGE, PAGE, Verdict};
 use page_reader::PageReader;
 
@@ -24,18 +24,18 @@ pub(crate) struct Proof {
     pub digest: u64,
 }
 
-/// Compares two guests that are paused at the same instant, byte by byte.
+/// Compares the RAMs of two guests that are paused at the same instant, byte by byte.
 pub(crate) fn compare(
-    original: &Ram,
-    restored: &Ram,
-    layout: Layout,
+    original: &impl PageReader,
+    restored: &impl PageReader,
+    ram: u64,
     progress: &Progress,
 ) -> anyhow::Result<Vec<String>> {
-    progress.phase("comparing every byte of both RAMs", layout.ram);
+    progress.phase("comparing every byte of both RAMs", ram);
     let (mut ours, mut theirs) = (vec![0; CHUNK as usize], vec![0; CHUNK as usize]);
     let (mut pages, mut first) = (0_u64, None);
-    for start in (0..layout.ram).step_by(CHUNK as usize) {
-        let len = CHUNK.min(layout.ram - start) as usize;
+    for start in (0..ram).step_by(CHUNK as usize) {
+        let len = CHUNK.min(ram - start) as usize;
         original.read_at(start, &mut ours[..len])?;
         restored.read_at(start, &mut theirs[..len])?;
         if ours[..len] != theirs[..len] {
@@ -104,7 +104,7 @@ fn finish(guest: &mut dyn Guest, goal: u64, progress: &Progress) -> anyhow::Resu
 }
 
 /// What a guest's own check found.
-fn faults(name: &str, verdict: Verdict) -> Option<String> {
+pub(crate) fn faults(name: &str, verdict: Verdict) -> Option<String> {
     match verdict {
         Verdict { faults: 0, .. } => None,
         Verdict {

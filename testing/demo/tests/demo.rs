@@ -9,6 +9,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
+use test_machine::needs;
 
 /// The command line, with a small guest that every machine has; files go to `dir`.
 fn command(dir: &Path, more: &[&str]) -> Command {
@@ -93,6 +94,33 @@ fn without_being_asked_the_first_line_says_why_this_guest() {
 }
 
 #[test]
+fn live_demo_shows_each_pause_and_verifies_each_image() {
+    needs!(Kvm, Userfaultfd);
+    let dir = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_demo"))
+        .args(["--live", "--ram", "16M", "--dir"])
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let said = lines(&output.stdout);
+    assert!(said[0].starts_with("guest: a KVM virtual machine with 2 vCPUs and 16.00 MiB"));
+    for method in ["stop-and-copy", "pre-copy", "copy-on-write"] {
+        let chart = format!("{method} (pause ");
+        assert!(
+            said.iter().any(|line| line.starts_with(&chart)),
+            "{said:#?}"
+        );
+    }
+    assert!(
+        said.last()
+            .unwrap()
+            .starts_with("verified: the images of 3 methods")
+    );
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn snapshots_are_removed_unless_kept() {
     let dir = tempfile::tempdir().unwrap();
     assert!(demo(dir.path(), &[]).status.success());
@@ -146,6 +174,7 @@ fn an_interrupted_demo_leaves_nothing_behind() {
 #[case::part_of_a_page(&["--ram", "8388609"], "not a multiple of 64.00 KiB")]
 #[case::no_number(&["--ram", "much"], "write 256M or 4G")]
 #[case::no_steps(&["--steps", "0"], "0 is not in")]
+#[case::live_with_rounds(&["--live", "--rounds", "2"], "cannot be used with")]
 #[case::an_unknown_guest(&["--guest", "xen"], "possible values: kvm, hvf, userfaultfd, mprotect")]
 fn a_bad_argument_is_named(#[case] arguments: &[&str], #[case] why: &str) {
     let output = Command::new(env!("CARGO_BIN_EXE_demo"))

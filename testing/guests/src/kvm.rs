@@ -1,7 +1,8 @@
-//! A guest in a virtual machine: `ledger.s` on a vCPU of KVM.
+//! A guest in a virtual machine: `ledger.s` on a vCPU of KVM. [`smp`] has machines with two vCPUs.
 
 mod pause;
 mod program;
+pub mod smp;
 #[cfg(test)]
 mod tests;
 
@@ -61,20 +62,34 @@ enum StopReason {
     Interrupted,
 }
 
-/// The host's access to the RAM: every store is marked dirty.
-struct Access<'a>(&'a GuestRam);
+/// The host's access to a ledger in the RAM: every store is marked dirty.
+struct Access<'a> {
+    ram: &'a GuestRam,
+    /// The offset in the RAM of the ledger's first word.
+    start: u64,
+}
 
 impl Words for Access<'_> {
     fn load(&self, offset: u64) -> u64 {
         let mut word = [0; 8];
-        let read = self.0.read_at(offset, &mut word);
+        let read = self.ram.read_at(self.start + offset, &mut word);
         read.expect("the front page is in the RAM");
         u64::from_ne_bytes(word)
     }
 
     fn store(&mut self, offset: u64, word: u64) {
-        let written = self.0.write_at(offset, &word.to_ne_bytes());
+        let written = self.ram.write_at(self.start + offset, &word.to_ne_bytes());
         written.expect("the front page is in the RAM");
+    }
+}
+
+impl Access<'_> {
+    /// Writes the place of the hole in the guest's addresses.
+    fn store_gap(&mut self, layout: &RamLayout) {
+        if let [low, high, ..] = layout.regions() {
+            self.store(front::GAP_START, low.guest_end());
+            self.store(front::GAP_SIZE, high.guest_start - low.guest_end());
+        }
     }
 }
 
@@ -112,46 +127,53 @@ impl Machine {
     }
 
     fn front(&self) -> Access<'_> {
-        Access(&self.ram)
-    }
-
-    /// Runs the guest until it rings its doorbell or a signal arrives.
-    fn run(&mut self) -> anyhow::Result<StopReason> {
-        let value = match self.vcpu.run() {
-            Ok(VcpuExit::IoOut(PORT, &[value])) => value,
-            Ok(exit) => bail!("the guest stopped with an unexpected exit: {exit:?}"),
-            Err(error) if error.errno() == libc::EINTR => {
-                self.complete_io()?;
-                return Ok(StopReason::Interrupted);
-            }
-            Err(error) => return Err(error).context("KVM_RUN failed"),
-        };
-        // KVM completes an `out` when the vCPU is run again. Until then its state is that in the
-        // middle of the instruction.
-        self.complete_io()?;
-        Ok(StopReason::Doorbell(value))
-    }
-
-    fn complete_io(&mut self) -> anyhow::Result<()> {
-        let mut second = None;
-        self.vcpu
-            .complete_io(|exit| second = Some(format!("{exit:?}")))?;
-        match second {
-            None => Ok(()),
-            Some(exit) => bail!("the guest stopped twice in one instruction: {exit}"),
+        Access {
+            ram: &self.ram,
+            start: 0,
         }
     }
 
     /// Runs the guest until it rings its doorbell with `expected`.
     fn run_until(&mut self, expected: u8) -> anyhow::Result<()> {
-        loop {
-            match self.run()? {
-                StopReason::Doorbell(value) if value == expected => return Ok(()),
-                StopReason::Doorbell(value) => {
-                    bail!("the guest rang its doorbell with {value}, not {expected}")
-                }
-                StopReason::Interrupted => {}
+        run_until(&mut self.vcpu, expected)
+    }
+}
+
+/// Runs a vCPU until the guest rings its doorbell or a signal arrives, and completes its I/O.
+fn run(vcpu: &mut Vcpu) -> anyhow::Result<StopReason> {
+    let value = match vcpu.run() {
+        Ok(VcpuExit::IoOut(PORT, &[value])) => value,
+        Ok(exit) => bail!("the guest stopped with an unexpected exit: {exit:?}"),
+        Err(error) if error.errno() == libc::EINTR => {
+            complete_io(vcpu)?;
+            return Ok(StopReason::Interrupted);
+        }
+        Err(error) => return Err(error).context("KVM_RUN failed"),
+    };
+    // KVM completes an `out` when the vCPU is run again. Until then its state is that in the
+    // middle of the instruction.
+    complete_io(vcpu)?;
+    Ok(StopReason::Doorbell(value))
+}
+
+fn complete_io(vcpu: &mut Vcpu) -> anyhow::Result<()> {
+    let mut second = None;
+    vcpu.complete_io(|exit| second = Some(format!("{exit:?}")))?;
+    match second {
+        None => Ok(()),
+        Some(exit) => bail!("the guest stopped twice in one instruction: {exit}"),
+    }
+}
+
+/// Runs a vCPU until the guest rings its doorbell with `expected`.
+fn run_until(vcpu: &mut Vcpu, expected: u8) -> anyhow::Result<()> {
+    loop {
+        match run(vcpu)? {
+            StopReason::Doorbell(value) if value == expected => return Ok(()),
+            StopReason::Doorbell(value) => {
+                bail!("the guest rang its doorbell with {value}, not {expected}")
             }
+            StopReason::Interrupted => {}
         }
     }
 }
@@ -205,10 +227,7 @@ impl Guest for Machine {
     fn boot(&mut self) -> anyhow::Result<()> {
         let mut front = self.front();
         ledger::prepare(&mut front, self.layout);
-        if let [low, high, ..] = self.ram.layout().regions() {
-            front.store(front::GAP_START, low.guest_end());
-            front.store(front::GAP_SIZE, high.guest_start - low.guest_end());
-        }
+        front.store_gap(self.ram.layout());
         self.ram.write(PROGRAM, program::bytes())?;
         let start = long_mode::Start {
             entry: PROGRAM,
@@ -232,7 +251,7 @@ impl Guest for Machine {
         self.front().store(front::UNTIL, steps + PAUSE_WITHIN);
         // The pause is somewhere in the next steps, at a different instruction each time.
         let after = Duration::from_micros(20 + steps % 64);
-        match pause::interrupted(after, || self.run())?? {
+        match pause::interrupted(after, || run(&mut self.vcpu))?? {
             // On a busy host the interrupt may be late.
             StopReason::Interrupted | StopReason::Doorbell(ARRIVED) => Ok(()),
             StopReason::Doorbell(value) => {

@@ -111,6 +111,8 @@ pub mod front {
     pub const GAP_SIZE: u64 = word(3);
     /// Set by the host once: the number of pages of the ledger.
     pub const PAGES: u64 = word(4);
+    /// Set by the host once: the offset of the first page of the ledger in the whole RAM.
+    pub const PLACE: u64 = word(5);
 
     /// State of the guest: the random numbers.
     pub const RANDOM: u64 = word(8);
@@ -161,6 +163,7 @@ pub struct Verdict {
 /// Writes the initial state of the ledger, before the guest's first instruction.
 pub fn prepare(memory: &mut impl Words, layout: Layout) {
     memory.store(front::PAGES, layout.pages);
+    memory.store(front::PLACE, Layout::LEDGER);
     memory.store(front::GAP_START, u64::MAX);
     memory.store(front::RANDOM, SEED);
     memory.store(front::FIRST_FAULT, NO_PAGE);

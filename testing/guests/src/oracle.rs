@@ -1,6 +1,8 @@
 //! Computes the ledger without a guest, snapshots or page faults: the reference for all guests.
 
-use super::ledger::{self, Layout, PAGE, Registers, Verdict, WORD, Words};
+use std::fmt;
+
+use super::ledger::{self, Layout, PAGE, Registers, Verdict, WORD, Words, front};
 
 /// The number of words of a page.
 const WORDS: usize = (PAGE / WORD) as usize;
@@ -24,13 +26,45 @@ fn page_and_word(offset: u64) -> (usize, usize) {
     ((offset / PAGE) as usize, (offset % PAGE / WORD) as usize)
 }
 
+/// A ledger that is computed without a guest.
+pub struct Oracle {
+    memory: Pages,
+    layout: Layout,
+    registers: Registers,
+}
+
+impl fmt::Debug for Oracle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Oracle")
+            .field("registers", &self.registers)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Oracle {
+    /// Creates the ledger of a guest whose random numbers begin with `seed`.
+    #[must_use]
+    pub fn new(layout: Layout, seed: u64) -> Self {
+        let mut memory = Pages(vec![None; (layout.ram / PAGE) as usize]);
+        ledger::prepare(&mut memory, layout);
+        memory.store(front::RANDOM, seed);
+        Self {
+            memory,
+            layout,
+            registers: Registers::default(),
+        }
+    }
+
+    /// Works until `steps` steps are done, and returns the result of a check. No step is undone.
+    pub fn verdict_at(&mut self, steps: u64) -> Verdict {
+        while self.registers.step < steps {
+            ledger::step(&mut self.memory, self.layout, &mut self.registers);
+        }
+        ledger::check(&mut self.memory, self.layout, self.registers)
+    }
+}
+
 /// Returns the result of a check after `steps` steps.
 pub fn verdict(layout: Layout, steps: u64) -> Verdict {
-    let mut memory = Pages(vec![None; (layout.ram / PAGE) as usize]);
-    let mut registers = Registers::default();
-    ledger::prepare(&mut memory, layout);
-    while registers.step < steps {
-        ledger::step(&mut memory, layout, &mut registers);
-    }
-    ledger::check(&mut memory, layout, registers)
+    Oracle::new(layout, ledger::SEED).verdict_at(steps)
 }

@@ -6,6 +6,7 @@ use xshell::{Shell, cmd};
 
 use super::cargo_deny::CARGO_DENY;
 use super::suite::{Context, Options, Step, Suite, Times, is_installed};
+use super::test::live_demo;
 
 pub(super) const SUITE: Suite = Suite {
     name: "ci",
@@ -228,7 +229,7 @@ fn demos(context: &Context<'_>) -> anyhow::Result<()> {
     context
         .xtask("demo --guest mprotect --ram 64M --rounds 2")
         .run()?;
-    Ok(())
+    live_demo(context, "256M")
 }
 
 fn qemu(context: &Context<'_>) -> anyhow::Result<()> {

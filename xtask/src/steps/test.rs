@@ -6,6 +6,7 @@ use std::thread::available_parallelism;
 use ::file_systems::FileSystem;
 use harness::file_systems;
 use harness::packages::{Install, Package};
+use test_machine::Need;
 use xshell::{Shell, cmd};
 
 use super::suite::{Context, Options, Step, Suite, Times, is_installed};
@@ -55,7 +56,7 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "demo",
-            proves: "a guest restored from a chain of snapshots continues correctly",
+            proves: "a guest restored from a chain of snapshots, or from a live snapshot, continues correctly",
             paths: &[],
             run: demo,
         },
@@ -150,5 +151,15 @@ fn doc_tests(context: &Context<'_>) -> anyhow::Result<()> {
 }
 
 fn demo(context: &Context<'_>) -> anyhow::Result<()> {
-    Ok(context.xtask("demo --ram 64M --rounds 2").run()?)
+    context.xtask("demo --ram 64M --rounds 2").run()?;
+    live_demo(context, "64M")
+}
+
+/// Runs the demo of live snapshots, where the machine has what it needs.
+pub(super) fn live_demo(context: &Context<'_>, ram: &str) -> anyhow::Result<()> {
+    let has = |need| context.has(need, "demo --live");
+    if has(Need::Kvm)? && has(Need::Userfaultfd)? {
+        context.xtask(&format!("demo --live --ram {ram}")).run()?;
+    }
+    Ok(())
 }

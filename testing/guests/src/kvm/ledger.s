@@ -23,7 +23,7 @@ ledger_program:
         mov     r13, {GOLDEN}
         mov     r12, r10                # The index follows the last page.
         shl     r12, 12
-        add     r12, {LEDGER}
+        add     r12, [rbx + {PLACE}]
 
 # ---- commands of the host -----------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ advance:                                # rbp: the page after the one at rsi, or
 locate:                                 # rsi: address of page rbp; rdi: of its index word.
         mov     rsi, rbp
         shl     rsi, 12
-        add     rsi, {LEDGER}
+        add     rsi, [rbx + {PLACE}]
         lea     rdi, [r12 + rbp*8]
         xor     eax, eax                # RAM above the low end is after the hole.
         cmp     rsi, r8

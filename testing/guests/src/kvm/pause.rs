@@ -2,8 +2,9 @@
 
 #![allow(unsafe_code)]
 
+use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use nix::sys::pthread::{pthread_kill, pthread_self};
@@ -16,9 +17,8 @@ const INTERRUPT: Signal = Signal::SIGUSR2;
 /// effect.
 const INTERVAL: Duration = Duration::from_micros(50);
 
-/// Calls `work` on this thread, and interrupts the thread with signals from `after` on until `work`
-/// returns.
-pub(super) fn interrupted<T>(after: Duration, work: impl FnOnce() -> T) -> nix::Result<T> {
+/// Makes the signal interrupt system calls in any thread of this process, without other effect.
+pub(super) fn handle_interrupts() -> nix::Result<()> {
     extern "C" fn nothing(_: libc::c_int) {}
     // No SA_RESTART: the system call must return.
     let action = SigAction::new(
@@ -27,7 +27,18 @@ pub(super) fn interrupted<T>(after: Duration, work: impl FnOnce() -> T) -> nix::
         SigSet::empty(),
     );
     // SAFETY: a handler that does nothing is safe at any instruction.
-    unsafe { sigaction(INTERRUPT, &action) }?;
+    unsafe { sigaction(INTERRUPT, &action) }.map(drop)
+}
+
+/// Interrupts a thread that was not joined.
+pub(super) fn interrupt<T>(thread: &JoinHandle<T>) -> nix::Result<()> {
+    pthread_kill(thread.as_pthread_t(), INTERRUPT)
+}
+
+/// Calls `work` on this thread, and interrupts the thread with signals from `after` on until `work`
+/// returns.
+pub(super) fn interrupted<T>(after: Duration, work: impl FnOnce() -> T) -> nix::Result<T> {
+    handle_interrupts()?;
     let worker = pthread_self();
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
