@@ -12,7 +12,7 @@ use live_snapshot::{LiveSnapshot, Method, Report, UffdTracker};
 use memory_writer::{Layout, MemoryWriter};
 
 use crate::Comparison;
-use guest::Guest;
+use guest::{Guest, Work};
 
 /// The number of pauses that are measured for the worst one.
 const PAUSES: usize = 50;
@@ -34,17 +34,16 @@ struct Taken {
 impl Comparison<'_> {
     /// Measures the pauses of a guest that rewrites 10 % of its RAM in a second.
     pub fn live(&mut self) {
-        if !self.wants("live") {
-            return;
-        }
         for gib in [1, 8] {
-            self.live_of(gib);
+            if self.wants(&format!("live snapshot of {gib} GiB")) {
+                self.live_of(gib);
+            }
         }
     }
 
     fn live_of(&mut self, gib: u64) {
         let size = gib * self.gib;
-        let guest = Guest::start(size, size / HOT);
+        let guest = Guest::start(size, Work::Hot(size / HOT));
         let tracker = Arc::new(UffdTracker::start(&guest.ram).unwrap());
         let of = |what: &str| format!("live snapshot of {gib} GiB: {what}");
         let (pauses, limits) = match (self.smoke_test, gib) {
@@ -128,6 +127,31 @@ impl Comparison<'_> {
                 fast.report.pool_waited.as_secs_f64() / fast.seconds * 100.0
             ),
             "",
+        );
+        drop(tracker);
+        drop(guest);
+        self.scattered(&of("the speed of a guest that writes pages all over"), size);
+    }
+
+    /// Measures a guest that rewrites 10 % of its RAM in a second, at pages all over the RAM.
+    fn scattered(&mut self, name: &str, size: u64) {
+        let guest = Guest::start(size, Work::Scattered(size / HOT));
+        let tracker = Arc::new(UffdTracker::start(&guest.ram).unwrap());
+        let rounds = if self.smoke_test { 1 } else { 3 };
+        let taken = |_| self.take(&guest, &tracker, Method::CopyOnWrite);
+        let taken: Vec<_> = (0..rounds).map(taken).collect();
+        let rate = median_of(&taken, |taken| taken.rates.1 / taken.rates.0);
+        let waited = median_of(&taken, |taken| {
+            taken.report.pool_waited.as_secs_f64() / taken.seconds
+        });
+        self.figure(
+            name,
+            format!(
+                "{:.0} % while it is written, {:.0} % of the time waited for the pool",
+                rate * 100.0,
+                waited * 100.0
+            ),
+            "at least 60 %",
         );
     }
 

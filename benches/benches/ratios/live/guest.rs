@@ -26,7 +26,8 @@ const PAGE_TABLES: u64 = 0x10_0000;
 /// The first byte that the program writes.
 const HOT: u64 = 2 << 20;
 
-// Writes a number to each of r12 pages from rbx on, in turn, and stops after every r13 pages.
+// Writes a number to every r10-th of r12 pages from rbx on, round and round, and stops after every
+// r13 pages.
 global_asm!(
     ".pushsection .rodata.bench_program, \"a\"",
     "bench_program:",
@@ -36,10 +37,10 @@ global_asm!(
     "shl rax, 12",
     "inc r9",
     "mov [rbx + rax], r9",
-    "inc r8",
+    "add r8, r10",
     "cmp r8, r12",
     "jb 3f",
-    "xor r8, r8",
+    "sub r8, r12",
     "3:",
     "dec r14",
     "jnz 2b",
@@ -61,6 +62,15 @@ fn program() -> &'static [u8] {
     // SAFETY: both labels are in one section, the second after the first, and only the read-only
     // program is between them.
     unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }
+}
+
+/// The bytes that a guest rewrites in a second.
+#[derive(Clone, Copy, Debug)]
+pub enum Work {
+    /// These bytes, over and over.
+    Hot(u64),
+    /// Pages all over the RAM, no two neighbors in a row.
+    Scattered(u64),
 }
 
 /// A point in time that was set on the thread of the vCPU.
@@ -87,11 +97,12 @@ struct State {
 }
 
 impl Guest {
-    /// Creates a guest of `size` bytes of RAM, all of which is written, that rewrites `hot` bytes.
-    pub fn start(size: u64, hot: u64) -> Self {
+    /// Creates a guest of `size` bytes of RAM, all of which is written, that rewrites as many bytes
+    /// as `work` states in a second.
+    pub fn start(size: u64, work: Work) -> Self {
         let ram = Arc::new(GuestRam::new(RamLayout::single(0, size).unwrap()).unwrap());
         let random: Vec<u8> = (0..1 << 20)
-            .map(|at: u64| (at * at >> 7) as u8 | 1)
+            .map(|at: u64| ((at * at) >> 7) as u8 | 1)
             .collect();
         // Zeros below: a processor that does not grant I/O by its flags reads a permission bitmap
         // at address 0.
@@ -103,7 +114,7 @@ impl Guest {
         state.paced.store(true, SeqCst);
         let (requests, received) = channel();
         let (for_thread, ram_of_thread) = (Arc::clone(&state), Arc::clone(&ram));
-        let thread = thread::spawn(move || run(&ram_of_thread, hot, &for_thread, &received));
+        let thread = thread::spawn(move || run(&ram_of_thread, work, &for_thread, &received));
         Self {
             ram,
             state,
@@ -141,7 +152,7 @@ impl Drop for Guest {
 
 fn run(
     ram: &Arc<GuestRam>,
-    hot: u64,
+    work: Work,
     state: &State,
     requests: &Receiver<(LiveSnapshot, Sender<Freeze>)>,
 ) {
@@ -160,9 +171,15 @@ fn run(
     long_mode::boot(&kvm, ram, &vcpu, &start).unwrap();
     let mut registers = vcpu.get_regs().unwrap();
     (registers.rbx, registers.r8, registers.r9) = (HOT, 0, 1);
-    (registers.r12, registers.r13) = (hot / PAGE, BATCH);
+    let all = (ram.layout().ram_size() - HOT) / PAGE;
+    let (pages, stride) = match work {
+        Work::Hot(bytes) => (bytes / PAGE, 1),
+        Work::Scattered(_) => (all, (all * 5 / 13) | 1),
+    };
+    (registers.r10, registers.r12, registers.r13) = (stride, pages, BATCH);
     vcpu.set_regs(&registers).unwrap();
-    let batch = Duration::from_secs_f64((BATCH * PAGE) as f64 / hot as f64);
+    let (Work::Hot(bytes) | Work::Scattered(bytes)) = work;
+    let batch = Duration::from_secs_f64((BATCH * PAGE) as f64 / bytes as f64);
     let mut due = Instant::now();
     while !state.stop.load(SeqCst) {
         let exit = match vcpu.run() {
