@@ -7,7 +7,7 @@
 //! first.
 #![cfg_attr(target_os = "linux", doc = "```")]
 #![cfg_attr(not(target_os = "linux"), doc = "```ignore")]
-//! # if !test_machine::Need::Userfaultfd.met("the first example of live-snapshot") { return Ok(()); }
+//! # if !test_machine::Need::Userfaultfd.met("the example of live-snapshot") { return Ok(()); }
 //! use std::sync::Arc;
 //! use guest_ram::GuestRam;
 //! use live_snapshot::{LiveSnapshot, UffdTracker};

@@ -38,9 +38,10 @@ const JSON: &str = "--message-format=json-render-diagnostics";
 ///
 /// The code for macOS is compiled for Linux (`--cfg hvf_fake`) and linked with `testing/fake-hvf`,
 /// which runs arm64 guests in the emulator Unicorn. Runs the tests of the fake itself, those of
-/// hvf-backend with its fewest and its most features, the live snapshots of such guests, its examples, among them the self-test for
-/// Macs, and the demo with its guest of the framework. Then it prints how many lines of
-/// crates/hvf-backend/src/macos were executed, and which were not. Less than 90 % are an error.
+/// hvf-backend with its fewest and its most features, live snapshots of such guests, the examples
+/// of hvf-backend, among them the self-test for Macs, and the demo with its guest of the framework.
+/// Then it prints how many lines of crates/hvf-backend/src/macos were executed, and which were not.
+/// Less than 90 % are an error.
 ///
 /// It needs Linux on x86-64, and Debian's packages libunicorn-dev, llvm and llvm-22, which it
 /// installs as root.

@@ -49,10 +49,10 @@ use stats::{Held, Tally};
 /// running guest, in any layout, page size, engine and durability. A third of the saves has an
 /// injected fault: it is cancelled, cannot read or write, is blocked by another file, or is killed.
 /// After each save, the images are verified, the RAM is restored from them in one of six ways, and
-/// compared with a copy that was taken while the guest was stopped. Of every fourth guest, live
-/// snapshots are taken, by all methods, of which a third is cancelled somewhere. After a failure the next save
-/// is a diff: no mark may be lost. Once a minute, while no guest runs, descriptors, threads and
-/// mappings are counted.
+/// compared with a copy that was taken while the guest was stopped. After a failure the next save
+/// is a diff: no mark may be lost. Of every fourth guest, live snapshots are taken by all methods,
+/// a third of which is cancelled at some step. Once a minute, while no guest runs, descriptors,
+/// threads and mappings are counted.
 ///
 /// The first difference ends the run, keeps the files, and prints the seed, the guest and the
 /// round. The same seed makes the same choices. The progress of the threads depends on the machine.
