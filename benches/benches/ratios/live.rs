@@ -24,8 +24,8 @@ const HOT: u64 = 10;
 struct Taken {
     pause: Duration,
     report: Report,
-    /// The pages a second that the guest wrote before the snapshot, and during the write.
-    rates: (f64, f64),
+    /// The pages a second that the guest wrote while the image was written.
+    rate: f64,
     seconds: f64,
     /// The anonymous memory of this process, in addition to that before.
     memory: u64,
@@ -44,6 +44,10 @@ impl Comparison<'_> {
     fn live_of(&mut self, gib: u64) {
         let size = gib * self.gib;
         let guest = Guest::start(size, Work::Hot(size / HOT));
+        guest.set_paced(false);
+        let fastest = self.rate(&guest);
+        guest.set_paced(true);
+        let untracked = self.rate(&guest);
         let tracker = Arc::new(UffdTracker::start(&guest.ram).unwrap());
         let of = |what: &str| format!("live snapshot of {gib} GiB: {what}");
         let (pauses, limits) = match (self.smoke_test, gib) {
@@ -90,7 +94,7 @@ impl Comparison<'_> {
             ),
             limits.precopy,
         );
-        let rate = median_of(&copied, |taken| taken.rates.1 / taken.rates.0);
+        let rate = median_of(&copied, |taken| taken.rate / untracked);
         self.figure(
             &of("the guest's speed while it is written"),
             format!("{:.0} %", rate * 100.0),
@@ -122,7 +126,7 @@ impl Comparison<'_> {
             format!(
                 "{:.0} % of its speed, {:.0} MiB copied before a write, {:.0} % of the time waited \
                  for the pool",
-                fast.rates.1 / fast.rates.0 * 100.0,
+                fast.rate / fastest * 100.0,
                 mib(fast.report.copied_before_write),
                 fast.report.pool_waited.as_secs_f64() / fast.seconds * 100.0
             ),
@@ -136,11 +140,12 @@ impl Comparison<'_> {
     /// Measures a guest that rewrites 10 % of its RAM in a second, at pages all over the RAM.
     fn scattered(&mut self, name: &str, size: u64) {
         let guest = Guest::start(size, Work::Scattered(size / HOT));
+        let untracked = self.rate(&guest);
         let tracker = Arc::new(UffdTracker::start(&guest.ram).unwrap());
         let rounds = if self.smoke_test { 1 } else { 3 };
         let taken = |_| self.take(&guest, &tracker, Method::CopyOnWrite);
         let taken: Vec<_> = (0..rounds).map(taken).collect();
-        let rate = median_of(&taken, |taken| taken.rates.1 / taken.rates.0);
+        let rate = median_of(&taken, |taken| taken.rate / untracked);
         let waited = median_of(&taken, |taken| {
             taken.report.pool_waited.as_secs_f64() / taken.seconds
         });
@@ -155,13 +160,18 @@ impl Comparison<'_> {
         );
     }
 
-    /// Takes a full snapshot, and measures the guest before and during it.
+    /// Returns the number of pages a second that the guest writes.
+    fn rate(&self, guest: &Guest) -> f64 {
+        let moment = if self.smoke_test { 10 } else { 1000 };
+        let (before, since) = (guest.pages(), Instant::now());
+        thread::sleep(Duration::from_millis(moment));
+        (guest.pages() - before) as f64 / since.elapsed().as_secs_f64()
+    }
+
+    /// Takes a full snapshot, and measures the guest while it is written.
     fn take(&self, guest: &Guest, tracker: &Arc<UffdTracker>, method: Method) -> Taken {
-        let settle = if self.smoke_test { 1 } else { 500 };
-        let before = guest.pages();
-        let since = Instant::now();
-        thread::sleep(Duration::from_millis(settle));
-        let rate_before = (guest.pages() - before) as f64 / since.elapsed().as_secs_f64();
+        // The guest works for a moment.
+        let _ = self.rate(guest);
         let memory_before = anonymous();
         let peak = Arc::new(AtomicU64::new(memory_before));
         let seen = Arc::clone(&peak);
@@ -186,7 +196,7 @@ impl Comparison<'_> {
         Taken {
             pause: freeze.pause,
             report,
-            rates: (rate_before, rate),
+            rate,
             seconds,
             memory: peak.load(SeqCst) - memory_before,
         }
