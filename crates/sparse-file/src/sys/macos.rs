@@ -69,9 +69,9 @@ impl Calls for File {
     }
 
     fn set_uncached(&self, on: bool) -> Result<(), Errno> {
+        let on = libc::c_int::from(on);
         // SAFETY: F_NOCACHE takes an int by value; `self` is open.
-        let result =
-            unsafe { libc::fcntl(self.as_raw_fd(), libc::F_NOCACHE, libc::c_int::from(on)) };
+        let result = unsafe { libc::fcntl(self.as_raw_fd(), libc::F_NOCACHE, on) };
         Errno::result(result).map(drop)
     }
 }
