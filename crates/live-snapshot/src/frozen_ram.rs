@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use memory_writer::CancelToken;
 use page_reader::{PageReader, RamLayout};
@@ -14,16 +14,23 @@ use crate::tracker::LiveTracker;
 
 /// The RAM of a tracker's guest.
 pub(crate) struct GuestMemory {
-    tracker: Arc<dyn LiveTracker>,
+    /// Weak: the thread that handles faults may have the last reference to this, and the drop of a
+    /// tracker waits for that thread.
+    tracker: Weak<dyn LiveTracker>,
     reader: Arc<dyn PageReader + Send + Sync>,
 }
 
 impl GuestMemory {
     pub(crate) fn new(tracker: &Arc<dyn LiveTracker>) -> Self {
         Self {
-            tracker: Arc::clone(tracker),
+            tracker: Arc::downgrade(tracker),
             reader: tracker.memory(),
         }
+    }
+
+    fn tracker(&self) -> io::Result<Arc<dyn LiveTracker>> {
+        let tracker = self.tracker.upgrade();
+        tracker.ok_or_else(|| io::Error::other("the tracker of the guest was dropped"))
     }
 
     pub(crate) fn reader(&self) -> Arc<dyn PageReader + Send + Sync> {
@@ -37,11 +44,11 @@ impl PageMemory for GuestMemory {
     }
 
     fn is_protected(&self, range: Range<u64>) -> io::Result<bool> {
-        self.tracker.is_protected(range)
+        self.tracker()?.is_protected(range)
     }
 
     fn find_discarded(&self, range: Range<u64>) -> io::Result<Option<u64>> {
-        self.tracker.find_discarded(range)
+        self.tracker()?.find_discarded(range)
     }
 }
 

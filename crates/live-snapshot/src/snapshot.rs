@@ -12,7 +12,7 @@ use crate::frozen_ram::{GuestMemory, check_cancelled};
 use crate::options::Method;
 use crate::pacer::Pacer;
 use crate::report::Report;
-use crate::settings::LiveSnapshotOptions;
+use crate::settings::{Kind, LiveSnapshotOptions};
 use crate::slot::Attached;
 use crate::tracker::LiveTracker;
 
@@ -87,6 +87,10 @@ impl LiveSnapshotOptions {
             (method @ (Method::PreCopy | Method::StopAndCopy), _) => method,
         };
         let memory = Arc::new(GuestMemory::new(tracker));
+        match self.kind {
+            Kind::Full => writer.preflight_full(&*memory.reader(), &**bitmap)?,
+            Kind::Diff => writer.preflight_diff(&*memory.reader(), &**bitmap)?,
+        }
         let attached = match (method, tracker.slot()) {
             (Method::CopyOnWrite | Method::PreCopy, Some(slot)) => {
                 let pool_pages = usize::try_from(self.pool / page_size).unwrap_or(usize::MAX);

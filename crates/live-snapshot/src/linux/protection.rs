@@ -3,10 +3,12 @@
 #![allow(unsafe_code)]
 
 use std::ops::Range;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use dirty_bitmap::WriteProtection;
-use page_reader::PageReader;
+use nix::sys::mman::{MmapAdvise, madvise};
+use page_reader::{HostMemory, PageReader};
 use uffd::{Features, Modes, Stop, Userfaultfd};
 
 use super::tracker_error::{UffdProtectError, UffdTrackerError};
@@ -52,6 +54,7 @@ impl UffdProtection {
             // SAFETY: the memory is mapped while the caller keeps its owner, which it does longer
             // than the descriptor. Only writes wait: missing pages are filled as before.
             unsafe { fault.register(address..address + len, Modes::WRITE_PROTECT) }?;
+            unmerge(exposed);
             pieces.push(Piece {
                 offset,
                 address,
@@ -126,6 +129,18 @@ impl UffdProtection {
             }
         }
         Ok(())
+    }
+}
+
+/// Makes memory private that the kernel has merged with equal pages (KSM), and ends the merging: a
+/// page that is merged loses its write protection without a fault.
+fn unmerge(memory: HostMemory<'_>) {
+    let start = NonNull::new(memory.as_ptr().cast_mut().cast());
+    if let Some(start) = start {
+        // SAFETY: the memory is mapped, and this does not change its contents.
+        let unmerged = unsafe { madvise(start, memory.len(), MmapAdvise::MADV_UNMERGEABLE) };
+        // A kernel without KSM refuses it, and merges nothing.
+        let _ = unmerged;
     }
 }
 

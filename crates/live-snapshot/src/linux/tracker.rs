@@ -29,8 +29,14 @@ use crate::tracker::{CheckpointFailed, LiveTracker};
 /// - **Writes of other processes** to shared memory, such as a vhost-user back end. Stop them
 ///   before [`freeze`](crate::LiveSnapshot::freeze) until the snapshot is written, and
 ///   [mark](Self::mark_range) what they wrote.
-/// - **Device DMA** to pinned memory (VFIO, vDPA, `io_uring` with registered buffers). Complete
-///   requests before `freeze`.
+/// - **Data that arrives in pinned memory** (`O_DIRECT` reads, `process_vm_writev`, `io_uring` with
+///   registered buffers, VFIO, vDPA). A page faults when it is pinned, not when the data arrives,
+///   and registered memory is pinned once. Complete such requests before `freeze`, and
+///   [mark](Self::mark_range) what each has written when it is complete. The mark is needed if the
+///   memory was pinned before the last snapshot, or if the request was in flight while pre-copy
+///   wrote.
+/// - **Writes by another mapping or by the file** of shared memory, in this process too (`pwrite` to
+///   a memfd). Mark them.
 /// - **Discards** (balloon, free page reporting, `MADV_DONTNEED`, `MADV_REMOVE`, hole punching):
 ///   make them in [`discard`](Self::discard), at any time. Private memory loses its protection by
 ///   other discards: a snapshot in progress ends with
@@ -43,6 +49,9 @@ use crate::tracker::{CheckpointFailed, LiveTracker};
 ///
 /// # Cost
 /// The RAM is registered with a userfaultfd until this is dropped, which makes it writable again.
+/// Equal pages that the kernel has merged (KSM) are separated, and merging ends. The first full
+/// image of anonymous RAM has all pages: the kernel reports untouched pages as swapped out once
+/// they are protected. In later ones, and of a memfd, untouched pages are zeros that are not read.
 /// Transparent huge pages are split when they are written. Page tables of all of the RAM are
 /// allocated at the first checkpoint: 8 bytes for each page.
 ///
@@ -362,7 +371,9 @@ impl Drop for UffdTracker {
         // First, which lets waiting writes continue: a fault without a handler waits forever.
         let _ = self.shared.protection.protection().unregister();
         drop(self.hang_up.take());
-        if let Some(thread) = self.thread.take() {
+        let this = thread::current().id();
+        // The thread itself may have had the last reference, while it looked for discarded pages.
+        if let Some(thread) = self.thread.take().filter(|it| it.thread().id() != this) {
             // The thread does not unwind, and an error of it was recorded.
             let _ = thread.join();
         }

@@ -30,6 +30,39 @@ pub enum PageRun {
 }
 
 impl MemoryWriter {
+    /// Checks what [`write_full`](Self::write_full) and the release of an epoch of the bitmap
+    /// `dirty` check before anything is written. Use it where preparations come before the write.
+    ///
+    /// # Errors
+    /// Returns the error that the write would return. The writer is unchanged.
+    pub fn preflight_full<R: PageReader + ?Sized>(
+        &self,
+        reader: &R,
+        dirty: &DirtyBitmap<impl Sized>,
+    ) -> Result<(), SnapshotError> {
+        self.check_bitmap(dirty)?;
+        check_bitmap_start(dirty.ram_start(), reader_start(reader))?;
+        self.check_full()?;
+        self.check_layout(reader)
+    }
+
+    /// Checks what [`write_diff`](Self::write_diff) checks before anything is written, except for
+    /// what depends on which pages are marked. Use it where preparations come before the write.
+    ///
+    /// # Errors
+    /// Returns the error that the write would return. The writer is unchanged.
+    pub fn preflight_diff<R: PageReader + ?Sized>(
+        &self,
+        reader: &R,
+        dirty: &DirtyBitmap<impl Sized>,
+    ) -> Result<(), SnapshotError> {
+        self.check_bitmap(dirty)?;
+        self.check_marks(dirty)?;
+        check_bitmap_start(dirty.ram_start(), reader_start(reader))?;
+        self.check_parent()?;
+        self.check_layout(reader)
+    }
+
     /// Writes all of the RAM in the order of `runs`, which must return each page once.
     ///
     /// `runs` is asked for the next run while earlier ones are written, so the caller can decide
@@ -103,11 +136,7 @@ impl MemoryWriter {
         dirty: &DirtyBitmap<impl Sized>,
         runs: impl IntoIterator<Item = Range<u64>>,
     ) -> Result<u64, SnapshotError> {
-        self.check_bitmap(dirty)?;
-        self.check_marks(dirty)?;
-        check_bitmap_start(dirty.ram_start(), reader_start(reader))?;
-        self.check_parent()?;
-        self.check_layout(reader)?;
+        self.preflight_diff(reader, dirty)?;
         if self.state != State::Empty {
             return Err(SnapshotError::WrittenBefore {
                 dest: self.staged.dest_path().to_owned(),

@@ -153,8 +153,8 @@ pub(crate) const CRATES: [Mutated; 7] = [
     Mutated::all_of(
         "live-snapshot",
         &[
-            &["discards", "handler", "limits", "precopy"],
-            &["cancellation", "consistency", "processes"],
+            &["discards", "handler", "hvf", "limits", "precopy"],
+            &["cancellation", "consistency", "processes", "trackers"],
         ],
     ),
     // Its other modules run on all systems. Most of their tests need no framework.
