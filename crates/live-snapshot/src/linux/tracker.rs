@@ -35,8 +35,8 @@ use crate::tracker::{CheckpointFailed, LiveTracker};
 ///   [mark](Self::mark_range) what each has written when it is complete. The mark is needed if the
 ///   memory was pinned before the last snapshot, or if the request was in flight while pre-copy
 ///   wrote.
-/// - **Writes by another mapping or by the file** of shared memory, in this process too (`pwrite` to
-///   a memfd). Mark them.
+/// - **Writes by another mapping or by the file** of shared memory, in this process too (`pwrite`
+///   to a memfd). Mark them.
 /// - **Discards** (balloon, free page reporting, `MADV_DONTNEED`, `MADV_REMOVE`, hole punching):
 ///   make them in [`discard`](Self::discard), at any time. Private memory loses its protection by
 ///   other discards: a snapshot in progress ends with
