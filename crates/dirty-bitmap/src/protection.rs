@@ -25,6 +25,17 @@ pub trait WriteProtection {
     /// After an error, any part of `range` may be protected.
     fn protect(&self, range: Range<u64>) -> Result<(), Self::Error>;
 
+    /// Returns whether clean pages may be protected again together with dirty ones around them,
+    /// which takes fewer calls. The provided method returns `true`: clean pages are protected, so
+    /// it changes nothing.
+    ///
+    /// Where a discard removes the protection, a discarded page that is not marked is protected by
+    /// this, and its discard can not be noticed any more. A platform that looks for such pages
+    /// returns `false`.
+    fn may_bridge(&self) -> bool {
+        true
+    }
+
     /// Unprotects `range`, which allows writes to it.
     ///
     /// A write that waits in its fault must keep waiting. The caller of

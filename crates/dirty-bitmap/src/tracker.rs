@@ -344,11 +344,18 @@ impl WriteTracker {
         let runs = taken
             .map(|run| widen(&run, page_size))
             .inspect(&mut count_dirty);
-        for range in coalesce_within(runs, MAX_BRIDGED_PAGES * page_size) {
+        let bridged = match protection.may_bridge() {
+            true => MAX_BRIDGED_PAGES * page_size,
+            false => 0,
+        };
+        for range in coalesce_within(runs, bridged) {
             let range = start + range.start..start + range.end;
             let Err(source) = protection.protect(range.clone()) else {
                 continue;
             };
+            if !protection.may_bridge() {
+                return Err(CheckpointError::Protect { range, source });
+            }
             // The platform may refuse a further small range. Protecting all of the RAM needs a
             // single range.
             let all = start..start + self.bitmap.ram_size();

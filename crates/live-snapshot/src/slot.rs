@@ -105,6 +105,10 @@ impl<P: WriteProtection> WriteProtection for CopyOnWrite<P> {
         self.protection.protect(range)
     }
 
+    fn may_bridge(&self) -> bool {
+        self.protection.may_bridge()
+    }
+
     fn unprotect(&self, range: Range<u64>) -> Result<(), P::Error> {
         self.slot.before_write(range.clone());
         self.protection.unprotect(range)

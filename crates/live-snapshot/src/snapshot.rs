@@ -92,7 +92,8 @@ impl LiveSnapshotOptions {
             Kind::Diff => writer.preflight_diff(&*memory.reader(), &**bitmap)?,
         }
         let attached = match (method, tracker.slot()) {
-            (Method::CopyOnWrite | Method::PreCopy, Some(slot)) => {
+            // Stop-and-copy only takes the place: two snapshots would hide discards from each other.
+            (_, Some(slot)) => {
                 let pool_pages = usize::try_from(self.pool / page_size).unwrap_or(usize::MAX);
                 let capture = Arc::new(Capture::new(
                     Arc::clone(&memory) as _,
@@ -103,7 +104,7 @@ impl LiveSnapshotOptions {
                 ));
                 Some(slot.attach(&capture).ok_or(LiveError::InProgress)?)
             }
-            (Method::CopyOnWrite | Method::PreCopy | Method::StopAndCopy | Method::Auto, _) => None,
+            (_, None) => None,
         };
         tracker.mark_discarded().map_err(LiveError::Tracker)?;
         let epoch = tracker.begin_epoch().map_err(LiveError::Tracker)?;
@@ -173,7 +174,7 @@ impl LiveSnapshot {
         let mut parts = self.parts;
         check_cancelled(&parts.cancel)?;
         let began = Instant::now();
-        let capture = parts.attached.as_ref().map(|it| Arc::clone(&it.capture));
+        let capture = parts.capture();
         let (kind, precopied) = (parts.kind, !parts.report.passes.is_empty());
         let mut protected = 0;
         let mut frozen = |dirtied: &dirty_bitmap::Extension<'_>| {
@@ -187,7 +188,7 @@ impl LiveSnapshot {
         let extended = parts.tracker.freeze_epoch(epoch, &mut frozen);
         extended.map_err(LiveError::Tracker)?;
         parts.report.protected_in_pause = protected;
-        if parts.attached.is_none() {
+        if capture.is_none() {
             match precopied {
                 true => parts.write_last_pass()?,
                 false => parts.write_all(kind)?,
@@ -215,12 +216,9 @@ impl Frozen {
     /// Returns [`LiveError`]. The snapshot is cancelled.
     pub fn write(self) -> Result<Written, LiveError> {
         let Self { mut parts, resumed } = self;
-        let written = match &parts.attached {
+        let written = match parts.capture() {
             None => Ok(()),
-            Some(attached) => {
-                let capture = Arc::clone(&attached.capture);
-                parts.write_captured(&capture)
-            }
+            Some(capture) => parts.write_captured(&capture),
         };
         if let Some(Attached { capture, .. }) = &parts.attached {
             let usage = capture.usage();

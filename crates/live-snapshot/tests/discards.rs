@@ -299,3 +299,49 @@ fn unseen_discards_of_all_pages_are_in_the_next_diff() {
     take(&guest, &mut images, true).unwrap();
     assert_same(&images.contents(), &vec![0; SIZE as usize]);
 }
+
+/// The pages around a discarded one are protected again, and the discarded one must not be.
+#[rstest]
+fn discard_between_written_pages_is_refused_or_right(
+    #[values(Method::CopyOnWrite, Method::PreCopy, Method::StopAndCopy)] method: Method,
+    #[values(false, true)] is_written: bool,
+) {
+    needs!(Userfaultfd);
+    let guest = guest(Kind::Private, Policy::Pages);
+    let mut images = Images::new(Layout::Sealed, SIZE);
+    take(&guest, &mut images, false).unwrap();
+    let newest = images.newest();
+    let options = LiveSnapshot::options().method(method).diff(true);
+    let live = options.begin(&guest.tracker, images.next(true)).unwrap();
+    guest.memory.discard(Discard::DontNeed, 100);
+    if is_written {
+        guest.write_pages([100], 2);
+    }
+    guest.write_pages([99, 101], 2);
+    let result = live.freeze().and_then(|frozen| frozen.commit());
+    images.forget(newest);
+    assert_refused(result, 100, &guest, &mut images);
+}
+
+/// A mark hides that the protection of a page is missing.
+#[rstest]
+fn mark_after_the_pause_does_not_hide_a_discard_before_it(#[values(false, true)] discards: bool) {
+    needs!(Userfaultfd);
+    let guest = guest(Kind::Private, Policy::Pages);
+    let mut images = Images::new(Layout::Sealed, SIZE);
+    take(&guest, &mut images, false).unwrap();
+    guest.write_pages([3], 2);
+    let newest = images.newest();
+    let options = LiveSnapshot::options().diff(true);
+    let live = options.begin(&guest.tracker, images.next(true)).unwrap();
+    guest.memory.discard(Discard::DontNeed, 700);
+    guest.write_pages([700], 2);
+    let frozen = live.freeze().unwrap();
+    match discards {
+        true => guest.tracker.discard(700 * PAGE, PAGE, || ()).unwrap(),
+        false => guest.tracker.mark_range(700 * PAGE, PAGE).unwrap(),
+    }
+    let result = frozen.commit();
+    images.forget(newest);
+    assert_refused(result, 700, &guest, &mut images);
+}

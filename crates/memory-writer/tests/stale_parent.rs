@@ -321,3 +321,54 @@ fn raw_diff_over_the_image_its_marks_build_on_is_refused() {
     full.write_diff(&ram, &marks).unwrap();
     full.commit().unwrap();
 }
+
+/// A raw diff names no parent: the writer knows it by the marks, whichever write it is of.
+#[rstest]
+fn raw_diff_over_its_parent_is_refused_by_each_write(#[values(false, true)] in_order: bool) {
+    let (place, ram) = (Place::new(), pattern(SIZE as usize, 1));
+    let marks = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
+    let epoch = marks.begin_epoch().unwrap();
+    let mut full = options(Layout::Sealed, Seal::new());
+    full = full.durability(memory_writer::Durability::None);
+    let mut full = full.open(&place.dest, SIZE, PAGE).unwrap();
+    full.write_full(&ram).unwrap();
+    full.commit_and_release(epoch).unwrap();
+    marks.mark(PAGE).unwrap();
+    let epoch = marks.begin_epoch().unwrap();
+    let raw = options(Layout::Raw, Seal::new()).allow_ambiguous_diff(true);
+    let mut diff = raw.open(&place.dest, SIZE, PAGE).unwrap();
+    let runs = || [PAGE..2 * PAGE].into_iter();
+    let refused = match in_order {
+        true => diff
+            .write_diff_in_order(&ram, epoch.bitmap(), runs())
+            .map(drop),
+        false => {
+            diff.write_runs(&ram, runs).unwrap();
+            diff.count_as_written(epoch.bitmap())
+        }
+    };
+    let error = refused.unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::ReplacesParent { .. }),
+        "{error:?}"
+    );
+}
+
+/// Without a mark no write is needed, and no write compares the parents.
+#[test]
+fn stale_parent_of_a_clean_epoch_is_refused() {
+    let (place, ram) = (Place::new(), pattern(SIZE as usize, 1));
+    let marks = DirtyBitmap::new(0, SIZE, PAGE).unwrap();
+    let full = save(&place, &ram, &marks, None);
+    marks.mark(PAGE).unwrap();
+    let first = save(&place, &ram, &marks, Some(full));
+    let epoch = marks.begin_epoch().unwrap();
+    let mut stale = writer(&place, Seal::new().parent(full), Layout::Packed);
+    stale.write_runs(&ram, std::iter::empty).unwrap();
+    let error = stale.commit_and_release(epoch).unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::StaleParent { .. }),
+        "{error:?}"
+    );
+    assert_eq!(marks.parent_id(), Some(first.to_bytes()));
+}

@@ -151,6 +151,11 @@ impl WriteProtection for UffdProtection {
         self.change(range, Userfaultfd::write_protect)
     }
 
+    /// A page of private memory that was discarded is found by its missing protection.
+    fn may_bridge(&self) -> bool {
+        false
+    }
+
     /// Does not wake waiting writes.
     fn unprotect(&self, range: Range<u64>) -> Result<(), UffdProtectError> {
         self.change(range, |fault, range| fault.write_unprotect(range, false))

@@ -198,14 +198,25 @@ impl UffdTracker {
 
     /// Marks bytes of the memory file that were written or discarded unseen, after that.
     ///
+    /// A snapshot in progress copies the pages first, if it needs them, and may wait for the file
+    /// that is being written.
+    ///
     /// # Errors
     /// Returns the errors of [`mark_range`](dirty_bitmap::DirtyBitmap::mark_range).
     pub fn mark_range(&self, offset: u64, len: u64) -> Result<(), dirty_bitmap::OutOfRange> {
-        self.shared
-            .tracker
-            .bitmap()
-            .mark_range(offset, len)
-            .map(drop)
+        self.look_before_mark(offset, len)?;
+        self.bitmap().mark_range(offset, len).map(drop)
+    }
+
+    /// Copies the pages that a snapshot in progress needs, and ends it if they were discarded: a
+    /// mark hides that their protection is missing.
+    fn look_before_mark(&self, offset: u64, len: u64) -> Result<(), dirty_bitmap::OutOfRange> {
+        // Returns the error for a range that is not RAM.
+        self.bitmap().is_dirty(offset)?;
+        let ram_size = self.bitmap().ram_size();
+        let end = offset.saturating_add(len).min(ram_size);
+        self.shared.protection.slot().before_write(offset..end);
+        Ok(())
     }
 
     /// Discards bytes of the memory file: calls `discard`, and marks them. A snapshot in progress
@@ -226,14 +237,11 @@ impl UffdTracker {
         // A snapshot's point in time is before the copy or after the discard.
         let faults = self.shared.faults.read();
         let _faults = faults.unwrap_or_else(PoisonError::into_inner);
+        self.look_before_mark(offset, len)?;
         // Marked before too: a page that lost its protection without a mark ends a snapshot.
-        self.mark_range(offset, len)?;
-        self.shared
-            .protection
-            .slot()
-            .before_write(offset..offset + len);
+        self.bitmap().mark_range(offset, len)?;
         let discarded = discard();
-        self.mark_range(offset, len)?;
+        self.bitmap().mark_range(offset, len)?;
         Ok(discarded)
     }
 

@@ -49,6 +49,17 @@ impl std::fmt::Debug for Parts {
 }
 
 impl Parts {
+    /// Returns the capture, if pages are written after the pause.
+    pub(super) fn capture(&self) -> Option<Arc<Capture>> {
+        match self.report.method {
+            Method::StopAndCopy => None,
+            Method::Auto | Method::PreCopy | Method::CopyOnWrite => {
+                let attached = self.attached.as_ref();
+                attached.map(|it| Arc::clone(&it.capture))
+            }
+        }
+    }
+
     /// Protects the pages again that were written since the last round, until few are left.
     pub(super) fn protect_again(&mut self) -> Result<(), LiveError> {
         let mut last = u64::MAX;

@@ -120,6 +120,8 @@ impl MemoryWriter {
             return Err(self.incomplete());
         }
         self.check_bitmap(epoch.bitmap())?;
+        // An epoch without marks needs no write, whose checks would find another parent.
+        self.check_marks(epoch.bitmap())?;
         // An epoch that was checked before may be another one.
         if self.check == EpochCheck::Undone || !epoch.check_written(&self.written) {
             return Err(self.epoch_not_written());

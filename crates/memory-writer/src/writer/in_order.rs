@@ -58,6 +58,10 @@ impl MemoryWriter {
     ) -> Result<(), SnapshotError> {
         self.check_bitmap(dirty)?;
         self.check_marks(dirty)?;
+        let raw_parent = self.raw_parent_of(dirty);
+        if raw_parent.is_some() {
+            self.check_replaced(raw_parent)?;
+        }
         check_bitmap_start(dirty.ram_start(), reader_start(reader))?;
         self.check_parent()?;
         self.check_layout(reader)
@@ -151,6 +155,7 @@ impl MemoryWriter {
         let runs = runs.into_iter().map(PageRun::Data);
         let written = self.write_in_order(reader, dirty.runs(), Pass::Pages, runs)?;
         self.written.add_diff(dirty);
+        self.raw_parent = self.raw_parent_of(dirty).or(self.raw_parent);
         self.state = State::Complete;
         Ok(written / self.geometry.page_size)
     }
@@ -176,6 +181,12 @@ impl MemoryWriter {
             }),
             State::Incomplete => Err(self.incomplete()),
             State::Complete => {
+                self.check_marks(dirty)?;
+                let raw_parent = self.raw_parent_of(dirty);
+                if raw_parent.is_some() {
+                    self.check_replaced(raw_parent)?;
+                }
+                self.raw_parent = raw_parent.or(self.raw_parent);
                 self.written.add_diff(dirty);
                 Ok(())
             }
