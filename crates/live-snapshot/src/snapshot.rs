@@ -92,7 +92,8 @@ impl LiveSnapshotOptions {
             Kind::Diff => writer.preflight_diff(&*memory.reader(), &**bitmap)?,
         }
         let attached = match (method, tracker.slot()) {
-            // Stop-and-copy only takes the place: two snapshots would hide discards from each other.
+            // Stop-and-copy only takes the place: two snapshots would hide discards from each
+            // other.
             (_, Some(slot)) => {
                 let pool_pages = usize::try_from(self.pool / page_size).unwrap_or(usize::MAX);
                 let capture = Arc::new(Capture::new(
