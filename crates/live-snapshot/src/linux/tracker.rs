@@ -22,8 +22,8 @@ use crate::tracker::{CheckpointFailed, LiveTracker};
 ///
 /// The first write to a page after a checkpoint waits for a thread of this tracker: a write by a
 /// vCPU, by the VMM, or by the kernel for it. The thread copies the page if a snapshot in progress
-/// needs it, unprotects it, and marks it. No other marks are needed: neither KVM's dirty log nor
-/// those of devices.
+/// needs it, unprotects it, and marks it. Neither KVM's dirty log nor marks of devices are needed,
+/// except for the writes [below](#what-it-does-not-see).
 ///
 /// # What it does not see
 /// - **Writes of other processes** to shared memory, such as a vhost-user back end. Stop them
