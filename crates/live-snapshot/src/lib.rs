@@ -79,8 +79,7 @@
 //! The same fault marks the page for the next diff. A snapshot that fails returns its marks.
 //!
 //! # Memory
-//! In addition to the tracker's bitmap, a snapshot needs two bits for each page, a bit for each
-//! page of a full image, and the pool. Registered memory has page tables for all of the RAM: 8
+//! In addition to the tracker's bitmap, a snapshot needs two bits for each page, and the pool. Registered memory has page tables for all of the RAM: 8
 //! bytes for each page.
 //!
 //! # Features

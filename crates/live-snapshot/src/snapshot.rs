@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dirty_bitmap::{PageSet, TrackedEpoch};
+use dirty_bitmap::TrackedEpoch;
 use memory_writer::MemoryWriter;
 
 use crate::capture::Capture;
@@ -115,7 +115,6 @@ impl LiveSnapshotOptions {
             writer,
             epoch,
             memory,
-            populated: PageSet::new(0..ram_size, page_size),
             kind: self.kind,
             cancel: self.cancel.clone(),
             pacer: Pacer::new(self.rate_limit),

@@ -189,7 +189,8 @@ impl Chain {
     /// # writer.write_full(&vec![1; 1 << 20])?;
     /// # let parent = writer.image_id().unwrap();
     /// # writer.commit()?;
-    /// # let mut writer = options.clone().seal(Seal::new().parent(parent)).open(&paths[1], 1 << 20, 4096)?;
+    /// # let seal = Seal::new().parent(parent);
+    /// # let mut writer = options.clone().seal(seal).open(&paths[1], 1 << 20, 4096)?;
     /// # writer.write_runs(&vec![2; 1 << 20], || std::iter::once(0..4096))?;
     /// # writer.commit()?;
     /// let chain = Chain::open_sealed(&paths)?; // a full image and a diff

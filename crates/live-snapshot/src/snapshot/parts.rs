@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dirty_bitmap::{PageSet, TrackedEpoch};
+use dirty_bitmap::TrackedEpoch;
 use memory_writer::{CancelToken, MemoryWriter, SnapshotError};
 
 use crate::capture::Capture;
@@ -31,8 +31,6 @@ pub(super) struct Parts {
     pub(super) writer: MemoryWriter,
     pub(super) epoch: TrackedEpoch,
     pub(super) memory: Arc<GuestMemory>,
-    /// For a full image: pages that may hold nonzero bytes.
-    pub(super) populated: PageSet,
     pub(super) kind: Kind,
     pub(super) cancel: CancelToken,
     pub(super) pacer: Pacer,
@@ -96,11 +94,8 @@ impl Parts {
                 let reader = self.memory.reader();
                 for run in reader.populated(0..ram_size) {
                     check_cancelled(&self.cancel)?;
-                    self.populated.add(&run);
+                    attached.capture.add(run);
                 }
-                self.populated
-                    .runs()
-                    .for_each(|run| attached.capture.add(run));
             }
         }
         Ok(())
