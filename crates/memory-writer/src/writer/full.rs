@@ -1,6 +1,7 @@
 //! Writes of all of the RAM.
 
 use std::fs::File;
+use std::ops::Range;
 
 use dirty_bitmap::Coverage;
 use page_reader::{NonzeroRuns, PageReader, Touched};
@@ -10,6 +11,7 @@ use super::{EpochCheck, MemoryWriter, State};
 use crate::error::SnapshotError;
 use crate::geometry::{Geometry, reader_start};
 use crate::page_record::PageRecord;
+use crate::progress::WriteProgress;
 use crate::reader_source::{check_source, name_cause};
 use crate::stale_pages::StalePages;
 use crate::trace;
@@ -111,20 +113,31 @@ impl MemoryWriter {
             page_size,
         } = self.geometry;
         let progress = self.report_start(ram_size, Pass::Full)?;
-        let stale_pages = &mut self.stale_pages;
-        let start = self.layout.data_start(page_size);
         let runs = NonzeroRuns::new(reader, ram_size, page_size)
             .find_zeros(self.skip.zeros)
-            .on_skip(|bytes| progress.skipped(bytes))
-            .inspect(|run| {
-                if let Some(stale_pages) = stale_pages {
-                    stale_pages.remove(&(start + run.start..start + run.end));
-                }
-            });
+            .on_skip(|bytes| progress.skipped(bytes));
+        self.write_found(reader, &progress, runs).map(drop)
+    }
+
+    /// Writes runs of pages that are found during the write, and that an earlier write may have
+    /// written. Returns the number of bytes written.
+    pub(super) fn write_found<R: PageReader + ?Sized>(
+        &mut self,
+        reader: &R,
+        progress: &WriteProgress,
+        runs: impl Iterator<Item = Range<u64>>,
+    ) -> Result<u64, SnapshotError> {
+        let stale_pages = &mut self.stale_pages;
+        let start = self.layout.data_start(self.geometry.page_size);
+        let runs = runs.inspect(|run| {
+            if let Some(stale_pages) = stale_pages {
+                stale_pages.remove(&(start + run.start..start + run.end));
+            }
+        });
         let pass = WritePass {
             file: self.staged.file(),
             options: &self.write,
-            progress: &progress,
+            progress,
         };
         let written = match &mut self.pages {
             PageRecord::Footer(footer) => footer.write_found(&pass, reader, runs),
@@ -134,8 +147,8 @@ impl MemoryWriter {
         };
         match written {
             Ok(Err(source)) => Err(self.cannot_seal(source)),
-            Ok(Ok(written)) => self.finish_pass(&progress, Ok(written)).map(drop),
-            Err(error) => self.finish_pass(&progress, Err(error)).map(drop),
+            Ok(Ok(written)) => self.finish_pass(progress, Ok(written)),
+            Err(error) => self.finish_pass(progress, Err(error)),
         }
     }
 }

@@ -13,7 +13,6 @@ use crate::geometry::{Geometry, check_bitmap_start, reader_start};
 use crate::page_record::PageRecord;
 use crate::reader_source::{check_source, name_cause};
 use crate::stale_pages::StalePages;
-use crate::write_pass::WritePass;
 
 /// A run of pages of [`MemoryWriter::write_full_in_order`]: a range of bytes of the RAM, of whole
 /// pages of the memory file.
@@ -204,9 +203,7 @@ impl MemoryWriter {
         let missing = RefCell::new(Missing::new(self.geometry, wanted));
         let total = missing.borrow().bytes();
         let progress = self.report_start(total, pass)?;
-        let start = self.layout.data_start(self.geometry.page_size);
         let reader = &Unexposed(reader);
-        let stale_pages = &mut self.stale_pages;
         if let PageRecord::Holes(diff) = &mut self.pages {
             diff.add(&missing.borrow().pages);
         }
@@ -219,28 +216,8 @@ impl MemoryWriter {
                     let _ = progress.skipped(run.end - run.start);
                     None
                 }
-            })
-            .inspect(|run| {
-                if let Some(stale_pages) = stale_pages {
-                    stale_pages.remove(&(start + run.start..start + run.end));
-                }
             });
-        let pass = WritePass {
-            file: self.staged.file(),
-            options: &self.write,
-            progress: &progress,
-        };
-        let written = match &mut self.pages {
-            PageRecord::Footer(footer) => footer.write_found(&pass, reader, data),
-            PageRecord::Empty | PageRecord::Holes(_) | PageRecord::Caller | PageRecord::All => {
-                pass.write_raw(reader, data).map(Ok)
-            }
-        };
-        let written = match written {
-            Ok(Err(source)) => Err(self.cannot_seal(source)),
-            Ok(Ok(written)) => self.finish_pass(&progress, Ok(written)),
-            Err(error) => self.finish_pass(&progress, Err(error)),
-        };
+        let written = self.write_found(reader, &progress, data);
         let written = written.map_err(|error| name_cause(reader, error))?;
         missing.into_inner().check(self)?;
         check_source(reader, self.dest_path())?;
