@@ -8,6 +8,8 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
+use nix::fcntl::OFlag;
+
 use crate::attribute::NotPreserved;
 use crate::destination::Destination;
 use crate::durability::Durability;
@@ -82,6 +84,23 @@ impl AtomicWriter {
     #[must_use]
     pub fn dest_path(&self) -> &Path {
         &self.dest.path
+    }
+
+    /// Opens the file that a commit would replace, for reading, or returns `None` if there is none.
+    /// A destination that is not a regular file counts as none.
+    ///
+    /// The file is looked up in the directory that was opened with this writer, as the commit does,
+    /// whatever [`dest_path`](Self::dest_path) leads to by now. Waits neither for a FIFO nor for a
+    /// lease.
+    ///
+    /// # Errors
+    /// Returns the errors of `fstatat(2)` and `openat(2)`.
+    pub fn open_replaced(&self) -> io::Result<Option<File>> {
+        let Destination { dir, name, .. } = &self.dest;
+        match dir.entry(name)? {
+            Some(entry) if entry.is_file() => dir.open_for(OFlag::O_RDONLY, name).map(Some),
+            Some(_) | None => Ok(None),
+        }
     }
 
     /// Returns the path of the staged file: the destination's directory as given (or the directory

@@ -2,9 +2,9 @@
 
 mod support;
 
-use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, symlink};
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use atomic_file::{AtomicWriter, CommitError, CommitStep};
 use support::{assert_names, commit, dir_with_old, names};
@@ -94,4 +94,24 @@ fn a_replaced_file_object_is_not_committed() {
     );
     assert_eq!(fs::read(&dest).unwrap(), b"old");
     assert_names(dir.path(), &["dest"]);
+}
+
+/// The file that a commit replaces is that of the opened directory.
+#[test]
+fn replaced_file_is_opened_where_the_commit_renames() {
+    let dir = tempfile::tempdir().unwrap();
+    let (opened, moved) = (dir.path().join("opened"), dir.path().join("moved"));
+    fs::create_dir(&opened).unwrap();
+    let writer = AtomicWriter::open(opened.join("dest")).unwrap();
+    assert!(writer.open_replaced().unwrap().is_none());
+    fs::rename(&opened, &moved).unwrap();
+    fs::create_dir(&opened).unwrap();
+    fs::write(opened.join("dest"), "elsewhere").unwrap();
+    assert!(writer.open_replaced().unwrap().is_none());
+    fs::write(moved.join("dest"), "here").unwrap();
+    let replaced = writer.open_replaced().unwrap().unwrap();
+    assert_eq!(io::read_to_string(replaced).unwrap(), "here");
+    fs::remove_file(moved.join("dest")).unwrap();
+    nix::unistd::mkfifo(&moved.join("dest"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    assert!(writer.open_replaced().unwrap().is_none());
 }

@@ -49,6 +49,10 @@ impl Footer {
         if !self.layout.has_footer() {
             return Err(InvalidFooter::Raw);
         }
+        let own = Some(self.id);
+        if self.kind == (ImageKind::Diff { parent: own }) {
+            return Err(InvalidFooter::OwnParent);
+        }
         check_sizes(self.version, self.ram_size, self.page_size)?;
         check_regions(&self.regions, self.ram_size)?;
         check_metadata(self.metadata.len() as u64)

@@ -150,6 +150,9 @@ pub enum InvalidFooter {
     /// A full image names a parent.
     #[error("a full image has no parent")]
     FullWithParent,
+    /// An image is its own parent.
+    #[error("the image is its own parent: give it another id")]
+    OwnParent,
     /// A region is empty, or not after the previous one.
     #[error("region {index} is empty or not after the previous one")]
     Region {

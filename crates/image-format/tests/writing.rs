@@ -65,6 +65,10 @@ fn a_file_open_for_appending_is_refused_unchanged() {
     InvalidFooter::Checksums { checksums: 2, chunks: 3 }
 )]
 #[case::full_with_gaps(|f: &mut Footer| f.kind = ImageKind::Full, InvalidFooter::Order { index: 0 })]
+#[case::own_parent(
+    |f: &mut Footer| f.kind = ImageKind::Diff { parent: Some(f.id) },
+    InvalidFooter::OwnParent
+)]
 #[case::no_ram(|f: &mut Footer| f.ram_size = 0, InvalidFooter::Sizes { ram_size: 0, page_size: PAGE })]
 #[case::odd_page_size(
     |f: &mut Footer| f.page_size = 3000,

@@ -20,6 +20,7 @@ use live_snapshot::{
     CancelToken, LiveError, LiveSnapshot, LiveSnapshotOptions, Method, UffdTracker, WhenPoolFull,
 };
 use memory::{Discard, Kind, Memory};
+use memory_writer::{Layout, MemoryWriter, Seal, SnapshotError, WriteAmbiguity};
 use page_reader::PageReader;
 use rstest::rstest;
 use scene::{SIZE, Scene, assert_cancelled, options};
@@ -272,4 +273,42 @@ fn waiting_write_continues_when_the_tracker_is_dropped() {
             drop(tracker);
         });
     }
+}
+
+/// Both are known before anything is prepared.
+#[test]
+fn diff_that_cannot_be_written_is_refused_at_the_start() {
+    needs!(Userfaultfd);
+    let guest = Guest::with_policy(Kind::Private, SIZE, Policy::Pages);
+    guest.fill();
+    let options = LiveSnapshot::options().diff(true);
+    let nameless = tempfile::tempfile().unwrap();
+    let nameless = MemoryWriter::options().open_file(nameless, SIZE, PAGE);
+    let error = options
+        .begin(&guest.tracker, nameless.unwrap())
+        .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            LiveError::Write(SnapshotError::AmbiguousDiff {
+                source: WriteAmbiguity::NoName,
+                ..
+            })
+        ),
+        "{error:?}"
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let seal = Seal::new().on_raw_image();
+    let mut written = MemoryWriter::options()
+        .layout(Layout::Packed)
+        .seal(seal)
+        .open(dir.path().join("diff.mem"), SIZE, PAGE)
+        .unwrap();
+    written.write_zeros(|| std::iter::once(0..PAGE)).unwrap();
+    let error = options.begin(&guest.tracker, written).unwrap_err();
+    assert!(
+        matches!(error, LiveError::Write(SnapshotError::WrittenBefore { .. })),
+        "{error:?}"
+    );
+    assert_eq!(guest.dirty().len() as u64, SIZE / PAGE);
 }

@@ -1,38 +1,30 @@
 //! Checks that a diff does not replace an image that it needs.
 
-use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
-
 use image_format::{Footer, ImageId};
-use nix::fcntl::OFlag;
 
 use crate::error::SnapshotError;
+use crate::target::Target;
 
-/// Checks that the image at `dest`, which the new one replaces, is not one that the new one
-/// `needs`. A file that cannot be read as an image is not.
+/// Checks that the image that `target` replaces is not one that the new one `needs`. A file that
+/// cannot be read as an image is not.
 pub(crate) fn check_replaced(
-    dest: &Path,
+    target: &Target,
     needs: impl FnOnce(ImageId) -> bool,
 ) -> Result<(), SnapshotError> {
-    match image_at(dest) {
+    match image_replaced_by(target) {
         Some(parent) if needs(parent) => Err(SnapshotError::ReplacesParent {
-            dest: dest.to_owned(),
+            dest: target.dest_path().to_owned(),
             parent,
         }),
         Some(_) | None => Ok(()),
     }
 }
 
-/// Returns the id of the image at `dest`, if a sealed or packed one is there.
-fn image_at(dest: &Path) -> Option<ImageId> {
-    // A FIFO or a device is not opened.
-    let metadata = dest.metadata().ok()?;
-    if !metadata.is_file() {
+/// Returns the id of the image that the commit replaces, if it is a sealed or packed one.
+fn image_replaced_by(target: &Target) -> Option<ImageId> {
+    let Target::Staged(staged) = target else {
         return None;
-    }
-    // Does not wait for a process that has a lease on the file.
-    let mut open = File::options();
-    open.read(true).custom_flags(OFlag::O_NONBLOCK.bits());
-    Footer::read_id(&open.open(dest).ok()?).ok()
+    };
+    // The path may lead elsewhere by now.
+    Footer::read_id(&staged.open_replaced().ok()??).ok()
 }

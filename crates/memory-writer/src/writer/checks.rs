@@ -47,7 +47,7 @@ impl MemoryWriter {
         let footer = self.pages.footer();
         let needs = |id| Some(id) == raw_parent || footer.is_some_and(|footer| footer.needs(id));
         match self.keeps_parent {
-            true => check_replaced(self.dest_path(), needs),
+            true => check_replaced(&self.staged, needs),
             false => Ok(()),
         }
     }
@@ -108,11 +108,9 @@ impl MemoryWriter {
         if self.state == State::Incomplete {
             return Ok(());
         }
+        self.check_raw_diff_has_name()?;
         let mut check = || {
             if matches!(self.pages, PageRecord::Empty) {
-                if self.staged.is_nameless() {
-                    return Err(WriteAmbiguity::NoName);
-                }
                 let begun = RawDiff::begin(self.staged.file(), self.geometry)?;
                 self.pages = PageRecord::Holes(begun);
             }
@@ -124,9 +122,23 @@ impl MemoryWriter {
                 | PageRecord::Footer(_) => Ok(()),
             }
         };
-        check().map_err(|source| SnapshotError::AmbiguousDiff {
+        check().map_err(|source| self.ambiguous(source))
+    }
+
+    /// Checks that a raw diff is not written to a file without a name, whose holes no reader uses.
+    pub(super) fn check_raw_diff_has_name(&self) -> Result<(), SnapshotError> {
+        match self.pages {
+            PageRecord::Empty if self.staged.is_nameless() => {
+                Err(self.ambiguous(WriteAmbiguity::NoName))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn ambiguous(&self, source: WriteAmbiguity) -> SnapshotError {
+        SnapshotError::AmbiguousDiff {
             dest: self.staged.dest_path().to_owned(),
             source,
-        })
+        }
     }
 }

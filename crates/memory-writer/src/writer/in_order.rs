@@ -45,8 +45,9 @@ impl MemoryWriter {
         self.check_layout(reader)
     }
 
-    /// Checks what [`write_diff`](Self::write_diff) checks before anything is written, except for
-    /// what depends on which pages are marked. Use it where preparations come before the write.
+    /// Checks what [`write_diff_in_order`](Self::write_diff_in_order) checks before anything is
+    /// written, except for what depends on which pages are marked. Use it where preparations come
+    /// before the write.
     ///
     /// # Errors
     /// Returns the error that the write would return. The writer is unchanged.
@@ -63,7 +64,13 @@ impl MemoryWriter {
         }
         check_bitmap_start(dirty.ram_start(), reader_start(reader))?;
         self.check_parent()?;
-        self.check_layout(reader)
+        self.check_layout(reader)?;
+        if self.state != State::Empty {
+            return Err(SnapshotError::WrittenBefore {
+                dest: self.staged.dest_path().to_owned(),
+            });
+        }
+        self.check_raw_diff_has_name()
     }
 
     /// Writes all of the RAM in the order of `runs`, which must return each page once.
@@ -140,11 +147,6 @@ impl MemoryWriter {
         runs: impl IntoIterator<Item = Range<u64>>,
     ) -> Result<u64, SnapshotError> {
         self.preflight_diff(reader, dirty)?;
-        if self.state != State::Empty {
-            return Err(SnapshotError::WrittenBefore {
-                dest: self.staged.dest_path().to_owned(),
-            });
-        }
         let plan = self.plan(dirty.runs())?;
         self.check_raw_diff(&plan)?;
         drop(plan);

@@ -160,7 +160,7 @@ impl MemoryWriterOptions {
             .map_err(|error| error.of_snapshot(dest()))?;
         let keeps_parent = !self.allow_replacing_parent && matches!(staged, Target::Staged(_));
         if let (Some(footer), true) = (&footer, keeps_parent) {
-            check_replaced(staged.dest_path(), |id| footer.needs(id))?;
+            check_replaced(&staged, |id| footer.needs(id))?;
         }
         let pages = match footer {
             Some(footer) => PageRecord::Footer(footer),

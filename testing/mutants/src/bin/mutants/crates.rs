@@ -100,6 +100,7 @@ pub(crate) const CRATES: [Mutated; 7] = [
             &[
                 "reader_size",
                 "regions",
+                "replaced_parent",
                 "skipping",
                 "skipping_oracle",
                 "stale_parent",
