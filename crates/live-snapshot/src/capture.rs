@@ -1,5 +1,8 @@
 //! The bytes that the RAM had at one point in time, while it is written by a running guest.
 
+#[cfg(not(ramsnap_loom))]
+mod zeros;
+
 use std::fmt;
 use std::io;
 use std::ops::Range;

@@ -74,13 +74,14 @@
 //! (`page_states.rs`). A write fault of a pending page copies it to the pool, and only then
 //! unprotects it. [`write`](Frozen::write) takes the RAM in chunks of 1 MiB: chunks with pages in
 //! the pool first, because a vCPU may wait for room, and otherwise in ascending order. The bytes
-//! are copied once, into the buffer that is written. Checksums are computed from this copy.
+//! are copied once, into the buffer that is written. Checksums are computed from this copy. A full
+//! image does not store zeros of 32 KiB and more.
 //!
 //! The same fault marks the page for the next diff. A snapshot that fails returns its marks.
 //!
 //! # Memory
-//! In addition to the tracker's bitmap, a snapshot needs two bits for each page, and the pool. Registered memory has page tables for all of the RAM: 8
-//! bytes for each page.
+//! In addition to the tracker's bitmap, a snapshot needs two bits for each page, and the pool.
+//! Registered memory has page tables for all of the RAM: 8 bytes for each page.
 //!
 //! # Features
 //! - `hvf` (off by default): `LiveStage2`, for `Stage2Tracker` of the crate `hvf-backend`.

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
+use host_memory::SecretBuffer;
 use memory_writer::PageRun;
 
 use crate::capture::Capture;
@@ -18,6 +19,8 @@ pub(crate) struct Order {
     next_chunk: u64,
     /// The rest of the current chunk.
     runs: VecDeque<PageRun>,
+    /// For the bytes of pages that may be zeros, if those are looked for.
+    zeros: Option<SecretBuffer>,
 }
 
 impl Order {
@@ -27,7 +30,14 @@ impl Order {
             ram_size,
             next_chunk: 0,
             runs: VecDeque::new(),
+            zeros: None,
         }
+    }
+
+    /// Looks for pages of zeros, for a full image: they are returned as zeros.
+    pub(crate) fn find_zeros(mut self) -> Self {
+        self.zeros = Some(SecretBuffer::new());
+        self
     }
 
     /// Returns only the runs of pages that the image has.
@@ -67,16 +77,30 @@ impl Iterator for Order {
             let chunk = self.chunk()?;
             let mut at = chunk.start;
             for needed in self.capture.needed(chunk.clone()) {
-                if at < needed.start {
-                    self.runs.push_back(PageRun::Zeros(at..needed.start));
+                let zeros = match &mut self.zeros {
+                    Some(buffer) => self.capture.free_zeros(needed.clone(), buffer),
+                    None => Vec::new(),
+                };
+                let mut from = needed.start;
+                // The data between the zeros.
+                let ends = zeros.into_iter().chain([needed.end..needed.end]);
+                for zeros in ends {
+                    if from < zeros.start {
+                        push_zeros(&mut self.runs, at..from);
+                        self.runs.push_back(PageRun::Data(from..zeros.start));
+                        at = zeros.start;
+                    }
+                    from = zeros.end;
                 }
-                at = needed.end;
-                self.runs.push_back(PageRun::Data(needed));
             }
-            if at < chunk.end {
-                self.runs.push_back(PageRun::Zeros(at..chunk.end));
-            }
+            push_zeros(&mut self.runs, at..chunk.end);
         }
         self.runs.pop_front()
+    }
+}
+
+fn push_zeros(runs: &mut VecDeque<PageRun>, zeros: Range<u64>) {
+    if !zeros.is_empty() {
+        runs.push_back(PageRun::Zeros(zeros));
     }
 }

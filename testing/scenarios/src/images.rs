@@ -110,6 +110,11 @@ pub fn chain_in(dir: &Path) -> [PathBuf; 2] {
     [dir.join(FULL), dir.join(DIFF_NAME)]
 }
 
+/// The place of the new full image.
+pub fn next_in(dir: &Path) -> PathBuf {
+    dir.join(NEXT)
+}
+
 fn prepare(dir: &Path, layout: Layout) -> anyhow::Result<()> {
     let parent = write_full(&dir.join(FULL), 1, layout, Seal::new())?;
     let seal = Seal::new().parent(parent.context("it is sealed")?);
@@ -166,7 +171,7 @@ fn write_diff(
 }
 
 /// The pages that a diff of this version has.
-fn dirty(stamp: u32) -> anyhow::Result<DirtyBitmap> {
+pub fn dirty(stamp: u32) -> anyhow::Result<DirtyBitmap> {
     let dirty = DirtyBitmap::new(0, RAM, PAGE)?;
     for page in (u64::from(stamp)..RAM / PAGE).step_by(EVERY as usize) {
         dirty.mark_page(page)?;

@@ -20,6 +20,8 @@ pub mod child;
 pub mod commits;
 pub mod directory;
 pub mod images;
+#[cfg(target_os = "linux")]
+pub mod live;
 pub mod ram;
 pub mod target;
 pub mod write_log;
@@ -78,4 +80,8 @@ pub const ALL: &[Scenario] = &[
     images::SEALED,
     images::PACKED,
     images::MERGE,
+    #[cfg(target_os = "linux")]
+    live::LIVE,
+    #[cfg(target_os = "linux")]
+    live::LIVE_DIFF,
 ];

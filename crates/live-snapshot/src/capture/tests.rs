@@ -21,6 +21,8 @@ struct Fake {
     /// The pages that cannot be read.
     broken: StdMutex<Vec<u64>>,
     copied: StdMutex<Vec<u64>>,
+    /// The pages whose bytes are zeros.
+    zeros: StdMutex<Range<u64>>,
 }
 
 fn pages(range: &Range<u64>) -> Range<u64> {
@@ -35,8 +37,11 @@ impl PageMemory for Fake {
             }
             self.copied.lock().unwrap().push(page);
         }
-        let bytes = (offset..).map(|at| (at / PAGE) as u8);
-        buf.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
+        let zeros = self.zeros.lock().unwrap();
+        for (to, at) in buf.iter_mut().zip(offset..) {
+            let page = at / PAGE;
+            *to = if zeros.contains(&page) { 0 } else { page as u8 };
+        }
         Ok(())
     }
 
@@ -295,4 +300,50 @@ fn faults_and_the_sweep_copy_each_page_once() {
     assert!(copied.into_iter().eq(0..PAGES));
     assert!(capture.usage().peak <= 2);
     assert_eq!(capture.needed(0..SIZE).next(), None);
+}
+
+/// Eight pages are a block of zeros.
+#[test]
+fn blocks_of_zeros_are_freed() {
+    let (capture, memory) = capture(4, WhenPoolFull::Wait);
+    *memory.zeros.lock().unwrap() = 3..43;
+    capture.add(PAGE..64 * PAGE);
+    capture.activate();
+    // Its bytes in memory may be newer than those in the pool.
+    save(&capture, 17..18);
+    let mut order = Order::new(&capture, SIZE).find_zeros();
+    let chunk = capture.chunk_size();
+    let of = |pages: Range<u64>| pages.start * PAGE..pages.end * PAGE;
+    let expected = [
+        PageRun::Zeros(of(0..1)),
+        PageRun::Data(of(1..8)),
+        PageRun::Zeros(of(8..16)),
+        PageRun::Data(of(16..24)),
+        PageRun::Zeros(of(24..40)),
+        PageRun::Data(of(40..64)),
+        PageRun::Zeros(of(64..chunk / PAGE)),
+    ];
+    for run in expected {
+        assert_eq!(order.next(), Some(run));
+    }
+    // A write to a freed page is not copied.
+    save(&capture, 8..9);
+    assert_eq!(capture.usage().copied, 1);
+    let needed: Vec<_> = capture.needed(0..SIZE).collect();
+    assert_eq!(needed, [of(1..8), of(16..24), of(40..64)]);
+}
+
+#[test]
+fn zeros_of_discarded_pages_are_not_freed() {
+    let (capture, memory) = capture(4, WhenPoolFull::Wait);
+    *memory.zeros.lock().unwrap() = 0..16;
+    memory.open.lock().unwrap().push(9);
+    capture.add(0..16 * PAGE);
+    capture.activate();
+    let mut order = Order::new(&capture, SIZE).find_zeros();
+    assert_eq!(order.next(), Some(PageRun::Zeros(0..8 * PAGE)));
+    assert_eq!(order.next(), Some(PageRun::Data(8 * PAGE..16 * PAGE)));
+    let mut bytes = vec![0; 8 * PAGE as usize];
+    let failure = capture.read(8 * PAGE, &mut bytes).unwrap_err();
+    assert!(matches!(failure, Failure::Discarded { .. }), "{failure:?}");
 }

@@ -49,9 +49,10 @@ use crate::tracker::{CheckpointFailed, LiveTracker};
 ///
 /// # Cost
 /// The RAM is registered with a userfaultfd until this is dropped, which makes it writable again.
-/// Equal pages that the kernel has merged (KSM) are separated, and merging ends. The first full
-/// image of anonymous RAM has all pages: the kernel reports untouched pages as swapped out once
-/// they are protected. In later ones, and of a memfd, untouched pages are zeros that are not read.
+/// Equal pages that the kernel has merged (KSM) are separated, and merging ends. Full
+/// images by copy-on-write do not store zeros. Those of anonymous RAM read all pages, because the
+/// kernel reports untouched pages as swapped out once they are protected; untouched pages of a
+/// memfd are not read. For the other methods, set `MemoryWriterOptions::skip_zeros`.
 /// Transparent huge pages are split when they are written. Page tables of all of the RAM are
 /// allocated at the first checkpoint: 8 bytes for each page.
 ///

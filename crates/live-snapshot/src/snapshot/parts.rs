@@ -156,7 +156,7 @@ impl Parts {
                 // The earlier passes wrote the other pages, which have not changed since.
                 written.and_then(|_| writer.count_as_written(epoch.bitmap()))
             }
-            (_, Kind::Full) => writer.write_full_in_order(&frozen, order),
+            (_, Kind::Full) => writer.write_full_in_order(&frozen, order.find_zeros()),
             (_, Kind::Diff) => {
                 let runs = order.data();
                 writer

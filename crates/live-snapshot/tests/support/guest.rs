@@ -196,6 +196,11 @@ impl Images {
         self.newest
     }
 
+    /// Returns the length of the newest file in bytes.
+    pub(crate) fn newest_len(&self) -> u64 {
+        std::fs::metadata(self.paths.last().unwrap()).unwrap().len()
+    }
+
     /// Opens a writer of the next image: a full one, or a diff on top of the newest one.
     pub(crate) fn next(&mut self, diff: bool) -> MemoryWriter {
         let options = MemoryWriter::options().durability(Durability::None);

@@ -38,6 +38,10 @@ enum Of {
     Duplicate,
     /// `renameat2` with flags.
     Flags,
+    /// `ioctl` of a userfaultfd, or of the device that opens one.
+    Userfaultfd,
+    /// `ioctl` that scans the page table.
+    PagemapScan,
 }
 
 /// Every file system may find its disk unreadable, and NFS the file or the server gone.
@@ -196,6 +200,22 @@ pub(super) static KINDS: &[Kind] = &[
         of: Of::Duplicate,
         ..kind("dup", libc::SYS_fcntl, &[EMFILE])
     },
+    // EAGAIN: a mapping is changing. ENOENT: the process ends. ENOMEM: no memory for page tables.
+    Kind {
+        of: Of::Userfaultfd,
+        ..kind("uffd", libc::SYS_ioctl, &[EAGAIN, EINVAL, ENOENT, ENOMEM])
+    },
+    Kind {
+        of: Of::PagemapScan,
+        ..kind("pagemap-scan", libc::SYS_ioctl, &[EINTR, EINVAL, ENOMEM])
+    },
+    kind(
+        "userfaultfd",
+        libc::SYS_userfaultfd,
+        &[EPERM, ENOSYS, EMFILE, ENFILE, ENOMEM],
+    ),
+    kind("pipe2", libc::SYS_pipe2, &[EMFILE, ENFILE]),
+    kind("poll", libc::SYS_poll, &[EINTR, ENOMEM]),
     kind(
         "ioctl",
         libc::SYS_ioctl,
@@ -255,6 +275,11 @@ impl Class {
     }
 }
 
+/// Returns the kind of device that an `ioctl` is for.
+fn ioctl_type(request: u64) -> u64 {
+    (request >> 8) & 0xff
+}
+
 impl Of {
     fn fits(self, arguments: [u64; 6]) -> bool {
         match self {
@@ -264,6 +289,8 @@ impl Of {
             Self::Duplicate => arguments[1] as libc::c_int == libc::F_DUPFD_CLOEXEC,
             Self::File => arguments[4] as libc::c_int >= 0,
             Self::Flags => arguments[4] != 0,
+            Self::Userfaultfd => ioctl_type(arguments[1]) == 0xaa,
+            Self::PagemapScan => arguments[1] & 0xffff == 0x6610,
         }
     }
 }

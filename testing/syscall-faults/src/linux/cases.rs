@@ -13,6 +13,7 @@ use scenarios::check::{Next, PostCrashState};
 use scenarios::child::PAGE;
 use scenarios::commits::{self, DEST, RAM, full};
 use scenarios::images;
+use scenarios::live;
 use scenarios::ram::Stamped;
 use scenarios::{CommitObserver, Scenario};
 
@@ -68,6 +69,9 @@ pub(super) static ALL: &[Case] = &[
     case(images::PACKED),
     case(images::MERGE),
     case(RESTORE),
+    case(live::LIVE),
+    case(live::LIVE_PRECOPY),
+    case(live::LIVE_DIFF),
 ];
 
 /// A mutant is one too.

@@ -1,6 +1,7 @@
 //! What the library said of a commit that failed, in the words of the check.
 
 use atomic_file::{AddError, CommitError, GroupCommitError, OpenError, RecoverError};
+use live_snapshot::{LiveError, UffdCheckpointError, UffdTrackerError};
 use memory_image::{
     ChainError, MapError, MergeError, OpenImageError, ReadImageError, RestoreError, VerifyError,
 };
@@ -75,6 +76,12 @@ fn of_any(error: &anyhow::Error) -> Option<Verdict> {
     if let Some(error) = error.downcast_ref::<SnapshotError>() {
         return Some(of_snapshot(error));
     }
+    if let Some(error) = error.downcast_ref::<LiveError>() {
+        return Some(match error {
+            LiveError::Write(error) => of_snapshot(error),
+            _ => NOT,
+        });
+    }
     if let Some(error) = error.downcast_ref::<MergeError>() {
         return Some(match error {
             MergeError::Write(error) => of_snapshot(error),
@@ -85,7 +92,9 @@ fn of_any(error: &anyhow::Error) -> Option<Verdict> {
         // The next recovery goes on where it stopped.
         return Some((ReportedNext::Unknown, true));
     }
-    (is_of_reading(error) || error.is::<AddError>() || error.is::<std::io::Error>()).then_some(NOT)
+    let of_tracker = error.is::<UffdTrackerError>() || error.is::<UffdCheckpointError>();
+    let of_file = error.is::<AddError>() || error.is::<std::io::Error>();
+    (is_of_reading(error) || of_tracker || of_file).then_some(NOT)
 }
 
 /// Returns whether the error is one of an operation that only reads images.

@@ -21,7 +21,6 @@ pub(in super::super) const LEFT_OUT: &[(&str, c_long, &str)] = &[
     ("futex", libc::SYS_futex, "threads wait"),
     ("sched_yield", libc::SYS_sched_yield, "threads wait"),
     ("clock_nanosleep", libc::SYS_clock_nanosleep, "threads wait"),
-    ("poll", libc::SYS_poll, "waits for random numbers"),
     ("fcntl", libc::SYS_fcntl, "a descriptor's flags"),
     (
         "setfsuid",
