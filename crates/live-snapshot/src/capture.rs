@@ -169,8 +169,8 @@ impl Capture {
     ///
     /// Waits while the pool is full. After it returns, the pages may be overwritten.
     pub(crate) fn save(&self, range: Range<u64>) {
-        self.save_pages(range.clone());
-        if !self.active.load(Ordering::SeqCst) {
+        let protected = self.save_pages(range.clone());
+        if protected || !self.active.load(Ordering::SeqCst) {
             return;
         }
         // A page that was discarded before the point in time and written since is not in the image.
@@ -182,26 +182,32 @@ impl Capture {
         }
     }
 
-    fn save_pages(&self, range: Range<u64>) {
+    /// Returns whether all pages were copied, and found to be protected, by this call.
+    fn save_pages(&self, range: Range<u64>) -> bool {
+        let mut protected = true;
         for page in range.start / self.page_size..range.end.div_ceil(self.page_size) {
             if !self.active.load(Ordering::SeqCst) {
-                return;
+                return false;
             }
-            self.save_page(page);
+            protected &= self.save_page(page);
         }
+        protected
     }
 
-    fn save_page(&self, page: u64) {
+    fn save_page(&self, page: u64) -> bool {
         loop {
             match self.states.get(page) {
-                PageState::Free | PageState::Pooled => return,
+                PageState::Free | PageState::Pooled => return false,
                 PageState::Copying => self.wait_for_copy(page),
                 PageState::Pending => {
                     // Taken first: a thread that waits must not hold a page.
                     let mut buffer = match self.pool.take() {
                         Ok(buffer) => buffer,
-                        Err(NoBuffer::Ended) => return,
-                        Err(NoBuffer::Full) => return self.fail(Failure::PoolFull),
+                        Err(NoBuffer::Ended) => return false,
+                        Err(NoBuffer::Full) => {
+                            self.fail(Failure::PoolFull);
+                            return false;
+                        }
                     };
                     let claimed = self
                         .states
@@ -215,11 +221,12 @@ impl Capture {
                     if let Err(failure) = self.copy_protected(offset, bytes) {
                         self.pool.give_back(buffer);
                         self.end_copies(page..page + 1, |_| PageState::Pending);
-                        return self.fail(failure);
+                        self.fail(failure);
+                        return false;
                     }
                     self.pool.put(page, offset / self.chunk_size(), buffer);
                     self.end_copies(page..page + 1, |_| PageState::Pooled);
-                    return;
+                    return true;
                 }
             }
         }
