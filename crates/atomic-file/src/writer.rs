@@ -89,9 +89,9 @@ impl AtomicWriter {
     /// Opens the file that a commit would replace, for reading, or returns `None` if there is none.
     /// A destination that is not a regular file counts as none.
     ///
-    /// The file is looked up in the directory that was opened with this writer, as the commit does,
-    /// whatever [`dest_path`](Self::dest_path) leads to by now. Waits neither for a FIFO nor for a
-    /// lease.
+    /// The file is looked up in the directory that was opened with this writer, as by the commit,
+    /// also if [`dest_path`](Self::dest_path) leads elsewhere by now. Waits neither for a FIFO nor
+    /// for a lease.
     ///
     /// # Errors
     /// Returns the errors of `fstatat(2)` and `openat(2)`.

@@ -152,5 +152,8 @@ pub use settings::LiveSnapshotOptions;
 pub use slot::{CaptureSlot, CopyOnWrite};
 #[cfg(not(ramsnap_loom))]
 pub use snapshot::{Frozen, LiveSnapshot, Written};
+#[cfg(all(target_os = "linux", not(ramsnap_loom)))]
+pub use uffd;
+
 #[cfg(not(ramsnap_loom))]
 pub use tracker::{CheckpointFailed, LiveTracker};

@@ -1,5 +1,5 @@
-//! A diff over its own parent is refused in the directory that the commit renames in, whatever the
-//! path of the destination leads to by then.
+//! A diff over its own parent is refused in the directory that the commit renames in, also if the
+//! path of the destination leads elsewhere by then.
 
 mod support;
 

@@ -54,7 +54,7 @@ pub enum Stop {
     /// (`ENOENT`).
     #[error(
         "the pages are not in one registered mapping, or the pages to move are missing: divide \
-         the range where its mappings end, and register memory again that was mapped anew or moved"
+         the range where its mappings end, and register memory again that was moved or mapped again"
     )]
     NotRegistered,
     /// The process that has the memory has ended (`ESRCH`).

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use dirty_bitmap::WriteProtection;
 use nix::sys::mman::{MmapAdvise, madvise};
 use page_reader::{HostMemory, PageReader};
-use uffd::{Features, Modes, Stop, Userfaultfd};
+use uffd::{Modes, Stop, Userfaultfd};
 
 use super::tracker_error::{UffdProtectError, UffdTrackerError};
 
@@ -38,12 +38,10 @@ struct Piece {
 impl UffdProtection {
     /// Registers the memory of `ram_size` bytes that a reader exposes. No page is protected yet.
     pub(super) fn register<M: PageReader + ?Sized>(
+        fault: Userfaultfd,
         memory: &M,
         ram_size: u64,
     ) -> Result<Self, UffdTrackerError> {
-        let features =
-            Features::PAGEFAULT_FLAG_WP | Features::WP_HUGETLBFS_SHMEM | Features::WP_UNPOPULATED;
-        let fault = Userfaultfd::options().features(features).open()?;
         let mut pieces = Vec::new();
         let mut offset = 0;
         while offset < ram_size {

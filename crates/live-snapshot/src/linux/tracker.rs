@@ -1,22 +1,23 @@
 //! The tracker of a guest's writes by userfaultfd.
 
+mod options;
+
 use std::io::{self, PipeWriter};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use dirty_bitmap::{
-    Extension, ParentImage, Policy, TrackedBitmap, TrackedEpoch, WriteProtection, WriteTracker,
-};
-use host_memory::BlockedSignals;
+use dirty_bitmap::{Extension, ParentImage, TrackedBitmap, TrackedEpoch};
 use page_reader::PageReader;
 
 use super::handler::Shared;
 use super::pagemap::Pagemap;
-use super::protection::UffdProtection;
 use super::tracker_error::{UffdCheckpointError, UffdTrackerError};
-use crate::slot::{CaptureSlot, CopyOnWrite};
+use crate::slot::CaptureSlot;
 use crate::tracker::{CheckpointFailed, LiveTracker};
+use options::{host_page_size, open_userfaultfd};
+
+pub use options::UffdTrackerOptions;
 
 /// A tracker of all writes to a guest's RAM in this process, by userfaultfd.
 ///
@@ -100,93 +101,32 @@ impl std::fmt::Debug for Memory {
     }
 }
 
-/// Options for a [`UffdTracker`], created by [`UffdTracker::options`].
-#[derive(Clone, Debug, Default)]
-#[must_use = "options do nothing until `start`"]
-pub struct UffdTrackerOptions {
-    page_size: Option<u64>,
-    policy: Option<Policy>,
-}
-
-impl UffdTrackerOptions {
-    /// Sets the size of a tracked page in bytes: the page size of the memory, or a multiple of it.
-    /// The default is the page size of the host. Memory on hugetlbfs needs the size of its pages.
-    pub fn page_size(mut self, bytes: u64) -> Self {
-        self.page_size = Some(bytes);
-        self
-    }
-
-    /// Sets how much a write fault unprotects. The default is [`Policy::default`].
-    pub fn policy(mut self, policy: Policy) -> Self {
-        self.policy = Some(policy);
-        self
-    }
-
-    /// Starts to track the writes to all of the RAM. No page is protected yet, and all are marked.
-    ///
-    /// # Errors
-    /// Returns [`UffdTrackerError`].
-    pub fn start<M>(&self, memory: &Arc<M>) -> Result<UffdTracker, UffdTrackerError>
-    where
-        M: PageReader + Send + Sync + 'static,
-    {
-        let ram_size = memory.known_size().ok_or(UffdTrackerError::UnknownSize)?;
-        let host_page = host_page_size().map_err(UffdTrackerError::Pagemap)?;
-        let page_size = self.page_size.unwrap_or(host_page);
-        let bitmap = Arc::new(TrackedBitmap::tracked(0, ram_size, page_size)?);
-        let tracker = WriteTracker::new(bitmap, self.policy.unwrap_or_default())?;
-        let protection = UffdProtection::register(&**memory, ram_size)?;
-        // Memory in huge pages refuses a part of a page.
-        let first = 0..page_size;
-        protection
-            .protect(first.clone())
-            .and_then(|()| protection.unprotect(first))
-            .map_err(|source| UffdTrackerError::PageSize { page_size, source })?;
-        let shared = Arc::new(Shared {
-            tracker,
-            protection: CopyOnWrite::new(protection),
-            faults: RwLock::new(()),
-            failed: Mutex::new(None),
-        });
-        let pagemap = Pagemap::open(host_page).map_err(UffdTrackerError::Pagemap)?;
-        let (closed, hang_up) = io::pipe().map_err(UffdTrackerError::Thread)?;
-        let handler = Arc::clone(&shared);
-        // A handler of a signal that writes the RAM on this thread would wait for itself.
-        let blocked = BlockedSignals::new();
-        let thread = thread::Builder::new()
-            .name("write-faults".into())
-            .spawn(move || handler.handle_faults(&closed))
-            .map_err(UffdTrackerError::Thread)?;
-        drop(blocked);
-        Ok(UffdTracker {
-            shared,
-            pagemap,
-            hang_up: Some(hang_up),
-            thread: Some(thread),
-            memory: Memory(Arc::clone(memory) as _),
-        })
-    }
-}
-
-/// Returns the page size of the host in bytes.
-fn host_page_size() -> io::Result<u64> {
-    let size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?;
-    let size = size.and_then(|size| u64::try_from(size).ok());
-    size.ok_or_else(|| io::Error::other("the page size of the host is not known"))
-}
-
 impl UffdTracker {
     /// Returns options for the page size and the policy.
     pub fn options() -> UffdTrackerOptions {
         UffdTrackerOptions::default()
     }
 
+    /// Checks that this process may track writes: that the kernel has userfaultfd with write
+    /// protection of unpopulated memory (Linux 6.4), and that this process may open one that
+    /// handles faults of the kernel.
+    ///
+    /// # Errors
+    /// Returns [`UffdTrackerError::Open`], which names what permits it, or
+    /// [`UffdTrackerError::Pagemap`]. A process that may not can get a
+    /// [descriptor](UffdTrackerOptions::userfaultfd) from another one.
+    pub fn available() -> Result<(), UffdTrackerError> {
+        drop(open_userfaultfd(None)?);
+        let pagemap = host_page_size().and_then(Pagemap::open);
+        pagemap.map(drop).map_err(UffdTrackerError::Pagemap)
+    }
+
     /// Starts to track the writes to all of the RAM. No page is protected yet, and all are marked:
     /// the first snapshot has all pages.
     ///
-    /// Needs userfaultfd with write protection of unpopulated memory (Linux 6.4) that handles
-    /// faults of the kernel: root, `CAP_SYS_PTRACE`, access to `/dev/userfaultfd`, or the sysctl
-    /// `vm.unprivileged_userfaultfd`.
+    /// Needs root, `CAP_SYS_PTRACE`, access to `/dev/userfaultfd`, the sysctl
+    /// `vm.unprivileged_userfaultfd`, or a descriptor from a process that has one of them:
+    /// [`UffdTrackerOptions::userfaultfd`].
     ///
     /// # Errors
     /// Returns [`UffdTrackerError`].

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use dirty_bitmap::{CheckpointError, GeometryError, NotReleased, TrackerError};
 use thiserror::Error;
-use uffd::{OpenError, RegisterError, Stop};
+use uffd::{AdoptError, OpenError, RegisterError, Stop};
 
 /// An error for a tracker that could not start. The memory is unchanged.
 #[derive(Debug, Error)]
@@ -15,6 +15,10 @@ pub enum UffdTrackerError {
     /// A userfaultfd could not be opened.
     #[error("failed to track writes by userfaultfd: {0}")]
     Open(#[from] OpenError),
+    /// The descriptor that the caller [passed](crate::UffdTrackerOptions::userfaultfd) cannot be
+    /// used.
+    #[error("the descriptor that was passed cannot track writes: {0}")]
+    Passed(#[from] AdoptError),
     /// The memory could not be registered.
     #[error("failed to track writes by userfaultfd: {0}")]
     Register(#[from] RegisterError),
@@ -52,7 +56,10 @@ pub enum UffdTrackerError {
     #[error("failed to start the thread that handles write faults: {0}")]
     Thread(#[source] io::Error),
     /// The page table of this process could not be opened.
-    #[error("failed to open /proc/self/pagemap, which shows discarded pages: mount /proc: {0}")]
+    #[error(
+        "failed to open /proc/self/pagemap, which shows discarded pages: mount /proc, and make a \
+         process dumpable that has changed its user: {0}"
+    )]
     Pagemap(#[source] io::Error),
 }
 
