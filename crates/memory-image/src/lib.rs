@@ -131,6 +131,7 @@ mod merge;
 mod parallel;
 mod raw;
 mod restore;
+mod stored_zeros;
 mod trace;
 mod verify;
 

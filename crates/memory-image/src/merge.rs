@@ -5,11 +5,12 @@ use std::path::Path;
 
 use image_format::RAW_UNIT;
 use memory_writer::{MemoryWriter, MemoryWriterOptions, Seal, SnapshotError};
-use sparse_file::{Pass, ProgressFn};
+use sparse_file::{Pass, Progress, ProgressFn};
 
 use crate::chain::Chain;
 use crate::error::{MergeError, ReadImageError, VerifyError};
 use crate::image::Image;
+use crate::stored_zeros::StoredZeros;
 
 impl Chain {
     /// [Verifies](Self::verify) the chain, and writes it as one full raw image, staged beside
@@ -91,6 +92,12 @@ impl Chain {
     /// A chain of diffs is written in pages of its own [size](Self::page_size) or smaller ones: a
     /// larger page would also hold clean memory, whose bytes no diff has.
     ///
+    /// If the writer [skips zeros](MemoryWriterOptions::skip_zeros), stored pages of zeros take no
+    /// space in the result: they become holes or untouched pages of a full image, and pages that
+    /// are recorded as zeros in a sealed or packed diff, never clean ones. A raw diff keeps them,
+    /// because its holes are clean pages, and a raw image that shares the blocks of a raw base
+    /// keeps those of the base, which take no space of their own.
+    ///
     /// # Errors
     /// Returns a [`MergeError`]. After [`LargerPages`](MergeError::LargerPages) nothing was
     /// written. After another error the writer cannot be committed.
@@ -104,7 +111,7 @@ impl Chain {
             }
             if writer.image_id().is_some() {
                 writer.write_zeros(|| self.zero_runs())?;
-                self.check_write(writer.write_runs(self, || self.stored_runs()))?;
+                self.write_stored(writer)?;
             } else {
                 // In a raw diff, a page that is not written is clean.
                 self.check_write(writer.write_runs(self, || self.covered_runs()))?;
@@ -117,6 +124,22 @@ impl Chain {
         }
         self.check_unchanged()?;
         Ok(self.stored_runs().map(|run| run.end - run.start).sum())
+    }
+
+    /// Writes the stored runs to a diff. If the writer skips zeros, runs of zeros are recorded as
+    /// zeros, and not stored.
+    fn write_stored(&self, writer: &mut MemoryWriter) -> Result<(), MergeError> {
+        if !writer.skips_zeros() {
+            return self.check_write(writer.write_runs(self, || self.stored_runs()));
+        }
+        let total = self.stored_runs().map(|run| run.end - run.start).sum();
+        let report = |done| {
+            let progress = Progress::new(done, total).in_pass(Pass::FindZeros);
+            Ok(writer.report(progress)?)
+        };
+        let found = StoredZeros::find(self, writer.page_size(), report)?;
+        writer.write_zeros(|| found.zeros.iter().cloned())?;
+        self.check_write(writer.write_runs(self, || found.data.iter().cloned()))
     }
 
     /// Verifies the sealed and packed images by [`Image::verify`], oldest first. Raw images have no

@@ -14,7 +14,7 @@ use std::path::Path;
 use atomic_file::NotPreserved;
 use dirty_bitmap::Coverage;
 use image_format::{ImageId, Layout};
-use sparse_file::{EngineChoice, Pass, WriteError, WriteOptions};
+use sparse_file::{EngineChoice, Pass, Progress, WriteError, WriteOptions};
 
 use crate::error::SnapshotError;
 use crate::geometry::Geometry;
@@ -118,6 +118,25 @@ impl MemoryWriter {
     #[must_use]
     pub fn page_size(&self) -> u64 {
         self.geometry.page_size
+    }
+
+    /// Returns whether [`MemoryWriterOptions::skip_zeros`] is set.
+    #[must_use]
+    pub fn skips_zeros(&self) -> bool {
+        self.skip.zeros
+    }
+
+    /// Calls the [progress](MemoryWriterOptions::progress) function. Use this for work between the
+    /// writes, such as a search for zeros.
+    ///
+    /// # Errors
+    /// Returns [`SnapshotError::Cancelled`] if the function or the
+    /// [token](MemoryWriterOptions::cancel) cancels. The writer is unchanged.
+    pub fn report(&self, progress: Progress) -> Result<(), SnapshotError> {
+        match self.reporter.report(progress).is_break() {
+            true => Err(self.cancelled(0)),
+            false => Ok(()),
+        }
     }
 
     /// Returns the path that the commit replaces or creates, or a description of an [open

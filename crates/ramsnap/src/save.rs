@@ -124,10 +124,23 @@ pub fn warn_of_lost(session: &Session, path: &Path, lost: &[NotPreserved]) {
 }
 
 /// Refuses an image that the file system of the output cannot hold, before the images are read.
-pub fn check_room(writer: &MemoryWriter, chain: &Chain) -> Result<(), Failure> {
+fn check_room(writer: &MemoryWriter, chain: &Chain) -> Result<(), Failure> {
     let raw_diff = writer.image_id().is_none() && !chain.is_full();
     let dir = dir_of(writer.staged_path());
     free_space::check_new(writer.dest_path(), dir, chain, raw_diff)
+}
+
+/// Makes the same check for a file that has no space for zeros if the writer skips them.
+pub fn check_room_for(
+    session: &Session,
+    writer: &MemoryWriter,
+    chain: &Chain,
+) -> anyhow::Result<()> {
+    let raw_diff = writer.image_id().is_none() && !chain.is_full();
+    match writer.skips_zeros() && !raw_diff {
+        true => check_room_but_zeros(session, writer, chain),
+        false => Ok(check_room(writer, chain)?),
+    }
 }
 
 /// Makes the same check for a file that is sparse where the RAM is zero. If the stored pages do not

@@ -39,6 +39,8 @@ pub enum Pass {
     /// A comparison of an image with its checksums, before it is read for another image. The pass
     /// begins again for each image.
     Verify,
+    /// A search for pages of zeros, before the other pages are written.
+    FindZeros,
 }
 
 impl Progress {

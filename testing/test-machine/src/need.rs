@@ -44,6 +44,8 @@ pub enum Need {
     UserNamespace,
     /// hugetlbfs can be mounted and provides huge pages on demand: privilege, and memory for them.
     HugePages,
+    /// The debugger `gdb` is installed.
+    Gdb,
 }
 
 impl Need {
@@ -64,6 +66,7 @@ impl Need {
             Self::LoggedDisk => "logged-disk",
             Self::UserNamespace => "user-namespace",
             Self::HugePages => "huge-pages",
+            Self::Gdb => "gdb",
         }
     }
 
@@ -103,6 +106,7 @@ impl Need {
             }
             Self::UserNamespace => Self::Root.is_met() && has_user_namespaces(),
             Self::HugePages => Self::Root.is_met() && gives_huge_pages(),
+            Self::Gdb => run(&["gdb"]),
             Self::Strace => std::process::Command::new("strace")
                 .args(["-qq", "-e", "trace=none", "true"])
                 .status()

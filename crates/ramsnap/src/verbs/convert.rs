@@ -23,7 +23,9 @@ use crate::{free_space, input, memory_reserve, save};
 /// Write an image in another layout, or as a stream
 ///
 /// The result has the same pages, id, parent, regions and metadata. A raw image has none of these,
-/// and gets a new id.
+/// and gets a new id. Stored pages of zeros take no space in the result, except in a raw diff and
+/// in a packed image that is sent or received unchanged; a diff records them as zeros, which are
+/// not clean pages.
 ///
 /// With --zstd, `-` stands for stdin or stdout, and carries the compressed bytes of a packed image.
 /// Input is checked before the output appears, and takes no more space than the header of the image
@@ -64,6 +66,9 @@ pub struct Convert {
     /// Do not compare the image with its checksums first
     #[arg(long)]
     no_verify: bool,
+    /// Store the pages of zeros that the image stores
+    #[arg(long)]
+    keep_zeros: bool,
     #[command(flatten)]
     extras: Extras,
 }
@@ -290,7 +295,7 @@ impl Convert {
             }
             None => save::stage(session, &self.output, options, size, page_size)?,
         };
-        save::check_room(&writer, chain)?;
+        save::check_room_for(session, &writer, chain)?;
         check()?;
         save::write_chain(&mut writer, chain)?;
         save::commit(session, writer)?;
@@ -335,6 +340,7 @@ impl Convert {
             .layout(layout)
             .seal(kept_seal(layout, seal))
             .skip_untouched(true)
+            .skip_zeros(!self.keep_zeros)
             .ram_start(0))
     }
 
@@ -362,7 +368,7 @@ impl Convert {
             .context("cannot make a directory to pack the stream in")?;
         let dest = dir.path().join("image");
         let mut writer = options.open(dest, size, page_size)?;
-        save::check_room(&writer, chain)?;
+        save::check_room_for(session, &writer, chain)?;
         check()?;
         save::write_chain(&mut writer, chain)?;
         let stage = writer.finish()?;

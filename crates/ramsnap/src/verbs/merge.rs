@@ -17,7 +17,9 @@ use crate::{input, memory_reserve, save};
 /// The result represents the same state as the last file, and has its id, so the next diff applies
 /// to it. If the last file is raw, the result has a new id and no metadata. The regions are those
 /// of any file that has some. A raw first file is read as a full image, unless --raw-diffs is
-/// given.
+/// given. Stored pages of zeros take no space in the result, except in a raw diff and where a raw
+/// result shares the blocks of a raw first file; a diff records them as zeros, which are not clean
+/// pages.
 #[derive(Debug, Args)]
 #[command(
     group = ArgGroup::new("where").required(true).args(["output", "in_place"]),
@@ -56,6 +58,9 @@ pub struct Merge {
     /// Do not compare the files with their checksums first
     #[arg(long)]
     no_verify: bool,
+    /// Store the pages of zeros that the images store
+    #[arg(long)]
+    keep_zeros: bool,
     #[command(flatten)]
     raw: RawImages,
 }
@@ -82,6 +87,7 @@ impl Merge {
             .layout(layout)
             .seal(kept_seal(layout, chain.seal()))
             .skip_untouched(true)
+            .skip_zeros(!self.keep_zeros)
             .ram_start(0);
         if let (true, Some(first)) = (self.in_place, chain.images().next()) {
             // A file that another writer puts there in the meantime stays.
@@ -92,7 +98,7 @@ impl Merge {
             input::warn_of_old_metadata(session, &chain);
         }
         let mut writer = save::stage(session, &output, options, chain.ram_size(), page_size)?;
-        save::check_room(&writer, &chain)?;
+        save::check_room_for(session, &writer, &chain)?;
         // Once there is a place for the result: this takes as long as the rest.
         if !self.no_verify {
             input::check_sums(session, chain.images())?;

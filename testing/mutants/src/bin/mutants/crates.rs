@@ -132,7 +132,7 @@ pub(crate) const CRATES: [Mutated; 7] = [
                 "ram_start",
             ],
             &["checksum_secrets", "events", "guest_targets"],
-            &["replaced_images", "zeroed"],
+            &["replaced_images", "stored_zeros", "zeroed"],
         ],
     ),
     Mutated::all_of(
