@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use image_format::Footer;
+use image_format::{Footer, ImageId, ParseIdError};
 use memory_image::Image;
 use memory_writer::Seal;
 
@@ -101,8 +101,8 @@ pub struct Extras {
     /// Store the bytes of this file in the image, for example the state of the vCPUs
     #[arg(long, value_name = "FILE", requires = "output")]
     pub metadata: Option<PathBuf>,
-    /// A range of guest-physical addresses that the RAM has, as ADDRESS:SIZE (0x100000000:2GiB);
-    /// repeat it in ascending order
+    /// A range of guest-physical addresses that the RAM has, as ADDRESS:SIZE (0x100000000:2GiB) or
+    /// START-END; repeat it in ascending order
     #[arg(long, value_name = "ADDRESS:SIZE", value_parser = range, requires = "output")]
     pub region_at: Vec<Range<u64>>,
 }
@@ -168,6 +168,12 @@ impl ReadExtras {
         }
         Ok(seal.regions(self.regions))
     }
+}
+
+/// Parses an id, as `ramsnap info` prints it.
+pub fn image_id(text: &str) -> Result<ImageId, String> {
+    text.parse()
+        .map_err(|error: ParseIdError| error.to_string())
 }
 
 fn read_metadata(path: &Path) -> anyhow::Result<Vec<u8>> {

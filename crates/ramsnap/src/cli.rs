@@ -4,12 +4,13 @@ use std::path::PathBuf;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use crate::color::Color;
 use crate::exit_status::ExitStatus;
-use crate::memory_reserve;
 use crate::session::Session;
 use crate::verbs::{
     completions, convert, demo, diff, dump, info, man, map, merge, restore, sweep, verify,
 };
+use crate::{memory_reserve, version};
 
 /// Snapshots of virtual-machine memory: inspect, check, merge, convert, take and restore them.
 ///
@@ -19,7 +20,7 @@ use crate::verbs::{
 /// present pages only, with such a footer). Sealed and packed files are recognized by their
 /// contents. A raw file is named as raw:FILE, or with --format raw.
 #[derive(Debug, Parser)]
-#[command(name = "ramsnap", version, after_long_help = AFTER, max_term_width = 100)]
+#[command(name = "ramsnap", version, long_version = version::LONG.as_str(), after_long_help = AFTER, max_term_width = 100)]
 pub struct Cli {
     /// Print only errors, warnings and requested output; no progress bar
     #[arg(short, long, global = true)]
@@ -28,6 +29,9 @@ pub struct Cli {
     /// that are not trusted, files that were swept; -vv prints more. RAMSNAP_LOG overrides it
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
+    /// Whether output has colors
+    #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
+    pub color: Color,
     #[command(subcommand)]
     pub verb: Verb,
 }

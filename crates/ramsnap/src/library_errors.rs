@@ -43,6 +43,10 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     if let Some(OpenError::MagicLink { .. }) = cause.downcast_ref() {
         return Some(ExitStatus::Usage);
     }
+    #[cfg(target_os = "linux")]
+    if cause.is::<process_memory::FindRegionError>() {
+        return Some(ExitStatus::Usage);
+    }
     if let Some(CompareError::Geometry(_)) = cause.downcast_ref() {
         return Some(ExitStatus::Usage);
     }

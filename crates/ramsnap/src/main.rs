@@ -7,6 +7,8 @@
 
 mod args;
 mod cli;
+mod color;
+mod descriptors;
 mod events;
 mod exit_status;
 mod failure;
@@ -30,19 +32,23 @@ mod stream;
 mod sys;
 mod target;
 mod verbs;
+mod version;
 mod words;
 mod zeros;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 
 use crate::cli::Cli;
+use crate::color::Color;
 use crate::exit_status::ExitStatus;
 use crate::session::Session;
 
 fn run() -> anyhow::Result<ExitStatus> {
-    let cli = match Cli::try_parse() {
+    let command = Cli::command().color(Color::of_arguments());
+    let parsed = command.try_get_matches();
+    let cli = match parsed.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(other) => {
             // The help and the version, or else wrong usage, whose message goes to stderr.
@@ -52,6 +58,8 @@ fn run() -> anyhow::Result<ExitStatus> {
             other.exit()
         }
     };
+    cli.color.apply();
+    descriptors::raise_limit();
     // Before any work, which would have to be done again for its output.
     let prints = cli.verb.prints(cli.quiet);
     if prints {

@@ -340,7 +340,7 @@ fn an_output_that_its_owner_may_not_read_is_reported() {
     merge.args(["merge", "full.mem", "d1.mem", "-o", "out", "--force"]);
     merge.current_dir(public.path()).uid(USER).gid(USER);
     let out = Ended::of(&mut merge).good().out;
-    assert!(out.starts_with("out: written; "), "{out}");
+    assert!(out.starts_with("out: packed full image of"), "{out}");
     let out = public.path().join("out");
     assert_eq!(fs::metadata(&out).unwrap().mode() & 0o777, 0o200);
     work.good("merge full.mem d1.mem -o expected");

@@ -43,6 +43,7 @@ fn signalled(
 #[case::diff("diff full.mem d1.mem --ram ram -o out", Signal::SIGINT)]
 #[case::merge("merge full.mem d1.mem -o out", Signal::SIGINT)]
 #[case::convert("convert full.mem -o out --layout sealed", Signal::SIGTERM)]
+#[case::compress("convert full.mem -o out.zst", Signal::SIGINT)]
 #[case::restore("restore full.mem d1.mem -o out", Signal::SIGINT)]
 #[case::hangup("dump ram -o out", Signal::SIGHUP)]
 #[case::quit("merge full.mem d1.mem -o out", Signal::SIGQUIT)]
@@ -51,12 +52,17 @@ fn a_signal_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
     needs!(Strace);
     let work = Work::with_chain();
     let before = work.files();
+    let out = match command.contains(".zst") {
+        true => "out.zst",
+        false => "out",
+    };
     let of_out = match command.split(' ').next() {
         Some("restore") => "diff full.mem d1.mem --ram out",
         Some("diff") => "verify full.mem d1.mem out",
+        _ if out == "out.zst" => "convert out.zst -o - --zstd",
         _ => "verify out",
     };
-    let reset = || drop(std::fs::remove_file(work.path("out")));
+    let reset = || drop(std::fs::remove_file(work.path(out)));
     let (mut stopped, mut done) = (0, 0);
     signalled(&work.command(command), with, reset, |call, status| {
         if work.files() == before {
@@ -66,7 +72,7 @@ fn a_signal_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
         }
         assert_eq!(status.code(), Some(0), "{call:?}");
         work.good(of_out);
-        std::fs::remove_file(work.path("out")).unwrap();
+        std::fs::remove_file(work.path(out)).unwrap();
         assert_eq!(work.files(), before, "{call:?}");
         done += 1;
     });

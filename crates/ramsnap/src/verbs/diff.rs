@@ -117,8 +117,7 @@ impl Diff {
             }
         };
         if old.ram_size() != new.size() {
-            let (old, new) = (old.ram_size(), new.size());
-            return Err(Failure::OtherGuest { old, new }.into());
+            return Err(new.other_size(old.ram_size()).into());
         }
         self.check_regions(&old, &new)?;
         let writer = match &output {
@@ -316,6 +315,15 @@ impl New {
         match self {
             Self::Ram(ram) => ram.size(),
             Self::Images(chain) => chain.ram_size(),
+        }
+    }
+
+    /// Returns the error for an old state that has `old` bytes of RAM, and not as many as this.
+    fn other_size(&self, old: u64) -> Failure {
+        let new = self.size();
+        match self {
+            Self::Ram(ram) => ram.other_size(old),
+            Self::Images(_) => Failure::OtherGuest { old, new },
         }
     }
 

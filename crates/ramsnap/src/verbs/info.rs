@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use sparse_file::PageHoles;
 
 use crate::args::{Formats, ImageFile};
 use crate::exit_status::ExitStatus;
@@ -33,9 +32,7 @@ impl InfoArgs {
     }
 
     pub fn run(&self) -> anyhow::Result<ExitStatus> {
-        let mut probed = PageHoles::new();
-        let mut info =
-            |file: &ImageFile| ImageInfo::with(&file.open(self.formats.format)?, &mut probed);
+        let info = |file: &ImageFile| ImageInfo::of(&file.open(self.formats.format)?);
         let (mut infos, mut failures) = (Vec::new(), Vec::new());
         for file in &self.files {
             match info(file) {

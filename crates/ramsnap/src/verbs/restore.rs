@@ -89,6 +89,7 @@ impl Restore {
     }
 
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
+        save::check_is_no_stream(&self.output)?;
         save::check_is_no_input(&self.output, &input::paths(&self.files))?;
         let in_place = self.output.exists();
         match in_place {
