@@ -1,6 +1,7 @@
 //! Arguments that several verbs share.
 
 mod format;
+mod from_dir;
 mod in_process;
 
 use std::ffi::{OsStr, OsString};
@@ -21,6 +22,7 @@ use crate::failure::Failure;
 use crate::numbers::{page_size, range, text_of};
 
 pub use format::{Format, check_records, kept_seal, layouts};
+pub use from_dir::FromDir;
 pub use in_process::InProcess;
 
 /// An image to read: a path, and the format if it precedes the path, as in `raw:full.mem`.
@@ -46,6 +48,11 @@ impl ImageFile {
         let (path, format) = prefixed.unwrap_or((text, None));
         let path = path.into();
         Self { path, format }
+    }
+
+    /// Returns the image at `path`, in the format that it records.
+    pub fn at(path: PathBuf) -> Self {
+        Self { path, format: None }
     }
 
     /// Returns the format given with the path, or else `other`.

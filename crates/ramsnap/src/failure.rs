@@ -1,5 +1,6 @@
 //! Errors of the tool itself.
 
+mod images;
 mod status;
 
 use std::path::PathBuf;
@@ -7,6 +8,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::print::count;
+pub use images::ImagesFailure;
 
 /// An error of the tool itself.
 #[derive(Debug, Error)]

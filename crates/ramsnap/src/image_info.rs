@@ -56,8 +56,8 @@ struct Holes {
 }
 
 impl ImageInfo {
-    /// Returns the properties of an image. Of a raw image, only the list of extents is read. Nothing
-    /// is written or synced.
+    /// Returns the properties of an image. Of a raw image, only the list of extents is read.
+    /// Nothing is written or synced.
     pub fn of(image: &Image) -> anyhow::Result<Self> {
         let path = image.path();
         let version = image.version()?;

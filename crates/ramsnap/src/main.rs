@@ -6,6 +6,7 @@
 )]
 
 mod args;
+mod catalog;
 mod cli;
 mod color;
 mod descriptors;
@@ -14,6 +15,7 @@ mod exit_status;
 mod failure;
 mod free_space;
 mod image_info;
+mod in_place;
 mod input;
 mod interrupt;
 mod library_errors;
@@ -48,7 +50,7 @@ use crate::session::Session;
 fn run() -> anyhow::Result<ExitStatus> {
     let command = Cli::command().color(Color::of_arguments());
     let parsed = command.try_get_matches();
-    let cli = match parsed.and_then(|matches| Cli::from_arg_matches(&matches)) {
+    let mut cli = match parsed.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(other) => {
             // The help and the version, or else wrong usage, whose message goes to stderr.
@@ -60,6 +62,7 @@ fn run() -> anyhow::Result<ExitStatus> {
     };
     cli.color.apply();
     descriptors::raise_limit();
+    cli.verb.find_chain()?;
     // Before any work, which would have to be done again for its output.
     let prints = cli.verb.prints(cli.quiet);
     if prints {

@@ -25,7 +25,7 @@ const ORPHAN: &str = ".atomic-file-00000000-0123456789abcdef.stage";
 #[case::restored("restore full.mem -o out", "out", "out: raw image")]
 #[case::in_place("restore full.mem -o target", "target", "target: 8.00 MiB of RAM")]
 #[case::drawn("map full.mem -o out.svg", "out.svg", "out.svg: ")]
-#[case::manual("man out", "out/ramsnap.1", "out: 13 pages")]
+#[case::manual("man out", "out/ramsnap.1", "out: 20 pages")]
 fn a_report_that_cannot_be_written_says_what_was_done(
     #[case] command: &str,
     #[case] made: &str,

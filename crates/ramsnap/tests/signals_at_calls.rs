@@ -127,6 +127,9 @@ fn a_signal_to_a_restore_in_place_leaves_all_ram_or_none() {
 #[rstest]
 #[case::verify("verify full.mem")]
 #[case::compare("diff full.mem --ram ram")]
+#[case::list("list .")]
+#[case::compare_images("compare full.mem full.mem")]
+#[case::cat("cat full.mem --at 0 --len 1MiB")]
 #[case::send("convert full.mem -o - --zstd")]
 #[case::pack_and_send("convert raw:ram -o - --zstd")]
 fn a_verb_that_only_reads_ends_at_once(#[case] command: &str) {

@@ -37,8 +37,8 @@ impl fmt::Display for Region {
 }
 
 impl Region {
-    /// Parses `/memfd:ram`, `largest`, `0x7f0000000000`, `0x7f0000000000:2GiB`, or the first address
-    /// and the one after the last.
+    /// Parses `/memfd:ram`, `largest`, `0x7f0000000000`, `0x7f0000000000:2GiB`, or the first
+    /// address and the one after the last.
     ///
     /// Addresses are hexadecimal. Without `0x`, as in `/proc/PID/maps`, they have 8 digits or more.
     pub fn parse(text: &str) -> Result<Self, String> {

@@ -14,7 +14,8 @@ use memory_writer::{ImageId, MemoryWriter, Seal, SnapshotError};
 use page_reader::{PageReader, Touched};
 
 use crate::args::{
-    self, Extras, Format, Formats, ImageFile, InProcess, Output, RawImages, kept_seal, layouts,
+    self, Extras, Format, Formats, FromDir, ImageFile, InProcess, Output, RawImages, kept_seal,
+    layouts,
 };
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
@@ -61,6 +62,8 @@ pub struct Diff {
     #[arg(long)]
     raw_diff: bool,
     #[command(flatten)]
+    from: FromDir,
+    #[command(flatten)]
     formats: Formats,
     #[command(flatten)]
     process: InProcess,
@@ -86,6 +89,11 @@ pub struct Diff {
 }
 
 impl Diff {
+    /// Finds the images of the chain.
+    pub fn find_chain(&mut self) -> anyhow::Result<()> {
+        self.from.find(&mut self.files)
+    }
+
     /// Returns the files that are read and written.
     pub fn files(&self) -> Vec<PathBuf> {
         let images = [&self.files[..], &self.to].map(input::paths).concat();

@@ -6,7 +6,7 @@ use clap::Args;
 use memory_image::{Damage, Image, OpenImageError, VerifyReport};
 use serde::Serialize;
 
-use crate::args::{Formats, ImageFile, RawImages};
+use crate::args::{Formats, FromDir, ImageFile, RawImages};
 use crate::exit_status::ExitStatus;
 use crate::input;
 use crate::print::{self, JsonPath, count, size};
@@ -19,12 +19,14 @@ use crate::{library_errors, words};
 /// it cannot be checked, which is a failure.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  ramsnap verify full.mem\n  ramsnap verify full.mem d1.mem d2.mem --json"
+    after_help = "Examples:\n  ramsnap verify full.mem\n  ramsnap verify full.mem d1.mem d2.mem --json\n  ramsnap verify --chain snapshots d2.mem"
 )]
 pub struct Verify {
     /// Images, oldest first
     #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
     files: Vec<ImageFile>,
+    #[command(flatten)]
+    from: FromDir,
     #[command(flatten)]
     formats: Formats,
     /// Only print a warning for raw images
@@ -37,6 +39,11 @@ pub struct Verify {
 }
 
 impl Verify {
+    /// Finds the images of the chain.
+    pub fn find_chain(&mut self) -> anyhow::Result<()> {
+        self.from.find(&mut self.files)
+    }
+
     /// Returns the files that are read.
     pub fn files(&self) -> Vec<PathBuf> {
         input::paths(&self.files)
