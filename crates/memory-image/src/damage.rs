@@ -56,6 +56,16 @@ pub enum Damage {
         /// The offset in the file of the first byte.
         offset: u64,
     },
+    /// Bytes that the system could not read.
+    Unreadable {
+        /// The number of the chunk and the guest offsets that it covers. `None` for bytes between
+        /// pages.
+        chunk: Option<(u64, Range<u64>)>,
+        /// The offset in the file of the read that failed.
+        offset: u64,
+        /// The error of the system.
+        reason: String,
+    },
 }
 
 impl Damage {
@@ -63,7 +73,9 @@ impl Damage {
     #[must_use]
     pub fn offset(&self) -> u64 {
         match self {
-            Self::Chunk { offset, .. } | Self::NotZero { offset } => *offset,
+            Self::Chunk { offset, .. }
+            | Self::NotZero { offset }
+            | Self::Unreadable { offset, .. } => *offset,
         }
     }
 }
@@ -81,6 +93,21 @@ impl fmt::Display for Damage {
                  from {offset:#x} of the file on",
                 guest.start, guest.end
             ),
+            Self::Unreadable {
+                chunk: Some((number, guest)),
+                offset,
+                reason,
+            } => write!(
+                f,
+                "chunk {number} cannot be read: {:#x}..{:#x} of the RAM, from {offset:#x} of the file \
+                 on: {reason}",
+                guest.start, guest.end
+            ),
+            Self::Unreadable {
+                chunk: None,
+                offset,
+                reason,
+            } => write!(f, "the file cannot be read from {offset:#x} on: {reason}"),
             Self::NotZero { offset } => write!(
                 f,
                 "the byte at {offset:#x} of the file is not zero, although no page is there"

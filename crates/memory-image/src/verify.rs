@@ -1,5 +1,6 @@
 //! Verifies the bytes of an image against its checksums.
 
+use std::io;
 use std::ops::Range;
 
 use image_format::{Chunk, ChunkSum, Footer, HEADER_PAGE, Placement};
@@ -31,7 +32,8 @@ impl VerifyReport {
 
 impl Image {
     /// Reads all pages and compares them with the footer's checksums. Also finds nonzero bytes
-    /// between the pages of a sealed image, or before the pages of a packed image.
+    /// between the pages of a sealed image, or before the pages of a packed image. A part that the
+    /// system cannot read is [damage](Damage::Unreadable) too: the other parts are still verified.
     ///
     /// `progress` is called before the first byte and after each piece. It may cancel. Verification
     /// allocates 1 MiB for each thread. The number of threads is the number of processors, at most
@@ -156,21 +158,33 @@ impl Image {
         match work {
             Work::Chunk(chunk) => {
                 let mut sum = ChunkSum::new();
-                let (mut bytes, mut first) = (0, None);
+                let (mut bytes, mut first, mut unread) = (0, None, None);
                 for (range, offset) in chunk.pieces() {
                     let len = range.end - range.start;
-                    // Inside a chunk, so at most 1 MiB.
-                    let stored = buffer.sized(len as usize);
-                    self.read_file(offset, stored)?;
-                    sum.update(stored);
                     bytes += len;
                     first.get_or_insert(offset);
+                    if unread.is_some() {
+                        continue;
+                    }
+                    // Inside a chunk, so at most 1 MiB.
+                    let stored = buffer.sized(len as usize);
+                    match self.read_file(offset, stored) {
+                        Ok(()) => sum.update(stored),
+                        Err(error) => unread = Some(unreadable(error)?),
+                    }
                 }
-                let damage = (sum.finish() != chunk.checksum).then(|| Damage::Chunk {
-                    number: chunk.number,
-                    guest: chunk.range.clone(),
-                    offset: first.unwrap_or(0),
-                });
+                let damage = match unread {
+                    Some((offset, reason)) => Some(Damage::Unreadable {
+                        chunk: Some((chunk.number, chunk.range.clone())),
+                        offset,
+                        reason,
+                    }),
+                    None => (sum.finish() != chunk.checksum).then(|| Damage::Chunk {
+                        number: chunk.number,
+                        guest: chunk.range.clone(),
+                        offset: first.unwrap_or(0),
+                    }),
+                };
                 Ok(Checked {
                     chunk: true,
                     bytes,
@@ -179,20 +193,43 @@ impl Image {
             }
             Work::Gap(range) => {
                 let gap = buffer.sized((range.end - range.start) as usize);
-                self.read_file(range.start, gap)?;
-                let at = match HostMemory::from(&gap[..]).is_zero() {
-                    true => None,
-                    false => gap.iter().position(|byte| *byte != 0),
+                let damage = match self.read_file(range.start, gap) {
+                    Err(error) => {
+                        let (offset, reason) = unreadable(error)?;
+                        Some(Damage::Unreadable {
+                            chunk: None,
+                            offset,
+                            reason,
+                        })
+                    }
+                    Ok(()) if HostMemory::from(&gap[..]).is_zero() => None,
+                    Ok(()) => {
+                        let at = gap.iter().position(|byte| *byte != 0);
+                        at.map(|at| Damage::NotZero {
+                            offset: range.start + at as u64,
+                        })
+                    }
                 };
                 Ok(Checked {
                     chunk: false,
                     bytes: range.end - range.start,
-                    damage: at.map(|at| Damage::NotZero {
-                        offset: range.start + at as u64,
-                    }),
+                    damage,
                 })
             }
         }
+    }
+}
+
+/// Returns the offset and the reason of a read that failed for a part of the file. A file that ends
+/// early was changed, and a file that cannot be opened again has no part that can be read.
+fn unreadable(error: ReadImageError) -> Result<(u64, String), ReadImageError> {
+    match error {
+        ReadImageError::Read { offset, source, .. }
+            if source.kind() != io::ErrorKind::UnexpectedEof =>
+        {
+            Ok((offset, source.to_string()))
+        }
+        other => Err(other),
     }
 }
 

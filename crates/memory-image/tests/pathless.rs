@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[cfg(target_os = "linux")]
 use dirty_bitmap::DirtyBitmap;
 use memory_image::{
-    Chain, ChainError, Image, Layout, MapError, MappedChain, MappedImage, OpenImageError,
+    Chain, ChainError, Damage, Image, Layout, MapError, MappedChain, MappedImage, OpenImageError,
     ReadAmbiguity, ReadImageError, RestoreError,
 };
 use memory_writer::{MemoryWriter, PackedStream, Seal};
@@ -357,4 +357,63 @@ fn merged_image_keeps_the_regions_of_the_chain() {
     let merged = Image::open(dir.path().join("merged")).unwrap();
     let mapped = MappedImage::from_image(merged).unwrap();
     assert_eq!(PageReader::ram_layout(&mapped), Some(&layout));
+}
+
+/// Bytes of which one cannot be read.
+struct Unreadable {
+    bytes: Vec<u8>,
+    at: u64,
+    fails: Arc<AtomicBool>,
+}
+
+impl PageReader for Unreadable {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let end = offset + buf.len() as u64;
+        if self.fails.load(Ordering::Relaxed) && (offset..end).contains(&self.at) {
+            return Err(io::Error::other("a bad sector"));
+        }
+        self.bytes.as_slice().read_at(offset, buf)
+    }
+}
+
+#[rstest]
+#[case::in_a_page(Layout::Packed, 5 * PAGE, Some(0))]
+#[case::in_a_later_chunk(Layout::Sealed, (1 << 20) + 77, Some(1))]
+#[case::between_pages(Layout::Sealed, 50 * PAGE, None)]
+fn a_part_that_cannot_be_read_is_damage_beside_others(
+    #[case] layout: Layout,
+    #[case] at: u64,
+    #[case] chunk: Option<u64>,
+) {
+    let mut bytes = bytes_of(file(&ram(1), layout));
+    // Damage in the last chunk, which is verified too.
+    let start = Image::from_reader(bytes.clone(), bytes.len() as u64).unwrap();
+    let last = start.footer().unwrap().runs.last().unwrap();
+    let damaged = last.stored_at(last.range().end - 1).unwrap();
+    bytes[damaged as usize] ^= 1;
+    let (len, fails) = (bytes.len() as u64, Arc::new(AtomicBool::new(false)));
+    let reader = Unreadable {
+        bytes,
+        at,
+        fails: Arc::clone(&fails),
+    };
+    let image = Image::from_reader(reader, len).unwrap();
+    fails.store(true, Ordering::Relaxed);
+    let report = image.verify(&mut |_| std::ops::ControlFlow::Continue(()));
+    let report = report.unwrap();
+    assert_eq!(report.damage_count, 2, "{report:?}");
+    let [
+        Damage::Unreadable {
+            chunk: found,
+            offset,
+            reason,
+        },
+        Damage::Chunk { number: 2, .. },
+    ] = &report.damage[..]
+    else {
+        panic!("{report:?}");
+    };
+    assert_eq!(found.as_ref().map(|(number, _)| *number), chunk);
+    assert!(*offset <= at && reason.contains("bad sector"), "{report:?}");
+    assert!(report.damage[0].to_string().contains("cannot be read"));
 }

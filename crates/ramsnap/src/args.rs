@@ -1,6 +1,7 @@
 //! Arguments that several verbs share.
 
 mod format;
+mod from_dir;
 mod in_process;
 
 use std::ffi::{OsStr, OsString};
@@ -13,7 +14,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use image_format::Footer;
+use image_format::{Footer, ImageId, ParseIdError};
 use memory_image::Image;
 use memory_writer::Seal;
 
@@ -21,6 +22,7 @@ use crate::failure::Failure;
 use crate::numbers::{page_size, range, text_of};
 
 pub use format::{Format, check_records, kept_seal, layouts};
+pub use from_dir::FromDir;
 pub use in_process::InProcess;
 
 /// An image to read: a path, and the format if it precedes the path, as in `raw:full.mem`.
@@ -46,6 +48,11 @@ impl ImageFile {
         let (path, format) = prefixed.unwrap_or((text, None));
         let path = path.into();
         Self { path, format }
+    }
+
+    /// Returns the image at `path`, in the format that it records.
+    pub fn at(path: PathBuf) -> Self {
+        Self { path, format: None }
     }
 
     /// Returns the format given with the path, or else `other`.
@@ -101,8 +108,8 @@ pub struct Extras {
     /// Store the bytes of this file in the image, for example the state of the vCPUs
     #[arg(long, value_name = "FILE", requires = "output")]
     pub metadata: Option<PathBuf>,
-    /// A range of guest-physical addresses that the RAM has, as ADDRESS:SIZE (0x100000000:2GiB);
-    /// repeat it in ascending order
+    /// A range of guest-physical addresses that the RAM has, as ADDRESS:SIZE (0x100000000:2GiB) or
+    /// START-END; repeat it in ascending order
     #[arg(long, value_name = "ADDRESS:SIZE", value_parser = range, requires = "output")]
     pub region_at: Vec<Range<u64>>,
 }
@@ -168,6 +175,12 @@ impl ReadExtras {
         }
         Ok(seal.regions(self.regions))
     }
+}
+
+/// Parses an id, as `ramsnap info` prints it.
+pub fn image_id(text: &str) -> Result<ImageId, String> {
+    text.parse()
+        .map_err(|error: ParseIdError| error.to_string())
 }
 
 fn read_metadata(path: &Path) -> anyhow::Result<Vec<u8>> {

@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use crate::color::Color;
 use crate::exit_status::ExitStatus;
-use crate::memory_reserve;
 use crate::session::Session;
 use crate::verbs::{
-    completions, convert, demo, diff, dump, info, man, map, merge, restore, sweep, verify,
+    cat, commit, compact, compare, completions, convert, demo, diff, dump, info, list, man, map,
+    merge, metadata, rebase, restore, sweep, verify,
 };
+use crate::{memory_reserve, version};
 
 /// Snapshots of virtual-machine memory: inspect, check, merge, convert, take and restore them.
 ///
@@ -19,7 +21,7 @@ use crate::verbs::{
 /// present pages only, with such a footer). Sealed and packed files are recognized by their
 /// contents. A raw file is named as raw:FILE, or with --format raw.
 #[derive(Debug, Parser)]
-#[command(name = "ramsnap", version, after_long_help = AFTER, max_term_width = 100)]
+#[command(name = "ramsnap", version, long_version = version::LONG.as_str(), after_long_help = AFTER, max_term_width = 100)]
 pub struct Cli {
     /// Print only errors, warnings and requested output; no progress bar
     #[arg(short, long, global = true)]
@@ -28,6 +30,9 @@ pub struct Cli {
     /// that are not trusted, files that were swept; -vv prints more. RAMSNAP_LOG overrides it
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
+    /// Whether output has colors
+    #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
+    pub color: Color,
     #[command(subcommand)]
     pub verb: Verb,
 }
@@ -37,11 +42,18 @@ pub enum Verb {
     Info(info::InfoArgs),
     Verify(verify::Verify),
     Map(map::Map),
+    List(list::List),
+    Compare(compare::Compare),
+    Cat(cat::Cat),
+    Metadata(metadata::Metadata),
     // The former name of the verb.
     #[command(alias = "full")]
     Dump(dump::Dump),
     Diff(diff::Diff),
     Merge(merge::Merge),
+    Commit(commit::Commit),
+    Rebase(rebase::Rebase),
+    Compact(compact::Compact),
     Convert(convert::Convert),
     Restore(restore::Restore),
     Sweep(sweep::Sweep),
@@ -54,12 +66,25 @@ impl Verb {
     /// Returns whether the verb prints to stdout.
     pub fn prints(&self, quiet: bool) -> bool {
         match self {
-            Self::Info(_) | Self::Verify(_) | Self::Demo(_) | Self::Completions(_) => true,
+            Self::Info(_)
+            | Self::Verify(_)
+            | Self::List(_)
+            | Self::Compare(_)
+            | Self::Cat(_)
+            | Self::Demo(_)
+            | Self::Completions(_) => true,
             Self::Map(map) => map.prints_map() || !quiet,
+            Self::Metadata(metadata) => metadata.prints_bytes() || !quiet,
             Self::Diff(diff) => diff.prints_differences() || !quiet,
             Self::Convert(convert) => convert.sends() || !quiet,
             Self::Sweep(sweep) => sweep.json || !quiet,
-            Self::Dump(_) | Self::Merge(_) | Self::Restore(_) | Self::Man(_) => !quiet,
+            Self::Compact(compact) => compact.json || !quiet,
+            Self::Dump(_)
+            | Self::Merge(_)
+            | Self::Commit(_)
+            | Self::Rebase(_)
+            | Self::Restore(_)
+            | Self::Man(_) => !quiet,
         }
     }
 
@@ -69,23 +94,64 @@ impl Verb {
             Self::Info(info) => info.files(),
             Self::Verify(verify) => verify.files(),
             Self::Map(map) => map.files(),
+            Self::Compare(compare) => compare.files(),
+            Self::Cat(cat) => cat.files(),
+            Self::Metadata(metadata) => metadata.files(),
             Self::Dump(dump) => dump.files(),
             Self::Diff(diff) => diff.files(),
             Self::Merge(merge) => merge.files(),
+            Self::Commit(commit) => commit.files(),
+            Self::Rebase(rebase) => rebase.files(),
             Self::Convert(convert) => convert.files(),
             Self::Restore(restore) => restore.files(),
-            Self::Sweep(_) | Self::Demo(_) | Self::Man(_) | Self::Completions(_) => Vec::new(),
+            Self::List(_)
+            | Self::Compact(_)
+            | Self::Sweep(_)
+            | Self::Demo(_)
+            | Self::Man(_)
+            | Self::Completions(_) => Vec::new(),
+        }
+    }
+
+    /// Finds the images that `--chain` stands for. Called before all else.
+    pub fn find_chain(&mut self) -> anyhow::Result<()> {
+        match self {
+            Self::Info(info) => info.find_chain(),
+            Self::Verify(verify) => verify.find_chain(),
+            Self::Map(map) => map.find_chain(),
+            Self::Compare(compare) => compare.find_chain(),
+            Self::Cat(cat) => cat.find_chain(),
+            Self::Diff(diff) => diff.find_chain(),
+            Self::Merge(merge) => merge.find_chain(),
+            Self::Commit(commit) => commit.find_chain(),
+            Self::Rebase(rebase) => rebase.find_chain(),
+            Self::Restore(restore) => restore.find_chain(),
+            Self::List(_)
+            | Self::Metadata(_)
+            | Self::Dump(_)
+            | Self::Compact(_)
+            | Self::Convert(_)
+            | Self::Sweep(_)
+            | Self::Demo(_)
+            | Self::Man(_)
+            | Self::Completions(_) => Ok(()),
         }
     }
 
     /// Returns whether the verb reads images and writes no file.
     fn only_reads(&self) -> bool {
         match self {
-            Self::Info(_) | Self::Verify(_) => true,
+            Self::Info(_) | Self::Verify(_) | Self::List(_) | Self::Compare(_) | Self::Cat(_) => {
+                true
+            }
+            Self::Metadata(metadata) => metadata.prints_bytes(),
             Self::Map(map) => map.prints_map(),
             Self::Diff(diff) => diff.prints_differences(),
             Self::Dump(_)
             | Self::Merge(_)
+            | Self::Commit(_)
+            | Self::Rebase(_)
+            | Self::Compact(_)
             | Self::Convert(_)
             | Self::Restore(_)
             | Self::Sweep(_)
@@ -103,9 +169,16 @@ impl Verb {
             Self::Info(info) => info.run(),
             Self::Verify(verify) => verify.run(session),
             Self::Map(map) => map.run(session),
+            Self::List(list) => list.run(),
+            Self::Compare(compare) => compare.run(session),
+            Self::Cat(cat) => cat.run(session),
+            Self::Metadata(metadata) => metadata.run(session),
             Self::Dump(dump) => dump.run(session),
             Self::Diff(diff) => diff.run(session),
             Self::Merge(merge) => merge.run(session),
+            Self::Commit(commit) => commit.run(session),
+            Self::Rebase(rebase) => rebase.run(session),
+            Self::Compact(compact) => compact.run(session),
             Self::Convert(convert) => convert.run(session),
             Self::Restore(restore) => restore.run(session),
             Self::Sweep(sweep) => sweep.run(session),
@@ -126,9 +199,16 @@ A tour:
   ramsnap info full.mem d1.mem                       the format and contents of the files
   ramsnap verify full.mem d1.mem                     check that they are complete and linked
   ramsnap map full.mem d1.mem                        the pages that each holds
+  ramsnap list .                                     the chains in a directory
+  ramsnap cat full.mem d1.mem --at 0x1000 --len 64   bytes of the RAM
+  ramsnap compare full.mem new.mem                   where two states differ
   ramsnap merge full.mem d1.mem -o new.mem           one full image of both
+  ramsnap commit full.mem d1.mem --remove            the same in place, and remove the diff
+  ramsnap rebase full.mem d1.mem d2.mem --onto full.mem  a diff on another image
+  ramsnap compact . --keep 7                         merge the oldest diffs of each chain
   ramsnap convert full.mem -o - --zstd | ssh host ramsnap convert - --zstd -o full.mem
   ramsnap restore full.mem d1.mem -o /dev/shm/ram2   restore the RAM for a new guest
+  ramsnap restore --chain . d1.mem -o /dev/shm/ram2  the same: finds the images by their ids
   ramsnap sweep --dry-run .                          list the files that killed writers left
 
 Exit status:

@@ -1,10 +1,14 @@
 //! Errors of the tool itself.
 
+mod images;
 mod status;
 
 use std::path::PathBuf;
 
 use thiserror::Error;
+
+use crate::print::count;
+pub use images::ImagesFailure;
 
 /// An error of the tool itself.
 #[derive(Debug, Error)]
@@ -14,6 +18,10 @@ pub enum Failure {
     OutputExists { path: PathBuf },
     #[error("the output {path:?} is one of the inputs: name another file")]
     OutputIsInput { path: PathBuf },
+    #[error(
+        "`-` would be stdout, to which only `convert --zstd` sends an image: name a file, or ./- for a file of that name"
+    )]
+    OutputIsStream,
     #[error(
         "{stream} is the file {path:?}, which is an input or output, and text would be written into it: \
          redirect {stream} to another file"
@@ -28,7 +36,7 @@ pub enum Failure {
     EventFilter { value: String },
     #[error("`-` is a stream, which is always compressed: add --zstd")]
     StreamNotCompressed,
-    #[error("--zstd is for streams: name `-` as input or output")]
+    #[error("--zstd is for streams: name `-` or a file that ends in .zst as input or output")]
     NoStream,
     #[error("a stream is packed: leave out --layout, or say --layout packed")]
     StreamLayout,
@@ -68,8 +76,12 @@ pub enum Failure {
         "{path:?} is sealed or packed, and records its own parent: leave out --raw-diff and --parent"
     )]
     NotARawDiff { path: PathBuf },
-    #[error("{path:?} is raw and has no id: seal it by `ramsnap convert`, or leave out --parent")]
+    #[error(
+        "{path:?} is raw and has no id: seal it by `ramsnap convert`, with --id if it had one, or leave out --parent"
+    )]
     ParentIsRaw { path: PathBuf },
+    #[error("{path:?} is not raw and has an id, which the result keeps: leave out --id")]
+    HasId { path: PathBuf },
     #[cfg(target_os = "linux")]
     #[error("--region is required for process {pid}; its largest mappings are:{proposed}")]
     NoRegion { pid: u32, proposed: String },
@@ -78,6 +90,18 @@ pub enum Failure {
         "--region {one} and --region {other} name the same memory, which would be saved twice: name each region once"
     )]
     RegionTwice { one: String, other: String },
+    #[cfg(target_os = "linux")]
+    #[error(
+        "the old state has {old} bytes of RAM, and --region {region} of process {pid} has {new}: the kernel joins adjacent \
+         mappings, so if the RAM is at the start of this one, give --region {proposed}"
+    )]
+    LargerRegion {
+        pid: u32,
+        region: String,
+        proposed: String,
+        old: u64,
+        new: u64,
+    },
     #[error("name the guest's RAM, once: its file, or a process by --pid")]
     NoRam,
     #[error(
@@ -133,14 +157,15 @@ pub enum Failure {
     )]
     OtherRegions { old: String, new: String },
     #[error(
-        "{path:?} is damaged (places: {found}): `ramsnap verify` lists them; take it again, or go on with --no-verify"
+        "{path:?} is damaged in {}, which `ramsnap verify` lists: take it again, or go on with --no-verify",
+        count(*found, "place")
     )]
     Damaged { path: PathBuf, found: u64 },
     #[error(
         "{path:?} is a raw image, which has no checksums: leave out --verify, or restore what `ramsnap convert` sealed"
     )]
     NothingToVerify { path: PathBuf },
-    #[error("the stream is damaged (places: {found}): send it again")]
+    #[error("the stream is damaged in {}: send it again", count(*found, "place"))]
     StreamDamaged { found: u64 },
     #[error(
         "the stream is cut short, or not one that `ramsnap convert --zstd` wrote: send it again"
@@ -185,6 +210,9 @@ pub enum Failure {
          be noticed: run ramsnap as root (CAP_CHECKPOINT_RESTORE), or if no restore is running, add --unknown-file"
     )]
     UnknownFile { pid: u32, name: String },
+    #[cfg(target_os = "linux")]
+    #[error("process {pid} has no memory that it can read and write: see /proc/{pid}/maps")]
+    NothingLarge { pid: u32 },
     #[cfg(target_os = "linux")]
     #[error("process {pid} has nothing mapped at {address:#x}: see /proc/{pid}/maps")]
     NothingMapped { pid: u32, address: u64 },

@@ -1,12 +1,15 @@
 //! The properties of an image, as text and as JSON.
 
 use std::fs::File;
+use std::path::Path;
 
 use anyhow::Context;
 use image_format::{Footer, ImageKind, Storage};
 use memory_image::Image;
 use serde::Serialize;
-use sparse_file::{PageHoles, PagesUnknown, allocated_bytes, extents, file_system_name};
+use sparse_file::{
+    HolesUnknown, PageHoles, PagesUnknown, allocated_bytes, extents, file_system_name,
+};
 
 use crate::print::{self, JsonPath, count, size};
 
@@ -47,21 +50,18 @@ struct Pages {
 #[derive(Debug, Serialize)]
 struct Holes {
     file_system: Option<String>,
-    /// Whether unwritten pages of 4 KiB can be distinguished from zeros. Unknown if the directory
-    /// is not writable.
+    /// Whether unwritten pages of 4 KiB can be distinguished from zeros, by the type of the file
+    /// system and its options. A verb that depends on this examines more.
     tell_clean_from_zero: Option<bool>,
 }
 
 impl ImageInfo {
-    /// Returns the properties of an image.
+    /// Returns the properties of an image. Of a raw image, only the list of extents is read.
+    /// Nothing is written or synced.
     pub fn of(image: &Image) -> anyhow::Result<Self> {
-        Self::with(image, &mut PageHoles::new())
-    }
-
-    /// Returns the properties of an image, with what earlier calls have probed of its file system.
-    pub fn with(image: &Image, probed: &mut PageHoles) -> anyhow::Result<Self> {
         let path = image.path();
-        let file = File::open(path).with_context(|| format!("cannot open {path:?}"))?;
+        let version = image.version()?;
+        let file = version.file();
         let looking = || format!("cannot look at {path:?}");
         let common = Self {
             file: path.to_owned().into(),
@@ -77,12 +77,12 @@ impl ImageInfo {
             clean: None,
             metadata_bytes: 0,
             file_bytes: file.metadata().with_context(looking)?.len(),
-            allocated_bytes: allocated_bytes(&file).with_context(looking)?,
+            allocated_bytes: allocated_bytes(file).with_context(looking)?,
             holes: None,
         };
         match image.footer() {
             Some(footer) => Ok(common.sealed(footer)),
-            None => common.raw(&file, image, probed),
+            None => common.raw(file, path),
         }
     }
 
@@ -118,8 +118,7 @@ impl ImageInfo {
         }
     }
 
-    fn raw(mut self, file: &File, image: &Image, probed: &mut PageHoles) -> anyhow::Result<Self> {
-        let path = image.path();
+    fn raw(mut self, file: &File, path: &Path) -> anyhow::Result<Self> {
         let mut hole = Pages::default();
         let listing = || format!("cannot list the extents of {path:?}");
         for extent in extents(file).with_context(listing)? {
@@ -130,12 +129,11 @@ impl ImageInfo {
                 sparse_file::ExtentKind::Hole => hole.add(len),
             }
         }
-        let dir = image.directory()?;
         self.holes = Some(Holes {
             file_system: file_system_name(file).ok(),
-            tell_clean_from_zero: match probed.check(file, &dir, 4096) {
+            tell_clean_from_zero: match PageHoles::check_new(file, 4096) {
                 Ok(()) => Some(true),
-                Err(PagesUnknown::Probe(_) | PagesUnknown::Sync(_)) => None,
+                Err(PagesUnknown::Holes(HolesUnknown::Io(_))) => None,
                 Err(_) => Some(false),
             },
         });
@@ -233,9 +231,7 @@ impl Holes {
             Some(false) => {
                 format!("on {file_system}, holes do not identify unwritten pages")
             }
-            None => "it is unknown whether holes identify unwritten pages: \
-                 the directory is not writable, so this was not probed"
-                .to_owned(),
+            None => "it is unknown whether holes identify unwritten pages".to_owned(),
         }
     }
 }

@@ -2,12 +2,13 @@
 
 use image_format::FooterError;
 use memory_image::{
-    ChainError, CompareError, MergeError, NotFullError, OpenImageError, RestoreError, VerifyError,
+    ChainError, CompareError, MergeError, NotFullError, OpenImageError, ReadImageError,
+    RestoreError, VerifyError,
 };
 use memory_writer::{OpenError, RamError, SnapshotError};
 
 use crate::exit_status::ExitStatus;
-use crate::failure::Failure;
+use crate::failure::{Failure, ImagesFailure};
 use crate::{input, interrupt};
 
 /// Returns the exit status for `error`: that of the first cause that has one.
@@ -22,10 +23,16 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     if let Some(failure) = cause.downcast_ref::<Failure>() {
         return Some(failure.exit_status());
     }
+    if let Some(failure) = cause.downcast_ref::<ImagesFailure>() {
+        return Some(failure.exit_status());
+    }
     if is_cancellation(cause) {
         return Some(interrupt::exit_status());
     }
     if cause.is::<NotFullError>() {
+        return Some(ExitStatus::CheckFailed);
+    }
+    if let Some(ReadImageError::NotInDiffs { .. }) = cause.downcast_ref() {
         return Some(ExitStatus::CheckFailed);
     }
     if let Some(MergeError::NotFull(_)) = cause.downcast_ref() {
@@ -41,6 +48,10 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
         return Some(ExitStatus::Usage);
     }
     if let Some(OpenError::MagicLink { .. }) = cause.downcast_ref() {
+        return Some(ExitStatus::Usage);
+    }
+    #[cfg(target_os = "linux")]
+    if cause.is::<process_memory::FindRegionError>() {
         return Some(ExitStatus::Usage);
     }
     if let Some(CompareError::Geometry(_)) = cause.downcast_ref() {

@@ -6,12 +6,16 @@
 )]
 
 mod args;
+mod catalog;
 mod cli;
+mod color;
+mod descriptors;
 mod events;
 mod exit_status;
 mod failure;
 mod free_space;
 mod image_info;
+mod in_place;
 mod input;
 mod interrupt;
 mod library_errors;
@@ -30,19 +34,23 @@ mod stream;
 mod sys;
 mod target;
 mod verbs;
+mod version;
 mod words;
 mod zeros;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 
 use crate::cli::Cli;
+use crate::color::Color;
 use crate::exit_status::ExitStatus;
 use crate::session::Session;
 
 fn run() -> anyhow::Result<ExitStatus> {
-    let cli = match Cli::try_parse() {
+    let command = Cli::command().color(Color::of_arguments());
+    let parsed = command.try_get_matches();
+    let mut cli = match parsed.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(other) => {
             // The help and the version, or else wrong usage, whose message goes to stderr.
@@ -52,6 +60,9 @@ fn run() -> anyhow::Result<ExitStatus> {
             other.exit()
         }
     };
+    cli.color.apply();
+    descriptors::raise_limit();
+    cli.verb.find_chain()?;
     // Before any work, which would have to be done again for its output.
     let prints = cli.verb.prints(cli.quiet);
     if prints {

@@ -1,9 +1,9 @@
 //! RAM in the memory of another process.
 
 mod mapped_file;
+mod region;
 
 use std::ffi::OsString;
-use std::fmt;
 use std::fs::File;
 use std::fs::Metadata;
 use std::ops::Range;
@@ -22,74 +22,16 @@ use sparse_file::FileIdentity;
 
 use crate::failure::Failure;
 use crate::interrupt::NotSuspended;
-use crate::numbers;
 use crate::print;
 use crate::ram_lock;
 use crate::session::Session;
 use crate::stderr::{self, Kept};
+pub use region::Region;
 
-/// The longest time that a process may take to stop.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest time that a process may take to stop, by default.
+pub const PATIENCE: Duration = Duration::from_secs(10);
 /// The number of proposed regions.
 const PROPOSED: usize = 8;
-
-/// The location of RAM in a process.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Region {
-    /// The mapping whose name equals or contains this text.
-    Named(String),
-    /// The mapping that this address is in.
-    At(u64),
-    Range(Range<u64>),
-}
-
-impl fmt::Display for Region {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Named(name) => f.write_str(name),
-            Self::At(address) => write!(f, "{address:#x}"),
-            Self::Range(range) => write!(f, "{:#x}:{}", range.start, range.end - range.start),
-        }
-    }
-}
-
-impl Region {
-    /// Parses `/memfd:ram`, `0x7f0000000000`, or `0x7f0000000000:2GiB`.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        if !text.starts_with("0x") {
-            return Ok(Self::Named(text.to_owned()));
-        }
-        match text.contains(':') {
-            true => numbers::range(text).map(Self::Range),
-            false => numbers::address(text).map(Self::At),
-        }
-    }
-
-    fn find(&self, maps: &ProcessMaps) -> anyhow::Result<Range<u64>> {
-        match self {
-            Self::Named(name) => Ok(maps.named(name)?.addresses.clone()),
-            Self::Range(range) => Ok(range.clone()),
-            Self::At(address) => Ok(find_at(*address, maps)?),
-        }
-    }
-}
-
-/// Returns the mapping at `address`. Refuses one of several that may be parts of the RAM.
-fn find_at(address: u64, maps: &ProcessMaps) -> Result<Range<u64>, Failure> {
-    let pid = maps.pid();
-    let found = maps.at(address).zip(maps.around(address));
-    let (region, whole) = found.ok_or(Failure::NothingMapped { pid, address })?;
-    let part = region.addresses.clone();
-    match part == whole {
-        true => Ok(part),
-        false => Err(Failure::PartOfRam {
-            pid,
-            address,
-            part: Region::Range(part).to_string(),
-            whole: Region::Range(whole).to_string(),
-        }),
-    }
-}
 
 /// Regions of a process. The process is stopped from [`hold`](ProcessRam::hold) until drop, unless
 /// its guest is paused.
@@ -98,6 +40,8 @@ pub struct ProcessRam {
     /// The regions as named on the command line.
     named: Vec<Region>,
     live: bool,
+    /// The longest time that the process may take to stop.
+    patience: Duration,
     regions: Vec<Range<u64>>,
     memory: ProcessMemory,
     /// The files that contain the RAM, as far as they can be opened. No restore can write to them.
@@ -118,21 +62,28 @@ impl ProcessRam {
         pid: u32,
         named: &[Region],
         live: bool,
+        patience: Duration,
         unknown_file: bool,
     ) -> anyhow::Result<Self> {
         let maps = ProcessMaps::of(pid)?;
         if named.is_empty() {
             let proposed = maps.candidates().into_iter().take(PROPOSED);
-            let proposed = proposed.map(|region| format!("\n  {region}")).collect();
+            let line = |found: &ProcessRegion| {
+                let range = Region::Range(found.addresses.clone());
+                format!("\n  --region {range}: {found}")
+            };
+            let proposed = proposed.map(line).collect();
             return Err(Failure::NoRegion { pid, proposed }.into());
         }
         let regions = find_all(named, &maps)?;
         check_apart(named, &regions)?;
+        warn_of_largest(pid, named, &regions);
         let mut ram = Self {
             pid,
             memory: open(pid, &regions)?,
             named: named.to_vec(),
             live,
+            patience,
             regions,
             files: Vec::new(),
             stopped: None,
@@ -159,7 +110,7 @@ impl ProcessRam {
             self.not_suspended = Some(not_suspended.with_context(hold)?);
             self.stopped = Some(StoppedProcess::stop_unless(
                 self.pid,
-                PATIENCE,
+                self.patience,
                 session.cancel_token(),
             )?);
         }
@@ -202,6 +153,14 @@ impl ProcessRam {
             .iter()
             .map(|range| range.end - range.start)
             .sum()
+    }
+
+    /// Returns the process and its region, if it is only one.
+    pub fn only_region(&self) -> Option<(u32, Range<u64>)> {
+        match &self.regions[..] {
+            [one] => Some((self.pid, one.clone())),
+            _ => None,
+        }
     }
 
     pub fn reader(&self) -> &(impl PageReader + Sync) {
@@ -274,6 +233,20 @@ fn find_all(named: &[Region], maps: &ProcessMaps) -> anyhow::Result<Vec<Range<u6
     named.iter().map(|region| region.find(maps)).collect()
 }
 
+/// Warns that the largest mapping may be more than the RAM: the kernel joins adjacent mappings of
+/// memory without a file.
+fn warn_of_largest(pid: u32, named: &[Region], regions: &[Range<u64>]) {
+    for (named, region) in named.iter().zip(regions) {
+        if *named == Region::Largest {
+            let range = Region::Range(region.clone());
+            stderr::line(&format!(
+                "warning: the largest mapping of process {pid} is --region {range}: if its RAM is only \
+                 a part of this, give the ADDRESS:SIZE of the part"
+            ));
+        }
+    }
+}
+
 /// Refuses RAM that is named twice.
 fn check_apart(named: &[Region], regions: &[Range<u64>]) -> Result<(), Failure> {
     for (index, later) in regions.iter().enumerate() {
@@ -321,20 +294,4 @@ pub fn warn_of_unexamined(ram: &str, unexamined: &Unexamined) {
         "warning: could not examine {unexamined}: if one of these is still filling {ram} by userfaultfd, missing pages \
          are saved as zeros{advice}"
     ));
-}
-
-#[cfg(test)]
-mod tests {
-    use rstest::rstest;
-
-    use super::*;
-
-    #[rstest]
-    #[case::name("/memfd:ram", Some(Region::Named("/memfd:ram".into())))]
-    #[case::address("0x7f00", Some(Region::At(0x7f00)))]
-    #[case::range("0x1000:8KiB", Some(Region::Range(0x1000..0x3000)))]
-    #[case::no_number("0xram", None)]
-    fn a_region_is_a_name_an_address_or_a_range(#[case] text: &str, #[case] is: Option<Region>) {
-        assert_eq!(Region::parse(text).ok(), is);
-    }
 }

@@ -13,7 +13,7 @@ use page_reader::{FileReader, PageReader};
 
 use crate::failure::Failure;
 #[cfg(target_os = "linux")]
-use crate::process::{self, ProcessRam};
+use crate::process::{self, ProcessRam, Region};
 use crate::ram_lock;
 use crate::session::Session;
 
@@ -31,6 +31,27 @@ impl Ram {
             #[cfg(target_os = "linux")]
             Self::Process(ram) => ram.size(),
         }
+    }
+
+    /// Returns the error for an old state that has `old` bytes of RAM, and not as many as this. For
+    /// a larger mapping, which may begin with the RAM, it names the part to give.
+    pub fn other_size(&self, old: u64) -> Failure {
+        let new = self.size();
+        #[cfg(target_os = "linux")]
+        if let Self::Process(ram) = self
+            && let Some((pid, range)) = ram.only_region().filter(|_| new > old)
+        {
+            let proposed = range.start..range.start + old;
+            let [region, proposed] = [range, proposed].map(|it| Region::Range(it).to_string());
+            return Failure::LargerRegion {
+                pid,
+                region,
+                proposed,
+                old,
+                new,
+            };
+        }
+        Failure::OtherGuest { old, new }
     }
 
     pub fn reader(&self) -> Box<dyn PageReader + Sync + '_> {

@@ -1,14 +1,13 @@
 //! Staging and committing an image.
 
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use atomic_file::{AtomicWriter, Symlinks, check_destination};
 use image_format::{Footer, ImageId};
-use memory_image::{Chain, Image, MergeError};
+use memory_image::{Chain, Image, Layout, MergeError};
 use memory_writer::{
     MemoryWriter, MemoryWriterOptions, NotPreserved, OpenError, Preserve, SnapshotError,
 };
@@ -18,6 +17,7 @@ use crate::args::Output;
 use crate::failure::Failure;
 use crate::image_info::ImageInfo;
 use crate::session::Session;
+use crate::stream::is_stream;
 use crate::zeros::without_zeros;
 use crate::{free_space, input, memory_reserve, print};
 
@@ -26,6 +26,7 @@ use crate::{free_space, input, memory_reserve, print};
 ///
 /// `inputs` are all files that the verb reads, including metadata and parents.
 pub fn check_output(output: &Output, inputs: &[PathBuf]) -> anyhow::Result<()> {
+    check_is_no_stream(&output.path)?;
     memory_reserve::check_new(&output.path)?;
     check_is_no_input(&output.path, inputs)?;
     let path = output.path.clone();
@@ -34,6 +35,14 @@ pub fn check_output(output: &Output, inputs: &[PathBuf]) -> anyhow::Result<()> {
     }
     let checked = check_destination(&path, Symlinks::default());
     Ok(checked.map_err(SnapshotError::Open)?)
+}
+
+/// Refuses `-`, which stands for stdout in other verbs.
+pub fn check_is_no_stream(path: &Path) -> Result<(), Failure> {
+    match is_stream(path) {
+        true => Err(Failure::OutputIsStream),
+        false => Ok(()),
+    }
 }
 
 /// Refuses an output that is an input, also through links.
@@ -192,15 +201,26 @@ pub fn write_chain(writer: &mut MemoryWriter, chain: &Chain) -> anyhow::Result<(
 pub fn commit(session: &Session, writer: MemoryWriter) -> anyhow::Result<()> {
     session.check("nothing was written")?;
     let raw = writer.image_id().is_none();
-    let path = writer.dest_path().to_owned();
-    put_in_place(session, writer.finish()?, || report(session, &path, raw))
+    put_image_in_place(session, writer.finish()?, raw)
 }
 
 /// Commits a sealed or packed image that was not written by a [`MemoryWriter`], unless a signal
 /// came before, and reports what it is.
 pub fn commit_staged(session: &Session, staged: AtomicWriter) -> anyhow::Result<()> {
+    put_image_in_place(session, staged, false)
+}
+
+/// The report describes the file that was written. Another one may be at its path by then, or none.
+fn put_image_in_place(session: &Session, staged: AtomicWriter, raw: bool) -> anyhow::Result<()> {
     let path = staged.dest_path().to_owned();
-    put_in_place(session, staged, || report(session, &path, false))
+    let written = staged.file().try_clone();
+    let written = written.with_context(|| format!("cannot open {path:?} again to describe it"))?;
+    put_in_place(session, staged, || {
+        let described = describe(&path, written, raw);
+        let text =
+            described.with_context(|| format!("{path:?} is in place, but can't be described"))?;
+        Ok(session.report(&text)?)
+    })
 }
 
 /// Commits a complete staged file unless a signal came before, and calls `report`.
@@ -220,32 +240,12 @@ pub fn put_in_place(
     report()
 }
 
-fn report(session: &Session, path: &Path, raw: bool) -> anyhow::Result<()> {
-    let text = match describe(path, raw) {
-        // A write-only file was replaced, and its mode kept: the work is done nevertheless.
-        Err(error) if is_permission(&error) => {
-            format!(
-                "{}: written; its mode does not let you read it",
-                print::path(path)
-            )
-        }
-        described => {
-            described.with_context(|| format!("{path:?} is in place, but can't be described"))?
-        }
+fn describe(path: &Path, written: File, raw: bool) -> anyhow::Result<String> {
+    let options = Image::options().name(path);
+    let options = match raw {
+        true => options.layout(Layout::Raw),
+        false => options,
     };
-    Ok(session.report(&text)?)
-}
-
-fn is_permission(error: &anyhow::Error) -> bool {
-    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
-    causes.any(|cause: &io::Error| cause.kind() == io::ErrorKind::PermissionDenied)
-}
-
-fn describe(path: &Path, raw: bool) -> anyhow::Result<String> {
-    let image = match raw {
-        true => Image::open_raw(path)?,
-        false => Image::open(path)?,
-    };
-    let info = ImageInfo::of(&image)?;
+    let info = ImageInfo::of(&options.open_file(written)?)?;
     Ok(format!("{}: {}", print::path(path), info.summary()))
 }

@@ -13,6 +13,9 @@ use crate::interrupt::{Critical, Interrupt};
 use crate::print;
 use crate::stderr;
 
+/// The parts of a progress bar.
+const BAR: &str = "{msg} {wide_bar} {percent}%, {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
+
 #[derive(Clone, Debug)]
 pub struct Session {
     quiet: bool,
@@ -60,8 +63,7 @@ impl Session {
             false => ProgressDrawTarget::hidden(),
             true => ProgressDrawTarget::stderr(),
         };
-        let style = "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}";
-        let style = ProgressStyle::with_template(style).expect("a template of known parts");
+        let style = ProgressStyle::with_template(BAR).expect("a template of known parts");
         ProgressBar::with_draw_target(Some(0), target)
             .with_style(style)
             .with_message(what.to_owned())

@@ -33,25 +33,31 @@ pub fn is_stream(path: &Path) -> bool {
     path == Path::new(STREAM)
 }
 
-/// An image from stdin: a packed image of version 2, whose first page states its length.
+/// Returns whether an image at `path` is compressed: `-`, or a file of zstd by its name.
+pub fn is_compressed(path: &Path) -> bool {
+    is_stream(path) || path.extension().is_some_and(|extension| extension == "zst")
+}
+
+/// An image from a stream: a packed image of version 2, whose first page states its length.
 pub struct Incoming<'s> {
     session: &'s Session,
-    stream: Decoder<'static, BufReader<Stdin>>,
+    stream: Decoder<'static, BufReader<Source>>,
     start: [u8; HEADER_PAGE],
     header: Header,
 }
 
 impl<'s> Incoming<'s> {
-    /// Waits for the first page, and refuses anything but the beginning of an image.
-    pub fn begin(session: &'s Session) -> anyhow::Result<Self> {
-        let stdin = Stdin::new(session)?;
+    /// Waits for the first page of the stream at `path`, which may be `-`, and refuses anything but
+    /// the beginning of an image.
+    pub fn begin(session: &'s Session, path: &Path) -> anyhow::Result<Self> {
+        let source = Source::open(session, path)?;
         let decoder = || -> io::Result<_> {
-            let mut stream = Decoder::new(stdin)?;
+            let mut stream = Decoder::new(source)?;
             // Limits the memory for back references to the size that every decoder should support.
             stream.window_log_max(WINDOW_LOG)?;
             Ok(stream)
         };
-        let mut stream = decoder().context("cannot begin to decompress stdin")?;
+        let mut stream = decoder().context("cannot begin to decompress the stream")?;
         let mut start = [0; HEADER_PAGE];
         let received = read(session, &mut stream, &mut start)?;
         let header = Header::read(&start).filter(|_| received == HEADER_PAGE);
@@ -113,7 +119,7 @@ fn read(session: &Session, stream: &mut impl Read, buffer: &mut [u8]) -> anyhow:
             Err(error) => {
                 session.check("nothing was written")?;
                 if error.raw_os_error().is_some() {
-                    return Err(error).context("cannot read stdin");
+                    return Err(error).context("cannot read the stream");
                 }
                 // The message of the library is about the format of zstd.
                 return Err(Failure::StreamBroken.into());
@@ -152,22 +158,25 @@ fn full(file: &File, dir: &Path, written: u64, len: u64, source: io::Error) -> a
     }
 }
 
-/// Stdin, whose reads fail once a signal has come while something is staged.
+/// Stdin or a file, whose reads fail once a signal has come while something is staged.
 #[derive(Debug)]
-struct Stdin {
+struct Source {
     file: File,
     cancelled: PipeReader,
 }
 
-impl Stdin {
-    fn new(session: &Session) -> io::Result<Self> {
-        let file = io::stdin().as_fd().try_clone_to_owned()?.into();
+impl Source {
+    fn open(session: &Session, path: &Path) -> anyhow::Result<Self> {
+        let file = match is_stream(path) {
+            true => io::stdin().as_fd().try_clone_to_owned()?.into(),
+            false => File::open(path).with_context(|| format!("cannot open {path:?}"))?,
+        };
         let cancelled = session.hangs_up()?;
         Ok(Self { file, cancelled })
     }
 }
 
-impl Read for Stdin {
+impl Read for Source {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             let mut ready = [
@@ -266,7 +275,22 @@ fn is_file_of(stream: BorrowedFd<'_>, path: &Path) -> bool {
 }
 
 /// Compresses `image`, the packed image at `path`, to stdout.
-pub fn to_stdout(session: &Session, mut image: File, path: &Path) -> anyhow::Result<()> {
+pub fn to_stdout(session: &Session, image: File, path: &Path) -> anyhow::Result<()> {
+    send(session, image, path, print::stdout).context("the stream was not sent whole")
+}
+
+/// Compresses `image`, the packed image at `path`, to a staged file. Returns its length.
+pub fn to_file(session: &Session, image: File, path: &Path, staged: &File) -> anyhow::Result<u64> {
+    send(session, image, path, || staged.try_clone())?;
+    Ok(staged.metadata()?.len())
+}
+
+fn send<W: Write>(
+    session: &Session,
+    mut image: File,
+    path: &Path,
+    to: impl FnOnce() -> io::Result<W>,
+) -> anyhow::Result<()> {
     let mut begin = || -> io::Result<u64> {
         image.rewind()?;
         Ok(image.metadata()?.len())
@@ -274,13 +298,13 @@ pub fn to_stdout(session: &Session, mut image: File, path: &Path) -> anyhow::Res
     let len = begin().with_context(|| format!("cannot read {path:?}"))?;
     let bar = session.bar("sending");
     bar.set_length(len);
-    let send = || -> anyhow::Result<()> {
-        let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let mut stream = encoder(print::stdout()?, len, threads)?;
-        copy(image, len, &mut stream, path, |piece| bar.inc(piece))?;
-        Ok(stream.finish()?.flush()?)
-    };
-    send().context("the stream was not sent whole")
+    let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let mut stream = encoder(to()?, len, threads)?;
+    copy(image, len, &mut stream, path, |piece| {
+        bar.inc(piece);
+        session.check("nothing was written")
+    })?;
+    Ok(stream.finish()?.flush()?)
 }
 
 /// Copies all `len` bytes of the image at `path`.
@@ -289,7 +313,7 @@ fn copy(
     len: u64,
     to: &mut impl Write,
     path: &Path,
-    progress: impl Fn(u64),
+    progress: impl Fn(u64) -> Result<(), Failure>,
 ) -> anyhow::Result<()> {
     let mut buffer = SecretBuffer::new();
     let piece = buffer.sized(PIECE);
@@ -306,7 +330,7 @@ fn copy(
             return Ok(());
         }
         to.write_all(&piece[..read])?;
-        progress(read as u64);
+        progress(read as u64)?;
     }
 }
 
@@ -322,7 +346,7 @@ mod tests {
     #[case::grown(101, false)]
     fn an_image_that_changes_its_size_is_not_sent_as_whole(#[case] now: usize, #[case] sent: bool) {
         let (image, mut to) = (vec![7; now], Vec::new());
-        let copied = copy(&image[..], 100, &mut to, Path::new("it"), |_| ());
+        let copied = copy(&image[..], 100, &mut to, Path::new("it"), |_| Ok(()));
         let resized = |error: &anyhow::Error| {
             matches!(error.downcast_ref(), Some(Failure::SentResized { .. }))
         };

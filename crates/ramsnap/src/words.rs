@@ -132,6 +132,10 @@ pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
         if is_locked(cause) {
             return Some(LOCKED);
         }
+        #[cfg(target_os = "linux")]
+        if let Some(process_memory::ProcessStopError::Unresponsive { .. }) = cause.downcast_ref() {
+            return Some("add --patience TIME to wait longer for it");
+        }
         if let Some(SnapshotError::Open(error)) = cause.downcast_ref() {
             return match error {
                 OpenError::DestinationChanged { .. } => Some(AFTER_ANOTHER_WRITER),
@@ -172,6 +176,13 @@ pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
                 why: LinkError::NoParent,
                 ..
             } => Some("`ramsnap convert --raw-diff --parent` seals a raw diff with its parent"),
+            ChainError::Link {
+                why: LinkError::OnRaw { .. },
+                ..
+            } => Some(
+                "if the raw image before it is that image, `ramsnap convert raw:FILE -o NEW --layout sealed --id` \
+                 with this id seals it",
+            ),
             _ => None,
         }
     })

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use misbehaving_fs::{Behavior, Lseek, MisbehavingFs};
+use misbehaving_fs::{Behavior, Lseek, MisbehavingFs, Reads};
 use rstest::rstest;
 use support::{Ended, PAGE, RAM, RAMSNAP, Work, noise};
 use test_machine::{Need, needs};
@@ -242,4 +242,50 @@ fn enxio_from_seek_hole_loses_no_page_of_a_restore() {
         let inject = format!("inject=lseek:error=ENXIO:when={call}");
         strace(Path::new("/dev/null"), Some(inject));
     }
+}
+
+#[test]
+fn verify_goes_on_after_a_part_that_cannot_be_read() {
+    let Some(fs) = mount("verify_goes_on_after_a_part_that_cannot_be_read") else {
+        return;
+    };
+    let work = work(&fs);
+    work.good("dump ram -o full.mem");
+    // A damaged page in the last chunk, and an unreadable one in the first.
+    let end = work.good("info full.mem --json").json();
+    let present = end[0]["present"]["bytes"].as_u64().unwrap();
+    work.rot("full.mem", (4096 + present - 1) as usize);
+    work.copy("full.mem", "fuse/full.mem");
+    fs.set(Behavior {
+        reads: Reads::FailAt(4096 + 5 * PAGE),
+        ..Behavior::default()
+    });
+    let found = work.run("verify fuse/full.mem --json");
+    assert_eq!(found.code, Some(1), "{found:?}");
+    let json = found.json();
+    let file = &json["files"][0];
+    assert_eq!(
+        (&file["state"], &file["found"]),
+        (&"damaged".into(), &2.into())
+    );
+    let [unread, damaged] = &file["damages"].as_array().unwrap()[..] else {
+        panic!("{json}");
+    };
+    assert_eq!(
+        (&unread["chunk"], &unread["guest_start"]),
+        (&0.into(), &0.into())
+    );
+    let why = unread["unreadable"].as_str().unwrap();
+    assert!(why.contains("Input/output error"), "{json}");
+    assert!(
+        unread["file_offset"].is_u64() && damaged["chunk"] == 7,
+        "{json}"
+    );
+    assert!(damaged.get("unreadable").is_none(), "{json}");
+    let text = work.run("verify fuse/full.mem").out;
+    assert!(text.contains("DAMAGED in 2 places"), "{text}");
+    assert!(
+        text.contains("chunk 0: ") && text.contains("NOT READ: "),
+        "{text}"
+    );
 }

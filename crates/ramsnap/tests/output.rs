@@ -25,7 +25,7 @@ const ORPHAN: &str = ".atomic-file-00000000-0123456789abcdef.stage";
 #[case::restored("restore full.mem -o out", "out", "out: raw image")]
 #[case::in_place("restore full.mem -o target", "target", "target: 8.00 MiB of RAM")]
 #[case::drawn("map full.mem -o out.svg", "out.svg", "out.svg: ")]
-#[case::manual("man out", "out/ramsnap.1", "out: 13 pages")]
+#[case::manual("man out", "out/ramsnap.1", "out: 20 pages")]
 fn a_report_that_cannot_be_written_says_what_was_done(
     #[case] command: &str,
     #[case] made: &str,
@@ -340,7 +340,7 @@ fn an_output_that_its_owner_may_not_read_is_reported() {
     merge.args(["merge", "full.mem", "d1.mem", "-o", "out", "--force"]);
     merge.current_dir(public.path()).uid(USER).gid(USER);
     let out = Ended::of(&mut merge).good().out;
-    assert!(out.starts_with("out: written; "), "{out}");
+    assert!(out.starts_with("out: packed full image of"), "{out}");
     let out = public.path().join("out");
     assert_eq!(fs::metadata(&out).unwrap().mode() & 0o777, 0o200);
     work.good("merge full.mem d1.mem -o expected");

@@ -29,6 +29,10 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
         "guest-ram".to_owned(),
         address.clone(),
         format!("{address}:8MiB"),
+        format!("{address}:0x800000"),
+        format!("{}:8MiB", &address[2..]),
+        format!("{address}-{:#x}", end_of(address)),
+        format!("{}-{:x}", &address[2..], end_of(address)),
     ]
     .iter()
     .enumerate()
@@ -48,6 +52,39 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
         "dump --pid {pid} --region guest-ram --live -o live.mem"
     ));
     work.good("diff live.mem --ram ram");
+}
+
+fn end_of(address: &str) -> u64 {
+    u64::from_str_radix(&address[2..], 16).unwrap() + RAM
+}
+
+#[test]
+fn the_largest_mapping_is_named_exactly() {
+    needs!(Ptrace);
+    let work = Work::with_chain();
+    let vmm = Vmm::with(&work, "ram");
+    let (pid, ram) = (vmm.pid(), format!("{}:{RAM}", vmm.address));
+    // It may be the stack of a thread, which has the size of the RAM here.
+    let dumped = work.good(&format!("dump --pid {pid} --region largest --live -o out"));
+    let (_, named) = dumped.err.split_once("--region ").unwrap();
+    let (named, _) = named.split_once(": ").unwrap();
+    work.good(&format!(
+        "dump --pid {pid} --region {named} --live -o again"
+    ));
+    let info = work.good("info out again --json").json();
+    assert_eq!(info[0]["ram_bytes"], info[1]["ram_bytes"]);
+    let size = named.rsplit_once(':').unwrap().1;
+    assert_eq!(info[0]["ram_bytes"].to_string(), size);
+    // Without --region, the message has what to give.
+    let none = format!("dump --pid {pid} -o other");
+    work.fails(&none, 2, &[&format!("--region {ram}: ")]);
+    // For a mapping that is larger than the RAM, the message has the part at its start.
+    work.create("half", RAM / 2);
+    work.good("dump half -o half.mem");
+    let part = format!("--region {}:{}", vmm.address, RAM / 2);
+    let diff = format!("diff half.mem --pid {pid} --region {ram} -o other");
+    work.fails(&diff, 2, &[&ram, &part]);
+    work.good(&format!("diff half.mem --pid {pid} {part} -o other"));
 }
 
 #[test]
@@ -76,17 +113,17 @@ fn missing_regions_are_named_and_the_process_resumes() {
     work.fails(&full, 2, &["--region", "guest-ram"]);
     work.fails(
         &format!("{full} --region other-ram"),
-        3,
+        2,
         &["other-ram", "guest-ram"],
     );
     work.fails(
         &format!("{full} --region 0x1000"),
-        3,
+        2,
         &["0x1000", "nothing mapped"],
     );
     work.fails(
         &format!("{full} --region 0x1000:1MiB"),
-        3,
+        2,
         &["0x1000", "nothing mapped"],
     );
     work.fails(&format!("{full} ram"), 2, &["once"]);

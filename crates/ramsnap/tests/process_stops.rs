@@ -147,8 +147,8 @@ fn all_that_can_fail_is_found_before_the_process_is_stopped() {
     );
     work.fails(
         &format!("diff small.mem {ram} -o out"),
-        1,
-        &["different guests"],
+        2,
+        &["bytes of RAM", "give --region"],
     );
     work.fails(&format!("dump {ram} -o out"), 3, &["already traced"]);
     drop(stopped);
@@ -205,4 +205,16 @@ fn a_signal_ends_the_wait_for_a_process_that_does_not_stop() {
     nix::sys::signal::kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGHUP).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(129));
     assert_eq!(work.files(), before);
+}
+
+#[test]
+fn patience_limits_the_wait_for_a_process() {
+    needs!(Ptrace);
+    let work = Work::with_chain();
+    let vmm = Vmm::set_up(&work, "ram", |command| {
+        command.env(HANGS, "1");
+    });
+    let dump = format!("dump --pid {} --region guest-ram -o out", vmm.pid());
+    let impatient = format!("{dump} --patience 50ms");
+    work.fails(&impatient, 3, &["50ms", "--patience TIME"]);
 }

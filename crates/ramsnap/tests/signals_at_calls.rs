@@ -43,6 +43,7 @@ fn signalled(
 #[case::diff("diff full.mem d1.mem --ram ram -o out", Signal::SIGINT)]
 #[case::merge("merge full.mem d1.mem -o out", Signal::SIGINT)]
 #[case::convert("convert full.mem -o out --layout sealed", Signal::SIGTERM)]
+#[case::compress("convert full.mem -o out.zst", Signal::SIGINT)]
 #[case::restore("restore full.mem d1.mem -o out", Signal::SIGINT)]
 #[case::hangup("dump ram -o out", Signal::SIGHUP)]
 #[case::quit("merge full.mem d1.mem -o out", Signal::SIGQUIT)]
@@ -51,12 +52,17 @@ fn a_signal_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
     needs!(Strace);
     let work = Work::with_chain();
     let before = work.files();
+    let out = match command.contains(".zst") {
+        true => "out.zst",
+        false => "out",
+    };
     let of_out = match command.split(' ').next() {
         Some("restore") => "diff full.mem d1.mem --ram out",
         Some("diff") => "verify full.mem d1.mem out",
+        _ if out == "out.zst" => "convert out.zst -o - --zstd",
         _ => "verify out",
     };
-    let reset = || drop(std::fs::remove_file(work.path("out")));
+    let reset = || drop(std::fs::remove_file(work.path(out)));
     let (mut stopped, mut done) = (0, 0);
     signalled(&work.command(command), with, reset, |call, status| {
         if work.files() == before {
@@ -66,7 +72,7 @@ fn a_signal_leaves_all_or_nothing(#[case] command: &str, #[case] with: Signal) {
         }
         assert_eq!(status.code(), Some(0), "{call:?}");
         work.good(of_out);
-        std::fs::remove_file(work.path("out")).unwrap();
+        std::fs::remove_file(work.path(out)).unwrap();
         assert_eq!(work.files(), before, "{call:?}");
         done += 1;
     });
@@ -121,6 +127,9 @@ fn a_signal_to_a_restore_in_place_leaves_all_ram_or_none() {
 #[rstest]
 #[case::verify("verify full.mem")]
 #[case::compare("diff full.mem --ram ram")]
+#[case::list("list .")]
+#[case::compare_images("compare full.mem full.mem")]
+#[case::cat("cat full.mem --at 0 --len 1MiB")]
 #[case::send("convert full.mem -o - --zstd")]
 #[case::pack_and_send("convert raw:ram -o - --zstd")]
 fn a_verb_that_only_reads_ends_at_once(#[case] command: &str) {

@@ -84,7 +84,7 @@ fn a_damaged_image_in_a_whole_stream_is_refused() {
     let mut command = work.command("convert full.mem -o - --zstd --no-verify");
     assert!(command.stdout(stream).status().unwrap().success());
     let before = work.files();
-    Ended::of(receive(&work).args(["-o", "arrived"])).fails(1, &["stream is damaged (places: 1)"]);
+    Ended::of(receive(&work).args(["-o", "arrived"])).fails(1, &["stream is damaged in 1 place"]);
     assert_eq!(work.files(), before);
 }
 

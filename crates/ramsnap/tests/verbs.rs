@@ -345,7 +345,8 @@ fn manual_pages_and_completions_know_every_verb() {
     let pages = support::list(&work.path("pages/man1"));
     let completions = work.good("completions bash").out;
     for verb in [
-        "info", "verify", "map", "dump", "diff", "merge", "convert", "restore", "sweep", "demo",
+        "info", "verify", "map", "list", "compare", "cat", "metadata", "dump", "diff", "merge",
+        "commit", "rebase", "compact", "convert", "restore", "sweep", "demo",
     ] {
         assert!(pages.contains(&format!("ramsnap-{verb}.1")), "{pages:?}");
         assert!(completions.contains(verb));

@@ -10,6 +10,8 @@ impl Failure {
         match self {
             Self::OutputExists { .. }
             | Self::OutputIsInput { .. }
+            | Self::OutputIsStream
+            | Self::HasId { .. }
             | Self::StreamIsFile { .. }
             | Self::MergeOntoInput { .. }
             | Self::EventFilter { .. }
@@ -66,7 +68,7 @@ impl Failure {
             | Self::TargetNotWritable { .. }
             | Self::NoWritesThere { .. } => ExitStatus::Failed,
             #[cfg(target_os = "linux")]
-            Self::NothingMapped { .. }
+            Self::NothingLarge { .. }
             | Self::UnknownFile { .. }
             | Self::TargetRead { .. }
             | Self::RamBeingRestored { .. }
@@ -74,9 +76,11 @@ impl Failure {
             | Self::NoRoomOver { .. }
             | Self::NoHugePages { .. } => ExitStatus::Failed,
             #[cfg(target_os = "linux")]
-            Self::NoRegion { .. } | Self::PartOfRam { .. } | Self::RegionTwice { .. } => {
-                ExitStatus::Usage
-            }
+            Self::NoRegion { .. }
+            | Self::NothingMapped { .. }
+            | Self::LargerRegion { .. }
+            | Self::PartOfRam { .. }
+            | Self::RegionTwice { .. } => ExitStatus::Usage,
             Self::Interrupted { .. } => interrupt::exit_status(),
         }
     }

@@ -1,5 +1,7 @@
 //! `ramsnap convert`: an image in another layout, or as a stream.
 
+mod sending;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -7,18 +9,19 @@ use atomic_file::AtomicWriter;
 use clap::Args;
 use image_format::{Footer, Header, Version};
 use memory_image::{Chain, Image, Layout};
-use memory_writer::{MemoryWriterOptions, SnapshotError};
+use memory_writer::{ImageId, MemoryWriterOptions, SnapshotError};
 use sparse_file::PageHoles;
 
 use crate::args::{
-    self, Extras, Format, Formats, ImageFile, Output, RawImages, ReadExtras, kept_seal, layouts,
+    self, Extras, Format, Formats, ImageFile, Output, RawImages, ReadExtras, image_id, kept_seal,
+    layouts,
 };
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::session::Session;
-use crate::stream::{self, Incoming, is_stream};
+use crate::stream::{self, Incoming, is_compressed, is_stream};
 use crate::verbs::merge::layout_of_first;
-use crate::{free_space, input, memory_reserve, save};
+use crate::{free_space, input, memory_reserve, print, save};
 
 /// Write an image in another layout, or as a stream
 ///
@@ -28,13 +31,15 @@ use crate::{free_space, input, memory_reserve, save};
 /// not clean pages.
 ///
 /// With --zstd, `-` stands for stdin or stdout, and carries the compressed bytes of a packed image.
-/// Input is checked before the output appears, and takes no more space than the header of the image
-/// states.
+/// A file whose name ends in .zst has the same bytes. Input is checked before the output appears,
+/// and takes no more space than the header of the image states.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap convert full.mem -o full.raw --layout raw\n  \
     ramsnap convert raw:old.raw -o old.mem --layout sealed\n  \
+    ramsnap convert raw:base.raw -o base.mem --layout sealed --id 88213de4bd9147c6bc3d68ecae6fdb8a\n  \
     ramsnap convert full.mem -o - --zstd | ssh host ramsnap convert - --zstd -o full.mem\n  \
+    ramsnap convert full.mem -o full.mem.zst\n  \
     ramsnap convert d1.raw --raw-diff --parent old.mem -o d1.mem --layout packed")]
 pub struct Convert {
     /// The image; `-` for a stream on stdin
@@ -59,6 +64,11 @@ pub struct Convert {
     /// The sealed or packed image that the raw diff was taken after
     #[arg(long, value_name = "FILE", requires = "raw_diff", value_parser = ImageFile::parser())]
     parent: Option<ImageFile>,
+    /// The id of the state that the raw image represents; by default a new one
+    ///
+    /// Use it to seal a raw copy of an image that diffs name as their parent.
+    #[arg(long, value_name = "ID", value_parser = image_id)]
+    id: Option<ImageId>,
     /// Treat the holes of the raw diff as clean pages, even if the file system reports holes
     /// unreliably
     #[arg(long, requires = "raw_diff")]
@@ -83,7 +93,7 @@ impl Convert {
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         self.check()?;
         let extras = self.extras.read()?;
-        if is_stream(&self.input.path) {
+        if is_compressed(&self.input.path) {
             return self.receive(session, extras);
         }
         let chain = self.open(session, self.open_input()?)?;
@@ -91,7 +101,7 @@ impl Convert {
             true => Ok(()),
             false => input::check_sums(session, chain.images()),
         };
-        if !is_stream(&self.output.path) {
+        if !is_compressed(&self.output.path) {
             return self.convert(session, &chain, extras, None, check);
         }
         let is_current = |footer: &Footer| footer.version == Version::CURRENT;
@@ -103,7 +113,7 @@ impl Convert {
             let image = chain.images().next().context("there is no image")?;
             let file = image.version()?.file().try_clone();
             let file = file.with_context(|| format!("cannot send {:?}", self.input.path))?;
-            stream::to_stdout(session, file, &self.input.path)?;
+            self.send(session, file)?;
             // The receiver finds the damage by the checksums; the sender fails too.
             chain.check_unchanged()?;
             return Ok(ExitStatus::Success);
@@ -119,7 +129,7 @@ impl Convert {
     /// Makes all checks that do not need the stream before its first byte is read, and all checks
     /// that need only its first page before the rest is read.
     fn receive(&self, session: &Session, extras: ReadExtras) -> anyhow::Result<ExitStatus> {
-        let staged = match is_stream(&self.output.path) {
+        let staged = match is_compressed(&self.output.path) {
             true => None,
             false => Some(save::stage_early(session, &self.output)?),
         };
@@ -133,11 +143,12 @@ impl Convert {
             _ => stream::spool(&dir)?,
         };
         stream::check_path_of(&file)?;
-        let incoming = Incoming::begin(session)?;
+        let incoming = Incoming::begin(session, &self.input.path)?;
         self.check_header(incoming.header(), staged.as_ref(), as_it_is, &dir)?;
         incoming.write_to(&file, &dir)?;
 
-        let from_stdin = || "the image that came by stdin is not usable";
+        let path = print::path(&self.input.path);
+        let from_stdin = || format!("the image in the stream {path} is not usable");
         let image = Image::open_as(stream::path_of(&file), Layout::Packed);
         let image = image.with_context(from_stdin)?;
         let found = input::sum(session, &image)
@@ -153,7 +164,7 @@ impl Convert {
                 Ok(ExitStatus::Success)
             }
             None if as_it_is => {
-                stream::to_stdout(session, file, &self.input.path)?;
+                self.send(session, file)?;
                 Ok(ExitStatus::Success)
             }
             Some(_) => {
@@ -208,17 +219,21 @@ impl Convert {
     }
 
     fn check(&self) -> anyhow::Result<()> {
-        let streams = [&self.input.path, &self.output.path].map(|path| is_stream(path));
-        match (streams.contains(&true), self.zstd) {
-            (true, false) => return Err(Failure::StreamNotCompressed.into()),
-            (false, true) => return Err(Failure::NoStream.into()),
-            _ => {}
+        let paths = [&self.input.path, &self.output.path];
+        let streams = paths.map(|path| is_compressed(path));
+        if paths.iter().any(|path| is_stream(path)) && !self.zstd {
+            return Err(Failure::StreamNotCompressed.into());
+        }
+        if self.zstd && !streams.contains(&true) {
+            return Err(Failure::NoStream.into());
         }
         let format = self.input.format(self.formats.format);
         let packed = [Format::Auto, Format::Layout(Layout::Packed)];
         let is_packed = packed.contains(&format) && !self.raw_diff;
         if streams[0] {
-            stream::check_stdin()?;
+            if is_stream(&self.input.path) {
+                stream::check_stdin()?;
+            }
             if !is_packed {
                 return Err(Failure::StreamFormat.into());
             }
@@ -227,13 +242,16 @@ impl Convert {
             if self.layout.is_some_and(|layout| layout != Layout::Packed) {
                 return Err(Failure::StreamLayout.into());
             }
+            if !is_stream(&self.output.path) {
+                return save::check_output(&self.output, &self.inputs());
+            }
             memory_reserve::check_new(&self.output.path)?;
             return Ok(stream::check_stdout()?);
         }
         if let Some(layout) = self.layout {
             self.check_records(layout)?;
         }
-        if streams[0] {
+        if is_stream(&self.input.path) {
             stream::check_is_not_stdin(&self.output.path)?;
         }
         save::check_output(&self.output, &self.inputs())
@@ -241,7 +259,7 @@ impl Convert {
 
     /// Refuses a layout that does not record what the command line adds.
     fn check_records(&self, layout: Layout) -> Result<(), Failure> {
-        let more = !self.extras.is_empty() || self.parent.is_some();
+        let more = !self.extras.is_empty() || self.parent.is_some() || self.id.is_some();
         args::check_records(layout, more, &self.output.path)
     }
 
@@ -315,6 +333,13 @@ impl Convert {
         extras: ReadExtras,
     ) -> anyhow::Result<MemoryWriterOptions> {
         let mut seal = chain.seal();
+        if let Some(id) = self.id {
+            if chain.id().is_some() {
+                let path = self.input.path.clone();
+                return Err(Failure::HasId { path }.into());
+            }
+            seal = seal.id(id);
+        }
         if let Some(file) = &self.parent {
             let parent = file.open(Format::Auto)?;
             let (old, new) = (parent.ram_size(), chain.ram_size());
@@ -347,40 +372,6 @@ impl Convert {
     /// Whether the result has the pages and all else of a packed image, so that its bytes are the
     /// image's.
     fn keeps_pages(&self) -> bool {
-        self.page_size.is_none() && self.extras.is_empty()
-    }
-
-    /// Packs the image in a file without a name, and sends it.
-    fn pack_and_send(
-        &self,
-        session: &Session,
-        chain: &Chain,
-        extras: ReadExtras,
-        check: impl FnOnce() -> anyhow::Result<()>,
-    ) -> anyhow::Result<ExitStatus> {
-        let (size, page_size) = (chain.ram_size(), self.page_size_of(chain)?);
-        memory_reserve::check_image(&self.output.path, size, page_size)?;
-        let options = self.options(session, chain, Layout::Packed, extras)?;
-        // Another user could create a file of a fixed name first.
-        let dir = tempfile::Builder::new()
-            .prefix("ramsnap-stream-")
-            .tempdir_in(std::env::temp_dir())
-            .context("cannot make a directory to pack the stream in")?;
-        let dest = dir.path().join("image");
-        let mut writer = options.open(dest, size, page_size)?;
-        save::check_room_for(session, &writer, chain)?;
-        check()?;
-        save::write_chain(&mut writer, chain)?;
-        let stage = writer.finish()?;
-        let file = stage
-            .file()
-            .try_clone()
-            .context("cannot send the packed image")?;
-        stage.discard()?;
-        dir.close()
-            .context("cannot remove the directory that the stream was packed in")?;
-        session.release()?;
-        stream::to_stdout(session, file, &self.input.path)?;
-        Ok(ExitStatus::Success)
+        self.page_size.is_none() && self.extras.is_empty() && self.id.is_none()
     }
 }

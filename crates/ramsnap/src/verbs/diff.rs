@@ -14,7 +14,8 @@ use memory_writer::{ImageId, MemoryWriter, Seal, SnapshotError};
 use page_reader::{PageReader, Touched};
 
 use crate::args::{
-    self, Extras, Format, Formats, ImageFile, InProcess, Output, RawImages, kept_seal, layouts,
+    self, Extras, Format, Formats, FromDir, ImageFile, InProcess, Output, RawImages, kept_seal,
+    layouts,
 };
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
@@ -61,6 +62,8 @@ pub struct Diff {
     #[arg(long)]
     raw_diff: bool,
     #[command(flatten)]
+    from: FromDir,
+    #[command(flatten)]
     formats: Formats,
     #[command(flatten)]
     process: InProcess,
@@ -86,6 +89,11 @@ pub struct Diff {
 }
 
 impl Diff {
+    /// Finds the images of the chain.
+    pub fn find_chain(&mut self) -> anyhow::Result<()> {
+        self.from.find(&mut self.files)
+    }
+
     /// Returns the files that are read and written.
     pub fn files(&self) -> Vec<PathBuf> {
         let images = [&self.files[..], &self.to].map(input::paths).concat();
@@ -117,8 +125,7 @@ impl Diff {
             }
         };
         if old.ram_size() != new.size() {
-            let (old, new) = (old.ram_size(), new.size());
-            return Err(Failure::OtherGuest { old, new }.into());
+            return Err(new.other_size(old.ram_size()).into());
         }
         self.check_regions(&old, &new)?;
         let writer = match &output {
@@ -316,6 +323,15 @@ impl New {
         match self {
             Self::Ram(ram) => ram.size(),
             Self::Images(chain) => chain.ram_size(),
+        }
+    }
+
+    /// Returns the error for an old state that has `old` bytes of RAM, and not as many as this.
+    fn other_size(&self, old: u64) -> Failure {
+        let new = self.size();
+        match self {
+            Self::Ram(ram) => ram.other_size(old),
+            Self::Images(_) => Failure::OtherGuest { old, new },
         }
     }
 

@@ -3,9 +3,8 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use sparse_file::PageHoles;
 
-use crate::args::{Formats, ImageFile};
+use crate::args::{Formats, FromDir, ImageFile};
 use crate::exit_status::ExitStatus;
 use crate::image_info::ImageInfo;
 use crate::print;
@@ -19,6 +18,8 @@ pub struct InfoArgs {
     #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
     files: Vec<ImageFile>,
     #[command(flatten)]
+    from: FromDir,
+    #[command(flatten)]
     formats: Formats,
     /// As JSON: a list of objects, sizes in bytes. A path that is not UTF-8 is an object: text, and
     /// bytes_hex
@@ -27,15 +28,18 @@ pub struct InfoArgs {
 }
 
 impl InfoArgs {
+    /// Finds the images of the chain.
+    pub fn find_chain(&mut self) -> anyhow::Result<()> {
+        self.from.find(&mut self.files)
+    }
+
     /// Returns the files that are read.
     pub fn files(&self) -> Vec<PathBuf> {
         input::paths(&self.files)
     }
 
     pub fn run(&self) -> anyhow::Result<ExitStatus> {
-        let mut probed = PageHoles::new();
-        let mut info =
-            |file: &ImageFile| ImageInfo::with(&file.open(self.formats.format)?, &mut probed);
+        let info = |file: &ImageFile| ImageInfo::of(&file.open(self.formats.format)?);
         let (mut infos, mut failures) = (Vec::new(), Vec::new());
         for file in &self.files {
             match info(file) {

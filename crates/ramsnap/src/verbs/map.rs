@@ -16,7 +16,7 @@ use image_format::Storage;
 use serde::Serialize;
 use sparse_file::extents;
 
-use crate::args::{Formats, ImageFile};
+use crate::args::{Formats, FromDir, ImageFile};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::print::JsonPath;
@@ -36,6 +36,8 @@ pub struct Map {
     #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
     files: Vec<ImageFile>,
     #[command(flatten)]
+    from: FromDir,
+    #[command(flatten)]
     formats: Formats,
     /// Draw to this file, a .svg or .png
     #[arg(short, long, value_name = "FILE")]
@@ -53,6 +55,11 @@ pub struct Map {
 }
 
 impl Map {
+    /// Finds the images of the chain.
+    pub fn find_chain(&mut self) -> anyhow::Result<()> {
+        self.from.find(&mut self.files)
+    }
+
     /// Returns the files that are read and written.
     pub fn files(&self) -> Vec<PathBuf> {
         let files = input::paths(&self.files).into_iter();

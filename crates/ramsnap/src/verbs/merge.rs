@@ -6,7 +6,7 @@ use clap::{ArgGroup, Args};
 use image_format::Footer;
 use memory_image::{Chain, Image, Layout};
 
-use crate::args::{Formats, ImageFile, Output, RawImages, kept_seal, layouts};
+use crate::args::{Formats, FromDir, ImageFile, Output, RawImages, kept_seal, layouts};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::session::Session;
@@ -33,6 +33,8 @@ pub struct Merge {
     /// Images, oldest first
     #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
     files: Vec<ImageFile>,
+    #[command(flatten)]
+    from: FromDir,
     #[command(flatten)]
     formats: Formats,
     /// The file to write; it appears when it is complete
@@ -66,6 +68,11 @@ pub struct Merge {
 }
 
 impl Merge {
+    /// Finds the images of the chain.
+    pub fn find_chain(&mut self) -> anyhow::Result<()> {
+        self.from.find(&mut self.files)
+    }
+
     /// Returns the files that are read and written.
     pub fn files(&self) -> Vec<PathBuf> {
         let files = input::paths(&self.files).into_iter();

@@ -14,7 +14,7 @@ use anyhow::Context;
 use clap::Args;
 use memory_image::Chain;
 
-use crate::args::{Formats, ImageFile, Output, RawImages};
+use crate::args::{Formats, FromDir, ImageFile, Output, RawImages};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::memory_reserve::{self, MemoryReserve};
@@ -47,12 +47,15 @@ use reserve::Plan;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap restore full.mem d1.mem -o /dev/shm/guest\n  \
+    ramsnap restore --chain snapshots d2.mem -o /dev/shm/guest\n  \
     ramsnap restore full.mem -o /proc/4242/fd/17 --force\n  \
     ramsnap restore raw:full.raw d1.mem -o /dev/shm/guest")]
 pub struct Restore {
     /// Images, oldest first
     #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
     files: Vec<ImageFile>,
+    #[command(flatten)]
+    from: FromDir,
     #[command(flatten)]
     formats: Formats,
     /// The file or memfd to write the RAM to
@@ -82,6 +85,11 @@ pub struct Restore {
 }
 
 impl Restore {
+    /// Finds the images of the chain.
+    pub fn find_chain(&mut self) -> anyhow::Result<()> {
+        self.from.find(&mut self.files)
+    }
+
     /// Returns the files that are read and written.
     pub fn files(&self) -> Vec<PathBuf> {
         let files = input::paths(&self.files).into_iter();
@@ -89,6 +97,7 @@ impl Restore {
     }
 
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
+        save::check_is_no_stream(&self.output)?;
         save::check_is_no_input(&self.output, &input::paths(&self.files))?;
         let in_place = self.output.exists();
         match in_place {

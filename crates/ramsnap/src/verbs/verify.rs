@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use memory_image::{Damage, OpenImageError, VerifyReport};
+use memory_image::{Damage, Image, OpenImageError, VerifyReport};
 use serde::Serialize;
 
-use crate::args::{Formats, ImageFile, RawImages};
+use crate::args::{Formats, FromDir, ImageFile, RawImages};
 use crate::exit_status::ExitStatus;
 use crate::input;
 use crate::print::{self, JsonPath, count, size};
@@ -19,12 +19,14 @@ use crate::{library_errors, words};
 /// it cannot be checked, which is a failure.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  ramsnap verify full.mem\n  ramsnap verify full.mem d1.mem d2.mem --json"
+    after_help = "Examples:\n  ramsnap verify full.mem\n  ramsnap verify full.mem d1.mem d2.mem --json\n  ramsnap verify --chain snapshots d2.mem"
 )]
 pub struct Verify {
     /// Images, oldest first
     #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
     files: Vec<ImageFile>,
+    #[command(flatten)]
+    from: FromDir,
     #[command(flatten)]
     formats: Formats,
     /// Only print a warning for raw images
@@ -37,6 +39,11 @@ pub struct Verify {
 }
 
 impl Verify {
+    /// Finds the images of the chain.
+    pub fn find_chain(&mut self) -> anyhow::Result<()> {
+        self.from.find(&mut self.files)
+    }
+
     /// Returns the files that are read.
     pub fn files(&self) -> Vec<PathBuf> {
         input::paths(&self.files)
@@ -92,7 +99,15 @@ impl Verify {
             trust_holes: true,
         };
         match input::chain(session, &self.files, self.formats, &raw) {
-            Ok(_) => Ok(Some(Links::Good)),
+            Ok(chain) => {
+                let names = |image: &Image| image.footer().is_some_and(|it| it.parent().is_some());
+                let unnamed = chain.images().skip(1).filter(|image| !names(image));
+                let unchecked: Vec<_> = unnamed.map(|it| it.path().to_owned().into()).collect();
+                Ok(Some(match unchecked.is_empty() {
+                    true => Links::Good,
+                    false => Links::Unnamed { unchecked },
+                }))
+            }
             Err(error) if library_errors::exit_status(&error) == ExitStatus::CheckFailed => {
                 let why = words::text(&error);
                 Ok(Some(Links::Broken { why }))
@@ -149,9 +164,17 @@ enum Place {
         guest_start: u64,
         guest_end: u64,
         file_offset: u64,
+        /// The error of the system, if the chunk cannot be read.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        unreadable: Option<String>,
     },
     NotZero {
         not_zero_at: u64,
+    },
+    /// Bytes between pages.
+    Unreadable {
+        file_offset: u64,
+        unreadable: String,
     },
 }
 
@@ -159,13 +182,22 @@ enum Place {
 #[serde(tag = "state", rename_all = "lowercase")]
 enum Links {
     Good,
-    Broken { why: String },
-    Unknown { why: String },
+    /// No link is wrong, and some files do not name their parent: raw diffs, and diffs on raw
+    /// images. They may be of another guest.
+    Unnamed {
+        unchecked: Vec<JsonPath>,
+    },
+    Broken {
+        why: String,
+    },
+    Unknown {
+        why: String,
+    },
 }
 
 impl Links {
     fn are_good(&self) -> bool {
-        matches!(self, Self::Good)
+        matches!(self, Self::Good | Self::Unnamed { .. })
     }
 }
 
@@ -259,6 +291,26 @@ impl Place {
                 guest_start: guest.start,
                 guest_end: guest.end,
                 file_offset: *offset,
+                unreadable: None,
+            },
+            Damage::Unreadable {
+                chunk: Some((number, guest)),
+                offset,
+                reason,
+            } => Self::Chunk {
+                chunk: *number,
+                guest_start: guest.start,
+                guest_end: guest.end,
+                file_offset: *offset,
+                unreadable: Some(reason.clone()),
+            },
+            Damage::Unreadable {
+                chunk: None,
+                offset,
+                reason,
+            } => Self::Unreadable {
+                file_offset: *offset,
+                unreadable: reason.clone(),
             },
             other => Self::NotZero {
                 not_zero_at: other.offset(),
@@ -273,9 +325,18 @@ impl Place {
                 guest_start,
                 guest_end,
                 file_offset,
-            } => format!(
-                "chunk {chunk}: RAM {guest_start:#x}..{guest_end:#x}, from {file_offset:#x} on in the file"
-            ),
+                unreadable,
+            } => {
+                let why = unreadable.as_ref().map(|why| format!(": NOT READ: {why}"));
+                format!(
+                    "chunk {chunk}: RAM {guest_start:#x}..{guest_end:#x}, from {file_offset:#x} on in the file{}",
+                    why.unwrap_or_default()
+                )
+            }
+            Self::Unreadable {
+                file_offset,
+                unreadable,
+            } => format!("from {file_offset:#x} on in the file: NOT READ: {unreadable}"),
             Self::NotZero { not_zero_at } => {
                 format!("{not_zero_at:#x} in the file: not zero, and nothing was written there")
             }
@@ -289,6 +350,12 @@ impl Report {
         match &self.links {
             None => {}
             Some(Links::Good) => lines.push("each follows the one before".to_owned()),
+            Some(Links::Unnamed { unchecked }) => lines.extend(unchecked.iter().map(|file| {
+                format!(
+                    "{}: link NOT CHECKED: it names no parent, and may be the diff of another guest",
+                    print::path(file)
+                )
+            })),
             Some(Links::Broken { why }) => lines.push(format!("NOT LINKED: {why}")),
             Some(Links::Unknown { why }) => lines.push(format!("links NOT CHECKED: {why}")),
         }

@@ -1,0 +1,118 @@
+//! Merging a chain into its first file.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use image_format::{Footer, ImageId};
+use memory_image::{Chain, Image};
+use memory_writer::MemoryWriter;
+use sparse_file::FileIdentity;
+
+use crate::args::{Output, kept_seal};
+use crate::catalog::Catalog;
+use crate::failure::ImagesFailure;
+use crate::print;
+use crate::session::Session;
+use crate::{input, save};
+
+/// Writes the state of `chain` to a file that is staged beside its first one, which the caller
+/// commits. The first file stays as it is until then.
+///
+/// Where the file system can share blocks (btrfs, XFS) and the first file is raw, only pages that
+/// changed are written.
+pub fn stage(session: &Session, chain: &Chain, verify: bool) -> anyhow::Result<MemoryWriter> {
+    let first = chain.images().next().context("there is no image")?;
+    let path = first.path().to_owned();
+    let below = first.footer().and_then(Footer::parent);
+    save::check_replaces_no(below.filter(|_| !chain.is_full()), &path)?;
+    let layout = first.layout();
+    let options = session
+        .options("merging")
+        .layout(layout)
+        .seal(kept_seal(layout, chain.seal()))
+        .skip_untouched(true)
+        .ram_start(0)
+        // A file that another writer puts there in the meantime stays.
+        .replace_only(first.version()?);
+    if layout.has_footer() {
+        input::warn_of_old_metadata(session, chain);
+    }
+    let (size, page_size) = (chain.ram_size(), save::page_size(chain)?);
+    let output = Output { path, force: true };
+    let mut writer = save::stage(session, &output, options, size, page_size)?;
+    save::check_room_for(session, &writer, chain)?;
+    if verify {
+        input::check_sums(session, chain.images())?;
+    }
+    save::write_chain(&mut writer, chain)?;
+    Ok(writer)
+}
+
+/// Refuses to replace a state that a diff outside of `chain`, in the directory of its first file,
+/// was taken after.
+pub fn check_not_needed(chain: &Chain) -> anyhow::Result<()> {
+    let Some(first) = chain.paths().next() else {
+        return Ok(());
+    };
+    let catalog = Catalog::of(save::dir_of(first))?;
+    let newest = chain.id();
+    let lost = |id: &ImageId| Some(*id) != newest && chain.ids().any(|it| it == *id);
+    let paths: Vec<PathBuf> = chain.paths().map(Path::to_owned).collect();
+    for entry in &catalog.entries {
+        let Some(parent) = entry.parent.filter(lost) else {
+            continue;
+        };
+        // Another full image may have the same state.
+        let mut others = catalog.with_id(parent);
+        let is_kept = others.any(|other| !other.is_diff && !input::is_one_of(&other.path, &paths));
+        if !is_kept && !input::is_one_of(&entry.path, &paths) {
+            let path = entry.path.clone();
+            return Err(ImagesFailure::NeededByOther { path, parent }.into());
+        }
+    }
+    Ok(())
+}
+
+/// Removes the files of `chain` after the first one, which has all of their state now and is
+/// durable. The oldest is removed first, so that what is left after a crash is not linked to an
+/// image that it does not follow. Returns the paths.
+pub fn remove_merged(session: &Session, chain: &Chain) -> anyhow::Result<Vec<PathBuf>> {
+    let first = chain.paths().next().unwrap_or(Path::new("")).to_owned();
+    let mut removed = Vec::new();
+    for image in chain.images().skip(1) {
+        let left = image.path().to_owned();
+        if !is_still_at(image, &left) {
+            session.warn(&format!(
+                "{left:?} was replaced meanwhile, and is not removed"
+            ));
+            continue;
+        }
+        fs::remove_file(&left).map_err(|source| ImagesFailure::NotRemoved {
+            path: first.clone(),
+            left: left.clone(),
+            source,
+        })?;
+        removed.push(left);
+    }
+    for dir in removed.iter().map(|path| save::dir_of(path)) {
+        let synced = File::open(dir).and_then(|dir| dir.sync_all());
+        synced.with_context(|| format!("cannot bring the removals in {dir:?} to the disk"))?;
+    }
+    Ok(removed)
+}
+
+fn is_still_at(image: &Image, path: &Path) -> bool {
+    let Ok(version) = image.version() else {
+        return false;
+    };
+    let identities =
+        FileIdentity::of(version.file()).and_then(|of| Ok((of, FileIdentity::at(path)?)));
+    identities.is_ok_and(|(of, at)| of.may_be(&at))
+}
+
+/// Returns the names of files, for a report.
+pub fn names(paths: &[PathBuf]) -> String {
+    let names: Vec<_> = paths.iter().map(|path| print::path(path)).collect();
+    names.join(", ")
+}

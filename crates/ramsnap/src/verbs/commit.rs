@@ -1,0 +1,75 @@
+//! `ramsnap commit`: diffs merged into the image that they build on.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::args::{Formats, FromDir, ImageFile, RawImages};
+use crate::exit_status::ExitStatus;
+use crate::failure::ImagesFailure;
+use crate::session::Session;
+use crate::{in_place, input, memory_reserve, save};
+
+/// Merge diffs into the first image, in place
+///
+/// The first file becomes the state of the last one, and has its id, so that later diffs follow it.
+/// At every instant, also after a crash, it is the complete old image or the complete new one, and
+/// the chain can be read. A raw image on a file system that shares blocks (btrfs, XFS) shares those
+/// that did not change with the old one: only the pages of the diffs are written. With --remove, the
+/// diffs are removed once the new image is on its disk.
+///
+/// A diff in the directory that was taken after a state which would be lost prevents the commit.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ramsnap commit full.mem d1.mem d2.mem --remove\n  \
+    ramsnap commit --chain snapshots d2.mem")]
+pub struct Commit {
+    /// Images, oldest first: the one to change, and the diffs
+    #[arg(required = true, value_name = "FILE", value_parser = ImageFile::parser())]
+    files: Vec<ImageFile>,
+    #[command(flatten)]
+    from: FromDir,
+    #[command(flatten)]
+    formats: Formats,
+    /// Remove the diffs after the commit
+    #[arg(long)]
+    remove: bool,
+    /// Commit though a diff in the directory was taken after a state that is lost
+    #[arg(long)]
+    force: bool,
+    /// Do not compare the files with their checksums first
+    #[arg(long)]
+    no_verify: bool,
+    #[command(flatten)]
+    raw: RawImages,
+}
+
+impl Commit {
+    /// Returns the files that are read and written.
+    pub fn files(&self) -> Vec<PathBuf> {
+        input::paths(&self.files)
+    }
+
+    /// Finds the images of the chain.
+    pub fn find_chain(&mut self) -> anyhow::Result<()> {
+        self.from.find(&mut self.files)
+    }
+
+    pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
+        if self.files.len() < 2 {
+            return Err(ImagesFailure::NothingToCommit.into());
+        }
+        memory_reserve::check_new(&self.files[0].path)?;
+        let chain = input::chain(session, &self.files, self.formats, &self.raw)?;
+        if !self.force {
+            in_place::check_not_needed(&chain)?;
+        }
+        let writer = in_place::stage(session, &chain, !self.no_verify)?;
+        save::commit(session, writer)?;
+        if self.remove {
+            let removed = in_place::remove_merged(session, &chain)?;
+            session.report(&format!("removed {}", in_place::names(&removed)))?;
+        }
+        Ok(ExitStatus::Success)
+    }
+}
