@@ -1,8 +1,10 @@
 //! The bytes that the RAM had at one point in time, while it is written by a running guest.
 
+mod reading;
 #[cfg(not(ramsnap_loom))]
 mod zeros;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -69,6 +71,8 @@ pub(crate) struct Capture {
     /// Whether the point in time of the image is reached, and the capture has not ended.
     active: AtomicBool,
     failure: Mutex<Option<Failure>>,
+    /// The number of bytes that were read of pages of which a part was read.
+    parts: Mutex<HashMap<u64, u64>>,
     /// The number of threads that wait for the copy of another one.
     waiting: AtomicU64,
     /// Guards no data. A thread that waits holds it from its look at the state on.
@@ -102,6 +106,7 @@ impl Capture {
             page_size,
             active: AtomicBool::new(false),
             failure: Mutex::new(None),
+            parts: Mutex::new(HashMap::new()),
             waiting: AtomicU64::new(0),
             copying: Mutex::new(()),
             copied: Condvar::new(),
@@ -169,12 +174,20 @@ impl Capture {
     ///
     /// Waits while the pool is full. After it returns, the pages may be overwritten.
     pub(crate) fn save(&self, range: Range<u64>) {
-        let protected = self.save_pages(range.clone());
-        if protected || !self.active.load(Ordering::SeqCst) {
+        if !self.save_pages(range.clone()) {
+            self.check_discarded(range);
+        }
+    }
+
+    /// Fails the capture if a page of `range`, which is marked next, was discarded unseen. If it
+    /// was written since, its bytes are not those of the image.
+    ///
+    /// A page that a fault has unprotected and not marked yet looks discarded. The caller handles
+    /// faults itself, or no fault is being handled.
+    pub(crate) fn check_discarded(&self, range: Range<u64>) {
+        if !self.active.load(Ordering::SeqCst) {
             return;
         }
-        // A page that was discarded before the point in time and written since is not in the image.
-        // Afterwards it is marked, like the other pages of the range.
         match self.memory.find_discarded(range.clone()) {
             Ok(None) => {}
             Ok(Some(offset)) => self.fail(Failure::Discarded { offset }),
@@ -182,8 +195,9 @@ impl Capture {
         }
     }
 
-    /// Returns whether all pages were copied, and found to be protected, by this call.
-    fn save_pages(&self, range: Range<u64>) -> bool {
+    /// Copies pages to the pool like [`save`](Self::save). Returns whether all of them were copied,
+    /// and found to be protected, by this call.
+    pub(crate) fn save_pages(&self, range: Range<u64>) -> bool {
         let mut protected = true;
         for page in range.start / self.page_size..range.end.div_ceil(self.page_size) {
             if !self.active.load(Ordering::SeqCst) {
@@ -258,97 +272,6 @@ impl Capture {
         self.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// Copies the bytes that the RAM had at the point in time. Each byte is read once, by one
-    /// thread, and the bytes of a page in ascending order: a page is free when its last byte was
-    /// read.
-    pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
-        let (mut offset, mut buf) = (offset, buf);
-        while !buf.is_empty() {
-            let batch = BATCH_PAGES * self.page_size;
-            let left = (batch - offset % batch) as usize;
-            let (now, later) = buf.split_at_mut(buf.len().min(left));
-            if let Err(failure) = self.read_batch(offset, now) {
-                self.fail(failure);
-                return Err(self.failure().unwrap_or(Failure::Ended));
-            }
-            offset += now.len() as u64;
-            buf = later;
-        }
-        Ok(())
-    }
-
-    /// Copies the bytes of at most [`BATCH_PAGES`] pages.
-    fn read_batch(&self, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
-        let end = offset + buf.len() as u64;
-        let mut held = Held {
-            capture: self,
-            pages: 0..0,
-        };
-        for page in offset / self.page_size..end.div_ceil(self.page_size) {
-            if self.claim(page)? {
-                held.add(page);
-                continue;
-            }
-            let page_end = (page + 1) * self.page_size;
-            let piece = offset.max(page_end - self.page_size)..end.min(page_end);
-            let before = (piece.start - offset) as usize;
-            self.copy_held(&mut held, offset, &mut buf[..before])?;
-            let bytes = &mut buf[before..(piece.end - offset) as usize];
-            let from = (piece.start % self.page_size) as usize;
-            let is_last = piece.end == page_end;
-            if !self.pool.read(page, from, bytes, is_last) {
-                return Err(Failure::Ended);
-            }
-            if is_last {
-                let freed = self.states.change(page, PageState::Pooled, PageState::Free);
-                debug_assert_eq!(freed, Ok(()));
-            }
-        }
-        self.copy_held(&mut held, offset, buf)
-    }
-
-    /// Claims a page that memory has, or returns `false` for one in the pool.
-    fn claim(&self, page: u64) -> Result<bool, Failure> {
-        loop {
-            if !self.active.load(Ordering::SeqCst) {
-                return Err(Failure::Ended);
-            }
-            match self
-                .states
-                .change(page, PageState::Pending, PageState::Copying)
-            {
-                Ok(()) => return Ok(true),
-                Err(PageState::Pooled) => return Ok(false),
-                // A fault copies it.
-                Err(PageState::Copying) => self.wait_for_copy(page),
-                Err(PageState::Pending) => {}
-                Err(PageState::Free) => {
-                    let offset = page * self.page_size;
-                    return Err(Failure::NotPending { offset });
-                }
-            }
-        }
-    }
-
-    /// Copies the held pages, which are the last ones before the end of `buf`, and ends their copy.
-    /// `buf` begins at `offset`.
-    fn copy_held(&self, held: &mut Held<'_>, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
-        if held.pages.is_empty() {
-            return Ok(());
-        }
-        let end = offset + buf.len() as u64;
-        let start = offset.max(held.pages.start * self.page_size);
-        self.copy_protected(start, &mut buf[(start - offset) as usize..])?;
-        self.end_copies(std::mem::take(&mut held.pages), |page| {
-            match end >= (page + 1) * self.page_size {
-                true => PageState::Free,
-                // The rest of the page is read later.
-                false => PageState::Pending,
-            }
-        });
-        Ok(())
-    }
-
     /// Copies the bytes of pages that the calling thread has set to
     /// [`Copying`](PageState::Copying), and checks that they were not discarded.
     fn copy_protected(&self, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
@@ -361,29 +284,6 @@ impl Capture {
             true => Ok(()),
             false => Err(Failure::Discarded { offset }),
         }
-    }
-}
-
-/// Adjacent pages in the state [`Copying`](PageState::Copying). They are pending again on drop.
-struct Held<'c> {
-    capture: &'c Capture,
-    pages: Range<u64>,
-}
-
-impl Held<'_> {
-    /// Adds the page that follows.
-    fn add(&mut self, page: u64) {
-        if self.pages.is_empty() {
-            self.pages.start = page;
-        }
-        self.pages.end = page + 1;
-    }
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        let pages = std::mem::take(&mut self.pages);
-        self.capture.end_copies(pages, |_| PageState::Pending);
     }
 }
 

@@ -33,6 +33,15 @@ impl CaptureSlot {
         }
     }
 
+    /// Copies pages like [`before_write`](Self::before_write), and returns the capture. The caller
+    /// looks for [discarded](Capture::check_discarded) pages.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn copy_pages(&self, range: Range<u64>) -> Option<Arc<Capture>> {
+        let capture = self.current()?;
+        capture.save_pages(range);
+        Some(capture)
+    }
+
     fn current(&self) -> Option<Arc<Capture>> {
         self.0
             .read()

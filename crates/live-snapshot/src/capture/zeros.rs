@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use host_memory::SecretBuffer;
 
-use super::{Capture, Failure, Held};
+use super::reading::Held;
+use super::{Capture, Failure};
 use crate::page_states::PageState;
 
 /// The minimum number of bytes of zeros that are not stored, as in full images of a paused guest:

@@ -2,7 +2,7 @@
 
 use std::io::{self, PipeReader};
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard};
 
 use dirty_bitmap::WriteTracker;
 use nix::errno::Errno;
@@ -25,6 +25,11 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    /// Waits until no fault is being handled, and until the result is dropped.
+    pub(super) fn no_faults(&self) -> RwLockWriteGuard<'_, ()> {
+        self.faults.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Handles faults until `closed` hangs up.
     pub(super) fn handle_faults(&self, closed: &PipeReader) {
         if let Err(error) = self.until_closed(closed) {

@@ -149,7 +149,7 @@ impl WriteProtection for UffdProtection {
         self.change(range, Userfaultfd::write_protect)
     }
 
-    /// A page of private memory that was discarded is found by its missing protection.
+    /// A page of anonymous memory that was discarded is found by its missing protection.
     fn may_bridge(&self) -> bool {
         false
     }

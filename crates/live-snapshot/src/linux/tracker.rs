@@ -4,7 +4,7 @@ mod options;
 
 use std::io::{self, PipeWriter};
 use std::ops::Range;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 
 use dirty_bitmap::{Extension, ParentImage, TrackedBitmap, TrackedEpoch};
@@ -39,10 +39,11 @@ pub use options::UffdTrackerOptions;
 /// - **Writes by another mapping or by the file** of shared memory, in this process too (`pwrite`
 ///   to a memfd). Mark them.
 /// - **Discards** (balloon, free page reporting, `MADV_DONTNEED`, `MADV_REMOVE`, hole punching):
-///   make them in [`discard`](Self::discard), at any time. Private memory loses its protection by
+///   make them in [`discard`](Self::discard), at any time. Anonymous memory loses its protection by
 ///   other discards: a snapshot in progress ends with
 ///   [`LiveError::Discarded`](crate::LiveError::Discarded), and the next one marks the pages.
-///   Shared memory keeps its protection, so other discards of it are not noticed.
+///   Memory of files keeps its protection, memfds and private mappings included, so other discards
+///   of it are not noticed.
 ///
 /// # Child processes
 /// After `fork`, a child has private memory of its own, whose writes are not tracked. Shared memory
@@ -85,6 +86,8 @@ pub use options::UffdTrackerOptions;
 pub struct UffdTracker {
     shared: Arc<Shared>,
     pagemap: Pagemap,
+    /// Held for reading by discards, and for writing at the point in time of a snapshot.
+    discards: RwLock<()>,
     /// Closing this end stops the thread.
     hang_up: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
@@ -149,14 +152,20 @@ impl UffdTracker {
         self.bitmap().mark_range(offset, len).map(drop)
     }
 
-    /// Copies the pages that a snapshot in progress needs, and ends it if they were discarded: a
-    /// mark hides that their protection is missing.
+    /// Copies the pages that a snapshot in progress needs, and ends it if pages were discarded
+    /// unseen: a mark hides that their protection is missing.
     fn look_before_mark(&self, offset: u64, len: u64) -> Result<(), dirty_bitmap::OutOfRange> {
         // Returns the error for a range that is not RAM.
         self.bitmap().is_dirty(offset)?;
         let ram_size = self.bitmap().ram_size();
         let end = offset.saturating_add(len).min(ram_size);
-        self.shared.protection.slot().before_write(offset..end);
+        // Whole pages: the mark is of whole pages too.
+        let page_size = self.bitmap().page_size();
+        let range = offset - offset % page_size..end.next_multiple_of(page_size).min(ram_size);
+        if let Some(capture) = self.shared.protection.slot().copy_pages(range.clone()) {
+            let _no_faults = self.shared.no_faults();
+            capture.check_discarded(range);
+        }
         Ok(())
     }
 
@@ -176,8 +185,8 @@ impl UffdTracker {
         discard: impl FnOnce() -> T,
     ) -> Result<T, dirty_bitmap::OutOfRange> {
         // A snapshot's point in time is before the copy or after the discard.
-        let faults = self.shared.faults.read();
-        let _faults = faults.unwrap_or_else(PoisonError::into_inner);
+        let discards = self.discards.read();
+        let _discards = discards.unwrap_or_else(PoisonError::into_inner);
         self.look_before_mark(offset, len)?;
         // Marked before too: a page that lost its protection without a mark ends a snapshot.
         self.bitmap().mark_range(offset, len)?;
@@ -257,8 +266,9 @@ impl LiveTracker for UffdTracker {
         epoch: &mut TrackedEpoch,
         frozen: &mut dyn FnMut(&Extension<'_>),
     ) -> Result<(), CheckpointFailed> {
-        let no_faults = self.shared.faults.write();
-        let _no_faults = no_faults.unwrap_or_else(PoisonError::into_inner);
+        let no_discards = self.discards.write();
+        let _no_discards = no_discards.unwrap_or_else(PoisonError::into_inner);
+        let _no_faults = self.shared.no_faults();
         frozen(&self.checkpoint_incremental(epoch)?);
         Ok(())
     }
@@ -280,8 +290,11 @@ impl LiveTracker for UffdTracker {
         for mut addresses in protection.addresses(range) {
             while let Some(run) = self.pagemap.first_unprotected(addresses.clone())? {
                 let offset = protection.offset_of(run.start).unwrap_or(0);
-                let offsets = offset..offset + (run.end - run.start);
-                let mut pages = offsets.step_by(usize::try_from(bitmap.page_size()).unwrap_or(1));
+                let end = offset + (run.end - run.start);
+                // The run may begin and end inside of pages.
+                let page_size = bitmap.page_size();
+                let first = offset - offset % page_size;
+                let mut pages = (first..end).step_by(usize::try_from(page_size).unwrap_or(1));
                 let is_clean = |page: &u64| bitmap.is_dirty(*page) == Ok(false);
                 if let Some(page) = pages.find(is_clean) {
                     return Ok(Some(page));
@@ -301,8 +314,7 @@ impl LiveTracker for UffdTracker {
             && let Some(found) = self.find_discarded(at..ram_size)?
         {
             // A page that a fault has unprotected is marked next.
-            let no_faults = self.shared.faults.write();
-            let no_faults = no_faults.unwrap_or_else(PoisonError::into_inner);
+            let no_faults = self.shared.no_faults();
             if let Some(page) = self.find_discarded(found..found + page_size)? {
                 bitmap.mark_range(page, page_size)?;
                 first.get_or_insert(page);

@@ -170,6 +170,7 @@ pub(crate) struct Images {
     dir: tempfile::TempDir,
     layout: Layout,
     size: u64,
+    page_size: u64,
     opened: u32,
     paths: Vec<PathBuf>,
     newest: Option<ImageId>,
@@ -177,7 +178,12 @@ pub(crate) struct Images {
 
 impl Images {
     pub(crate) fn new(layout: Layout, size: u64) -> Self {
+        Self::with_pages(layout, size, PAGE)
+    }
+
+    pub(crate) fn with_pages(layout: Layout, size: u64, page_size: u64) -> Self {
         Self {
+            page_size,
             dir: tempfile::tempdir().unwrap(),
             layout,
             size,
@@ -218,7 +224,7 @@ impl Images {
             self.paths.clear();
         }
         let options = options.layout(self.layout).seal(seal);
-        let writer = options.open(&path, self.size, PAGE).unwrap();
+        let writer = options.open(&path, self.size, self.page_size).unwrap();
         self.paths.push(path);
         self.newest = writer.image_id();
         writer
@@ -235,8 +241,8 @@ impl Images {
     pub(crate) fn contents(&self) -> Vec<u8> {
         let (first, diffs) = self.paths.split_first().unwrap();
         let mut chain = match self.layout {
-            Layout::Raw => Chain::open_raw(first, PAGE).unwrap(),
-            Layout::Sealed | Layout::Packed => Chain::open(first, PAGE).unwrap(),
+            Layout::Raw => Chain::open_raw(first, self.page_size).unwrap(),
+            Layout::Sealed | Layout::Packed => Chain::open(first, self.page_size).unwrap(),
         };
         for diff in diffs {
             match self.layout {

@@ -98,6 +98,7 @@ impl UffdTrackerOptions {
         Ok(UffdTracker {
             shared,
             pagemap,
+            discards: RwLock::new(()),
             hang_up: Some(hang_up),
             thread: Some(thread),
             memory: Memory(Arc::clone(memory) as _),

@@ -155,7 +155,13 @@ pub(crate) const CRATES: [Mutated; 7] = [
         "live-snapshot",
         &[
             &["discards", "handler", "hvf", "limits", "precopy"],
-            &["cancellation", "consistency", "processes", "trackers"],
+            &[
+                "cancellation",
+                "consistency",
+                "processes",
+                "tracked_pages",
+                "trackers",
+            ],
         ],
     ),
     // Its other modules run on all systems. Most of their tests need no framework.
