@@ -132,6 +132,7 @@ mod parallel;
 mod raw;
 mod restore;
 mod trace;
+mod verified;
 mod verify;
 
 // The crates whose types are in public signatures.
@@ -159,6 +160,7 @@ pub use map::{MappedChain, MappedChainOptions, MappedImage};
 pub use restore::GuestMemoryTarget;
 pub use restore::{HostRam, RamTarget, TargetMemory};
 pub use sparse_file::{CancelGuard, CancelToken, Pass, Progress, ProgressFn};
+pub use verified::VerifiedChain;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

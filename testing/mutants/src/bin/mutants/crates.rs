@@ -118,6 +118,7 @@ pub(crate) const CRATES: [Mutated; 7] = [
                 "identity",
                 "links",
                 "verification",
+                "verified_chain",
             ],
             &["chains", "damage", "raw_diffs", "restore_targets"],
             &["bad_input", "call_orders", "comparison", "oracle"],
