@@ -104,8 +104,10 @@ fn without_poison_moved_memory_is_inaccessible(#[case] more_flags: libc::c_int) 
 fn panic_of_a_thread_unblocks_waiters() {
     needs!(Userfaultfd);
     let (mut ram, _file) = start(LazyRam::options().prefetch(false));
-    ram.spawn("panics", || panic!("on purpose")).unwrap();
-    ram.threads.pop().unwrap().join().unwrap_err();
+    ram.filling
+        .spawn("panics", || panic!("on purpose"))
+        .unwrap();
+    ram.filling.threads.pop().unwrap().join().unwrap_err();
     assert_eq!(read(&ram, 0), Err(Errno::EFAULT));
     let why = ram.wait().unwrap_err();
     assert!(
@@ -138,11 +140,12 @@ fn threads_that_fill_memory_block_signals(#[case] in_the_background: bool) {
     let held = pages.hold();
     if in_the_background {
         assert!(pages.status().begin_prefetch());
-        let prefetcher = Arc::clone(&ram.prefetcher);
-        ram.spawn(PREFETCHER, move || {
-            _ = prefetcher.run(&mut || ControlFlow::Continue(()));
-        })
-        .unwrap();
+        let prefetcher = Arc::clone(&ram.filling.prefetcher);
+        ram.filling
+            .spawn(PREFETCHER, move || {
+                _ = prefetcher.run(&mut || ControlFlow::Continue(()));
+            })
+            .unwrap();
     }
     thread::scope(|scope| {
         scope.spawn(|| ram.wait().unwrap());
