@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use memory_image::{Progress, ProgressFn};
 
 use crate::error::{LazyError, WaitError};
 use crate::fault_handler::PageFaultHandler;
+use crate::ledger::locked;
 use crate::pages::Pages;
 use crate::prefetcher::Prefetcher;
 use crate::trace;
@@ -30,7 +31,7 @@ pub(crate) struct Filling {
     handler: Arc<PageFaultHandler>,
     pub(crate) prefetcher: Arc<Prefetcher>,
     /// The threads of both.
-    pub(crate) threads: Vec<JoinHandle<()>>,
+    pub(crate) threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Filling {
@@ -44,12 +45,12 @@ impl Filling {
             pages,
             handler: Arc::new(handler),
             prefetcher: Arc::new(prefetcher),
-            threads: Vec::new(),
+            threads: Mutex::default(),
         }
     }
 
     /// Starts `handlers` threads that handle faults, and the prefetcher if `prefetching`.
-    pub(crate) fn start(&mut self, handlers: usize, prefetching: bool) -> Result<(), LazyError> {
+    pub(crate) fn start(&self, handlers: usize, prefetching: bool) -> Result<(), LazyError> {
         trace::started(self.pages.memory_size(), prefetching);
         for _ in 0..handlers {
             let handler = Arc::clone(&self.handler);
@@ -67,7 +68,7 @@ impl Filling {
     }
 
     pub(crate) fn spawn(
-        &mut self,
+        &self,
         name: &str,
         work: impl FnOnce() + Send + 'static,
     ) -> Result<(), LazyError> {
@@ -80,7 +81,7 @@ impl Filling {
             work();
         });
         drop(blocked);
-        self.threads.push(thread.map_err(UserfaultfdError::Thread)?);
+        locked(&self.threads).push(thread.map_err(UserfaultfdError::Thread)?);
         Ok(())
     }
 
@@ -148,15 +149,15 @@ impl Filling {
     }
 
     /// Waits until the threads have ended by themselves.
-    pub(crate) fn join(&mut self) {
-        for thread in self.threads.drain(..) {
+    pub(crate) fn join(&self) {
+        for thread in locked(&self.threads).drain(..) {
             // The panic, if any, was reported as an error.
             _ = thread.join();
         }
     }
 
     /// Stops the threads.
-    pub(crate) fn stop(&mut self) {
+    pub(crate) fn stop(&self) {
         let status = self.pages.status();
         status.stop_prefetch();
         status.stop_handler();

@@ -143,7 +143,7 @@ impl LazyRam {
     }
 
     /// Starts the fault handler, and the prefetcher if `prefetching`.
-    pub(crate) fn start(&mut self, prefetching: bool) -> Result<(), LazyError> {
+    pub(crate) fn start(&self, prefetching: bool) -> Result<(), LazyError> {
         self.filling.start(1, prefetching)
     }
 

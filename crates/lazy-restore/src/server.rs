@@ -71,7 +71,7 @@ use handshake::Received;
 /// use lazy_restore::{PageServer, VmEnd};
 /// use memory_image::{Chain, VerifiedChain};
 ///
-/// let chain = Chain::open_sealed(["full.mem", "d1.mem"])?;
+/// let chain = Chain::open_sealed(&["full.mem", "d1.mem"])?;
 /// let server = PageServer::options().source(VerifiedChain::new(chain))?;
 /// let socket = UnixListener::bind("/run/vm/pages.sock")?;
 /// let (connection, _) = socket.accept()?; // after `PUT /snapshot/load`
@@ -213,7 +213,7 @@ impl PageServer {
         } = self.options;
         let handler = PageFaultHandler::new(Arc::clone(&pages), fault_around, record);
         let prefetcher = Prefetcher::new(Arc::clone(&pages), self.options.working_set.clone());
-        let mut filling = Filling::new(pages, handler, prefetcher);
+        let filling = Filling::new(pages, handler, prefetcher);
         let started = filling.start(self.options.handlers, self.options.prefetches());
         started.inspect_err(|_| filling.stop())?;
         let id = client.process.id();

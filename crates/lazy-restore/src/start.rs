@@ -136,7 +136,7 @@ impl LazyRamOptions {
         let pages = Arc::new(pages.map_err(UserfaultfdError::Thread)?);
         let handler = PageFaultHandler::new(Arc::clone(&pages), self.fault_around, self.record);
         let prefetcher = Prefetcher::new(Arc::clone(&pages), self.working_set.clone());
-        let mut ram = LazyRam::new(Filling::new(pages, handler, prefetcher), region);
+        let ram = LazyRam::new(Filling::new(pages, handler, prefetcher), region);
         ram.start(prefetching)?;
         Ok(ram)
     }

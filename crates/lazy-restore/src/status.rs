@@ -26,6 +26,8 @@ pub(crate) struct Status {
     finished: AtomicBool,
     /// Set once all pages were filled.
     filled: AtomicBool,
+    /// Set before another process is ended because its memory cannot be filled.
+    aborted: AtomicBool,
     /// Set once the process that owns the memory has exited.
     exited: AtomicBool,
     /// Readable once the fault handler is to end. A pipe would not work: a forked child may keep
@@ -57,6 +59,7 @@ impl Status {
             stop_prefetch: AtomicBool::new(false),
             finished: AtomicBool::new(false),
             filled: AtomicBool::new(false),
+            aborted: AtomicBool::new(false),
             exited: AtomicBool::new(false),
             stopping: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
         })
@@ -138,6 +141,17 @@ impl Status {
     /// Returns whether all pages were filled.
     pub(crate) fn is_filled(&self) -> bool {
         self.filled.load(Ordering::Acquire)
+    }
+
+    /// Records that the process is ended because its memory cannot be filled. Returns whether this
+    /// is the first call.
+    pub(crate) fn begin_abort(&self) -> bool {
+        !self.aborted.swap(true, Ordering::AcqRel)
+    }
+
+    /// Returns whether the process is ended because its memory cannot be filled.
+    pub(crate) fn is_aborted(&self) -> bool {
+        self.aborted.load(Ordering::Acquire)
     }
 
     /// Records that the process that owns the memory has exited.

@@ -41,7 +41,7 @@ use crate::image::Image;
 /// # writer.write_full(&vec![1; 1 << 20])?;
 /// # writer.commit()?;
 ///
-/// let chain = VerifiedChain::new(Chain::open_sealed([&path])?);
+/// let chain = VerifiedChain::new(Chain::open_sealed(&[&path])?);
 /// let mut page = [0; 4096];
 /// chain.read_at(8192, &mut page)?; // fails if any page of the chunk is damaged
 /// # Ok::<(), Box<dyn std::error::Error>>(())

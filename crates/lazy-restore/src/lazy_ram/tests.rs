@@ -8,8 +8,12 @@ use nix::libc;
 use rstest::rstest;
 use test_machine::{assert_handles_no_signals, needs};
 
+use std::thread;
+
 use super::*;
+use crate::filling::PREFETCHER;
 use crate::region::host_page;
+use crate::userfaultfd::UserfaultfdError;
 
 /// Starts RAM of one page that is stored in the image and one page that is not.
 fn start(options: LazyRamOptions) -> (LazyRam, tempfile::NamedTempFile) {
@@ -107,7 +111,14 @@ fn panic_of_a_thread_unblocks_waiters() {
     ram.filling
         .spawn("panics", || panic!("on purpose"))
         .unwrap();
-    ram.filling.threads.pop().unwrap().join().unwrap_err();
+    ram.filling
+        .threads
+        .lock()
+        .unwrap()
+        .pop()
+        .unwrap()
+        .join()
+        .unwrap_err();
     assert_eq!(read(&ram, 0), Err(Errno::EFAULT));
     let why = ram.wait().unwrap_err();
     assert!(
@@ -135,7 +146,7 @@ fn stopped_prefetch_is_not_reported_as_complete() {
 #[case::in_wait(false)]
 fn threads_that_fill_memory_block_signals(#[case] in_the_background: bool) {
     needs!(Userfaultfd);
-    let (mut ram, _file) = start(LazyRam::options().prefetch(false));
+    let (ram, _file) = start(LazyRam::options().prefetch(false));
     let pages = Arc::clone(&ram.pages);
     let held = pages.hold();
     if in_the_background {

@@ -14,14 +14,15 @@ use crate::userfaultfd::UserfaultfdError;
 
 impl Pages {
     pub(super) fn abort_peer(&self, why: LazyError) {
-        match self.peer_has_exited() || why.is_of_exit() {
-            true => self.end_with_peer(),
-            false => {
-                self.status.record_error(why);
-                self.revoke();
-                self.status.end_prefetch();
-                self.status.stop_handler();
-            }
+        if !self.status.is_aborted() && (self.peer_has_exited() || why.is_of_exit()) {
+            return self.end_with_peer();
+        }
+        // Another thread may have found a reason at the same time, or the process was killed.
+        if self.status.begin_abort() {
+            self.status.record_error(why);
+            self.revoke();
+            self.status.end_prefetch();
+            self.status.stop_handler();
         }
     }
 

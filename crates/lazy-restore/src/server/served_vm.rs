@@ -1,8 +1,8 @@
 //! A VM whose RAM is being filled.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 
 use memory_image::Progress;
 
@@ -21,7 +21,7 @@ pub struct ServedVm {
     filling: Filling,
     process: i32,
     vms: Arc<Vms>,
-    end: Option<VmEnd>,
+    end: OnceLock<VmEnd>,
 }
 
 /// The way in which serving a VM has ended.
@@ -43,7 +43,7 @@ impl ServedVm {
             filling,
             process,
             vms,
-            end: None,
+            end: OnceLock::new(),
         }
     }
 
@@ -86,14 +86,18 @@ impl ServedVm {
     }
 
     /// Waits until the RAM is filled, or the VM has ended otherwise. Without prefetching, the RAM
-    /// is only filled by [`complete`](Self::complete).
-    pub fn wait(&mut self) -> VmEnd {
-        if let Some(end) = &self.end {
-            return end.clone();
-        }
+    /// is only filled by [`complete`](Self::complete), which another thread may call meanwhile.
+    pub fn wait(&self) -> VmEnd {
+        self.end.get_or_init(|| self.join()).clone()
+    }
+
+    fn join(&self) -> VmEnd {
         self.filling.join();
         let status = self.filling.pages().status();
         let (end, number) = match status.failure() {
+            Some(error) if status.is_aborted() => {
+                (VmEnd::Failed(Arc::clone(error)), &self.vms.failed)
+            }
             _ if status.has_exited() => (VmEnd::Exited, &self.vms.exited),
             Some(error) if !status.is_filled() => {
                 (VmEnd::Failed(Arc::clone(error)), &self.vms.failed)
@@ -102,7 +106,7 @@ impl ServedVm {
         };
         number.fetch_add(1, Ordering::Relaxed);
         self.vms.served.fetch_sub(1, Ordering::Relaxed);
-        self.end.insert(end).clone()
+        end
     }
 }
 
@@ -110,7 +114,7 @@ impl Drop for ServedVm {
     fn drop(&mut self) {
         let pages = Arc::clone(self.filling.pages());
         let status = pages.status();
-        if self.end.is_none() && !status.is_finished() {
+        if self.end.get().is_none() && !status.is_finished() {
             pages.revoke();
         }
         self.filling.stop();
