@@ -7,6 +7,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::exit_status::ExitStatus;
 use crate::memory_reserve;
 use crate::session::Session;
+#[cfg(target_os = "linux")]
+use crate::verbs::serve;
 use crate::verbs::{
     completions, convert, demo, diff, dump, info, man, map, merge, restore, sweep, verify,
 };
@@ -44,6 +46,8 @@ pub enum Verb {
     Merge(merge::Merge),
     Convert(convert::Convert),
     Restore(restore::Restore),
+    #[cfg(target_os = "linux")]
+    Serve(Box<serve::Serve>),
     Sweep(sweep::Sweep),
     Demo(demo::Demo),
     Man(man::Man),
@@ -59,6 +63,8 @@ impl Verb {
             Self::Diff(diff) => diff.prints_differences() || !quiet,
             Self::Convert(convert) => convert.sends() || !quiet,
             Self::Sweep(sweep) => sweep.json || !quiet,
+            #[cfg(target_os = "linux")]
+            Self::Serve(_) => !quiet,
             Self::Dump(_) | Self::Merge(_) | Self::Restore(_) | Self::Man(_) => !quiet,
         }
     }
@@ -74,6 +80,8 @@ impl Verb {
             Self::Merge(merge) => merge.files(),
             Self::Convert(convert) => convert.files(),
             Self::Restore(restore) => restore.files(),
+            #[cfg(target_os = "linux")]
+            Self::Serve(serve) => serve.files(),
             Self::Sweep(_) | Self::Demo(_) | Self::Man(_) | Self::Completions(_) => Vec::new(),
         }
     }
@@ -84,6 +92,8 @@ impl Verb {
             Self::Info(_) | Self::Verify(_) => true,
             Self::Map(map) => map.prints_map(),
             Self::Diff(diff) => diff.prints_differences(),
+            #[cfg(target_os = "linux")]
+            Self::Serve(_) => false,
             Self::Dump(_)
             | Self::Merge(_)
             | Self::Convert(_)
@@ -108,6 +118,8 @@ impl Verb {
             Self::Merge(merge) => merge.run(session),
             Self::Convert(convert) => convert.run(session),
             Self::Restore(restore) => restore.run(session),
+            #[cfg(target_os = "linux")]
+            Self::Serve(serve) => serve.run(session),
             Self::Sweep(sweep) => sweep.run(session),
             Self::Demo(demo) => demo.run(session, &|words| {
                 Cli::try_parse_from(words)?.verb.run(session)
@@ -129,6 +141,7 @@ A tour:
   ramsnap merge full.mem d1.mem -o new.mem           one full image of both
   ramsnap convert full.mem -o - --zstd | ssh host ramsnap convert - --zstd -o full.mem
   ramsnap restore full.mem d1.mem -o /dev/shm/ram2   restore the RAM for a new guest
+  ramsnap serve --socket S full.mem d1.mem           fill the RAM of VMMs that load the snapshot
   ramsnap sweep --dry-run .                          list the files that killed writers left
 
 Exit status:

@@ -10,5 +10,7 @@ pub mod man;
 pub mod map;
 pub mod merge;
 pub mod restore;
+#[cfg(target_os = "linux")]
+pub mod serve;
 pub mod sweep;
 pub mod verify;

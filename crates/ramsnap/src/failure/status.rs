@@ -71,12 +71,16 @@ impl Failure {
             | Self::TargetRead { .. }
             | Self::RamBeingRestored { .. }
             | Self::RamMoved { .. }
+            | Self::SocketInUse { .. }
+            | Self::PassedSocket
             | Self::NoRoomOver { .. }
             | Self::NoHugePages { .. } => ExitStatus::Failed,
             #[cfg(target_os = "linux")]
-            Self::NoRegion { .. } | Self::PartOfRam { .. } | Self::RegionTwice { .. } => {
-                ExitStatus::Usage
-            }
+            Self::NoRegion { .. }
+            | Self::PartOfRam { .. }
+            | Self::RegionTwice { .. }
+            | Self::NoSocket
+            | Self::NotASocket { .. } => ExitStatus::Usage,
             Self::Interrupted { .. } => interrupt::exit_status(),
         }
     }
