@@ -267,8 +267,8 @@ impl Interrupt {
         Ok(reader)
     }
 
-    /// Returns a pipe that gets a byte for each signal, for a verb that decides itself what a signal
-    /// does.
+    /// Returns a pipe that gets a byte for each signal, for a verb that decides itself what a
+    /// signal does.
     #[cfg(target_os = "linux")]
     pub fn forward(&self) -> io::Result<PipeReader> {
         let (reader, writer) = io::pipe()?;

@@ -40,7 +40,7 @@ pub enum ServeError {
     Process(#[source] io::Error),
     /// A region is not memory that its userfaultfd can fill.
     #[error(
-        "the memory region of {len} bytes at {address:#x} cannot be filled: {what}: send regions \
+        "the memory region of length {len} at {address:#x} cannot be filled: {what}: send regions \
          that are registered with the userfaultfd"
     )]
     Region {

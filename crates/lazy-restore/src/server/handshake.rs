@@ -55,10 +55,10 @@ impl Received {
                 None => {}
             }
             if self.bytes.len() > MAX_MESSAGE {
-                return Err(MessageError::TooLong { most: MAX_MESSAGE }.into());
+                return Err(MessageError::TooLong.into());
             }
         }
-        Err(MessageError::TooLong { most: MAX_PARTS }.into())
+        Err(MessageError::TooLong.into())
     }
 
     /// Receives a part, and returns its length. Returns `None` if there is none.
@@ -203,10 +203,7 @@ mod tests {
         drop(server);
         writer.join().unwrap();
         assert!(
-            matches!(
-                refused,
-                Err(ServeError::Message(MessageError::TooLong { .. }))
-            ),
+            matches!(refused, Err(ServeError::Message(MessageError::TooLong))),
             "{refused:?}"
         );
     }

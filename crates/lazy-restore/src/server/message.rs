@@ -176,7 +176,7 @@ pub enum MessageError {
     #[error("the message lists no memory region")]
     NoRegions,
     /// It lists too many regions.
-    #[error("the message lists more than {most} memory regions")]
+    #[error("the message lists too many memory regions (at most {most})")]
     TooMany {
         /// The most regions that are accepted.
         most: usize,
@@ -233,12 +233,9 @@ pub enum MessageError {
         /// The size of the RAM in bytes.
         ram_size: u64,
     },
-    /// It is longer than any list of regions.
-    #[error("the message is longer than {most} bytes")]
-    TooLong {
-        /// The most bytes that are read.
-        most: usize,
-    },
+    /// It is longer than any list of regions, or is sent in very many parts.
+    #[error("the message is too long, or in too many parts: send a list of memory regions at once")]
+    TooLong,
 }
 
 #[cfg(test)]

@@ -86,9 +86,9 @@ impl AsFd for Socket {
 }
 
 impl Socket {
-    /// Removes the file of a socket that was created: no process can connect any more. Connections that
-    /// wait are still to be accepted. Those of a passed socket wait for the next start: returns
-    /// false.
+    /// Removes the file of a socket that was created, so that no process can connect any more.
+    /// Connections that wait are still to be accepted. Returns false for a passed socket: its
+    /// connections wait for the next start.
     pub fn withdraw(&self) -> bool {
         let Some(Created { path, identity }) = &self.created else {
             return false;

@@ -1,4 +1,4 @@
-//! What systemd passes to a service, and what it is told.
+//! What systemd passes to a service, and what a service reports.
 
 use std::env;
 use std::io;

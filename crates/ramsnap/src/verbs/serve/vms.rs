@@ -194,7 +194,8 @@ impl Vms<'_> {
             "no more VMs are accepted: ramsnap ends when all RAM of {vms} is filled"
         ));
         let _ = systemd::notify("STOPPING=1");
-        for vm in connections.values().flatten().cloned() {
+        for vm in connections.values().flatten() {
+            let vm = Arc::clone(vm);
             let thread = thread::Builder::new().name("complete".to_owned());
             // Without a thread, the VM is filled as far as it touches its RAM.
             let _ = thread.spawn_scoped(scope, move || vm.complete());
