@@ -1,8 +1,8 @@
 //! Checks at compile time which public types threads may send and share.
 
 use crate::{
-    LazyError, LazyRam, LazyRamOptions, RamSegment, RamSource, SizedReader, WaitError, WorkingSet,
-    WorkingSetError,
+    LazyError, LazyRam, LazyRamOptions, PageServer, PageServerOptions, RamSegment, RamSource,
+    ServeError, ServedVm, SizedReader, WaitError, WorkingSet, WorkingSetError,
 };
 
 fn shared<T: Send + Sync>() {}
@@ -12,8 +12,12 @@ fn main_types_are_send_and_sync() {
     shared::<LazyError>();
     shared::<LazyRam>();
     shared::<LazyRamOptions>();
+    shared::<PageServer>();
+    shared::<PageServerOptions>();
     shared::<RamSegment>();
     shared::<Box<dyn RamSource>>();
+    shared::<ServeError>();
+    shared::<ServedVm>();
     shared::<SizedReader<Vec<u8>>>();
     shared::<WaitError>();
     shared::<WorkingSet>();

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use memory_image::{NotFullError, ReadImageError};
+use nix::errno::Errno;
 use thiserror::Error;
 
 use crate::userfaultfd::UserfaultfdError;
@@ -96,5 +97,26 @@ impl LazyError {
     pub(crate) fn of_source(error: io::Error) -> Self {
         let other = |error: io::Error| error.downcast().map_or_else(Self::Source, Self::Read);
         error.downcast().map_or_else(other, Self::NotFull)
+    }
+    /// Returns whether the source of the bytes has failed, for some of its bytes.
+    pub(crate) fn is_of_source(&self) -> bool {
+        match self {
+            Self::Read(_) | Self::ReadSource { .. } => true,
+            Self::NotFull(_)
+            | Self::TargetSize { .. }
+            | Self::NoRam
+            | Self::WorkingSetSize { .. }
+            | Self::Reserve { .. }
+            | Self::Source(_)
+            | Self::Userfaultfd(_) => false,
+        }
+    }
+
+    /// Returns whether the process that owns the memory has exited.
+    pub(crate) fn is_of_exit(&self) -> bool {
+        let Self::Userfaultfd(UserfaultfdError::Fill { source, .. }) = self else {
+            return false;
+        };
+        source.raw_os_error() == Some(Errno::ESRCH as i32)
     }
 }

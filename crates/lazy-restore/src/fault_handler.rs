@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use host_memory::SecretBuffer;
 use nix::errno::Errno;
@@ -11,9 +12,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::error::LazyError;
 use crate::ledger::{Role, locked};
 use crate::pages::{Pages, wait_error};
+use crate::pause::Pause;
+use crate::target::Target;
+use crate::userfaultfd::UserfaultfdError;
 use crate::working_set::WorkingSet;
 
-/// Handles page faults in a thread of its own.
+/// Handles page faults, in one thread or several.
+///
+/// One thread at a time waits for a fault. When it has one, the next thread waits, and both faults
+/// are in flight.
 #[derive(Debug)]
 pub(crate) struct PageFaultHandler {
     pages: Arc<Pages>,
@@ -21,6 +28,8 @@ pub(crate) struct PageFaultHandler {
     around: u64,
     recorded: Option<Mutex<WorkingSet>>,
     faults: AtomicU64,
+    /// Held by the thread that waits for a fault.
+    waiting: Mutex<()>,
 }
 
 impl PageFaultHandler {
@@ -36,6 +45,7 @@ impl PageFaultHandler {
             },
             recorded: record.then(|| Mutex::new(WorkingSet::of(ram_size))),
             faults: AtomicU64::new(0),
+            waiting: Mutex::default(),
             pages,
         }
     }
@@ -60,27 +70,62 @@ impl PageFaultHandler {
 
     fn handle_faults(&self) -> Result<(), LazyError> {
         let mut buffer = SecretBuffer::new();
+        while let Some(address) = self.wait_for_fault()? {
+            self.handle_and_count(address, &mut buffer)?;
+            // Handle all faults: a fault that was read does not make the descriptor readable again.
+            while let Some(address) = self.pages.next_fault(1)? {
+                self.handle_and_count(address, &mut buffer)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for a fault. Returns `None` once this thread is to end.
+    fn wait_for_fault(&self) -> Result<Option<u64>, LazyError> {
+        let _waiting = locked(&self.waiting);
+        let (pages, mut is_stopping) = (&self.pages, false);
+        let mut pause = Pause::default();
         loop {
-            let mut ready = [
-                PollFd::new(self.pages.messages(), PollFlags::POLLIN),
-                PollFd::new(self.pages.status().stopping(), PollFlags::POLLIN),
+            if let Some(address) = pages.next_fault(0)? {
+                return Ok(Some(address));
+            }
+            if is_stopping {
+                // Continue while a thread waits for its message to be read.
+                if pages.status().has_exited() || !pages.is_changing() {
+                    return Ok(None);
+                }
+                pause.wait();
+            }
+            let mut ready = vec![
+                PollFd::new(pages.messages(), PollFlags::POLLIN),
+                PollFd::new(pages.status().stopping(), PollFlags::POLLIN),
+                PollFd::new(pages.bell(), PollFlags::POLLIN),
             ];
+            if let Target::Peer(peer) = pages.target() {
+                ready.push(PollFd::new(peer.process.exit(), PollFlags::POLLIN));
+            }
             match poll(&mut ready, PollTimeout::NONE) {
                 Err(Errno::EINTR) => continue,
                 polled => _ = polled.map_err(|errno| wait_error(errno.into()))?,
             }
-            // Handle all faults: a fault that was read does not make the descriptor readable again.
-            while let Some(address) = self.pages.next_fault()? {
-                self.handle_fault(address, &mut buffer)?;
+            let is_ready = |at: usize| ready.get(at).and_then(PollFd::any) == Some(true);
+            is_stopping = is_ready(1);
+            if is_ready(2) {
+                pages.silence();
             }
-            if ready[1].any() == Some(true) {
-                // Continue while a thread waits for its message to be read.
-                if !self.pages.is_changing() {
-                    return Ok(());
-                }
-                std::thread::yield_now();
+            if is_ready(3) {
+                pages.end_with_peer();
+                return Ok(None);
             }
         }
+    }
+
+    fn handle_and_count(&self, address: u64, buffer: &mut SecretBuffer) -> Result<(), LazyError> {
+        let started = Instant::now();
+        self.faults.fetch_add(1, Ordering::Relaxed);
+        self.handle_fault(address, buffer)?;
+        self.pages.counters().add_fault(started.elapsed());
+        Ok(())
     }
 
     /// Handles a fault: fills the page and the segment of the source around it.
@@ -89,9 +134,11 @@ impl PageFaultHandler {
     /// # Errors
     /// Fails if the page can be neither filled nor poisoned.
     fn handle_fault(&self, address: u64, buffer: &mut SecretBuffer) -> Result<(), LazyError> {
-        self.faults.fetch_add(1, Ordering::Relaxed);
         let Some(page) = self.pages.offset_of(address) else {
-            return self.pages.handle_settled(address, None);
+            return match self.pages.target() {
+                Target::Own(_) => self.pages.handle_settled(address, None),
+                Target::Peer(_) => Err(UserfaultfdError::Outside { address }.into()),
+            };
         };
         let page = page..page + self.pages.page_size();
         if self.pages.is_settled(page.start) {
@@ -112,10 +159,7 @@ impl PageFaultHandler {
             Ok(()) if self.pages.changes() == before => Ok(()),
             // The page may have been discarded instead of filled.
             Ok(()) => self.pages.handle_settled(address, Some(page.start)),
-            Err(error) => {
-                self.pages.status().record_error(error);
-                self.pages.poison(page)
-            }
+            Err(error) => self.pages.give_up(page, error),
         }
     }
 

@@ -3,25 +3,18 @@
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
-use host_memory::{BlockedSignals, HostMemory};
+use host_memory::HostMemory;
 use memory_image::{Progress, ProgressFn};
 use page_reader::{PageReader, RamLayout};
 
 use crate::error::{LazyError, WaitError};
-use crate::fault_handler::PageFaultHandler;
+use crate::filling::Filling;
 use crate::options::LazyRamOptions;
 use crate::pages::Pages;
-use crate::prefetcher::Prefetcher;
 use crate::region::Region;
-use crate::trace;
-use crate::userfaultfd::UserfaultfdError;
+use crate::target::Target;
 use crate::working_set::WorkingSet;
-
-/// The interval at which a wait for the prefetcher reports progress.
-const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Guest RAM that is filled from a chain, or another [source](crate::RamSource), on demand, so that
 /// a guest starts at once, for any size of the RAM and any layout of the chain (Linux,
@@ -130,16 +123,10 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 #[must_use = "the restore ends when this is dropped"]
 pub struct LazyRam {
     pub(crate) pages: Arc<Pages>,
-    handler: Arc<PageFaultHandler>,
-    prefetcher: Arc<Prefetcher>,
-    /// The threads of both.
-    threads: Vec<JoinHandle<()>>,
+    filling: Filling,
     /// Unmapped last. `None` for memory that a VMM has mapped.
     region: Option<Region>,
 }
-
-/// The name of the thread that prefetches.
-const PREFETCHER: &str = "lazy-ram-ahead";
 
 impl LazyRam {
     /// Returns the default options.
@@ -147,47 +134,17 @@ impl LazyRam {
         LazyRamOptions::default()
     }
 
-    /// Starts the fault handler, and the prefetcher if `prefetching`.
-    pub(crate) fn run(
-        pages: Arc<Pages>,
-        handler: PageFaultHandler,
-        prefetcher: Prefetcher,
-        prefetching: bool,
-        region: Option<Region>,
-    ) -> Result<Self, LazyError> {
-        let mut ram = Self {
-            pages,
-            handler: Arc::new(handler),
-            prefetcher: Arc::new(prefetcher),
-            threads: Vec::new(),
+    pub(crate) fn new(filling: Filling, region: Option<Region>) -> Self {
+        Self {
+            pages: Arc::clone(filling.pages()),
+            filling,
             region,
-        };
-        trace::started(ram.pages.memory_size(), prefetching);
-        let handler = Arc::clone(&ram.handler);
-        ram.spawn("lazy-ram-faults", move || handler.run())?;
-        if prefetching {
-            let (pages, handler) = (Arc::clone(&ram.pages), Arc::clone(&ram.handler));
-            let prefetcher = Arc::clone(&ram.prefetcher);
-            ram.spawn(PREFETCHER, move || {
-                let _ = prefetcher.run(&mut || ControlFlow::Continue(()));
-                report_filled(&pages, &handler);
-            })?;
         }
-        Ok(ram)
     }
 
-    fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), LazyError> {
-        let pages = Arc::clone(&self.pages);
-        let thread = thread::Builder::new().name(name.into());
-        // A handler that touches a missing page would wait for the thread that it has interrupted.
-        let blocked = BlockedSignals::new();
-        let thread = thread.spawn(move || {
-            let _guard = AbortOnPanic(&pages);
-            work();
-        });
-        drop(blocked);
-        self.threads.push(thread.map_err(UserfaultfdError::Thread)?);
-        Ok(())
+    /// Starts the fault handler, and the prefetcher if `prefetching`.
+    pub(crate) fn start(&self, prefetching: bool) -> Result<(), LazyError> {
+        self.filling.start(1, prefetching)
     }
 
     /// Returns the address of the first byte, aligned to the host's page. For
@@ -195,7 +152,10 @@ impl LazyRam {
     /// for reads and writes as long as this value lives.
     #[must_use]
     pub fn as_ptr(&self) -> *mut u8 {
-        self.pages.start()
+        match self.pages.target() {
+            Target::Own(memory) => memory.start(),
+            Target::Peer(_) => std::ptr::null_mut(),
+        }
     }
 
     /// Returns the size of the RAM in bytes.
@@ -209,13 +169,13 @@ impl LazyRam {
     /// done.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        Progress::new(self.pages.loaded(), self.prefetcher.stored_bytes())
+        self.filling.progress()
     }
 
     /// Returns the number of handled faults, each of which made an access wait.
     #[must_use]
     pub fn faults(&self) -> u64 {
-        self.handler.faults()
+        self.filling.faults()
     }
 
     /// Waits until all pages are in memory. Without a prefetcher
@@ -242,49 +202,7 @@ impl LazyRam {
     /// # Errors
     /// Returns the first error since the start, or [`WaitError::Cancelled`].
     pub fn wait_with(&self, progress: &mut ProgressFn<'_>) -> Result<(), WaitError> {
-        let status = self.pages.status();
-        let mut report = || progress(self.progress());
-        loop {
-            if report().is_break() {
-                return Err(WaitError::Cancelled);
-            }
-            if status.begin_prefetch() && self.prefetch(&mut report).is_break() {
-                return Err(WaitError::Cancelled);
-            }
-            if status.wait(REPORT_INTERVAL) {
-                return match status.failure() {
-                    Some(error) => Err(WaitError::Fill(Arc::clone(error))),
-                    None => Ok(()),
-                };
-            }
-        }
-    }
-
-    /// Reads all pages on a thread that handles no signals. A signal handler that touched a missing
-    /// page would wait for a lock that its own thread holds.
-    fn prefetch(&self, report: &mut (dyn FnMut() -> ControlFlow<()> + Send)) -> ControlFlow<()> {
-        let mut fill = || {
-            let _guard = AbortOnPanic(&self.pages);
-            let flow = self.prefetcher.run(report);
-            report_filled(&self.pages, &self.handler);
-            flow
-        };
-        let mut blocked = Some(BlockedSignals::new());
-        let filled = thread::scope(|scope| {
-            let thread = thread::Builder::new().name(PREFETCHER.into());
-            let thread = thread.spawn_scoped(scope, &mut fill).ok()?;
-            blocked = None;
-            // The panic is one of the prefetcher, which has aborted the filling, or of `report`.
-            Some(
-                thread
-                    .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-            )
-        });
-        // Without another thread, this one handles signals later.
-        let flow = filled.unwrap_or_else(fill);
-        drop(blocked);
-        flow
+        self.filling.wait_with(progress)
     }
 
     /// Returns the first error since the start, after which some page was not read.
@@ -296,21 +214,15 @@ impl LazyRam {
     /// Returns the pages touched so far, in the order of their first touch. It is empty without
     /// [`record`](LazyRamOptions::record).
     pub fn recorded(&self) -> WorkingSet {
-        let recorded = self.handler.recorded();
+        let recorded = self.filling.recorded();
         recorded.unwrap_or_else(|| WorkingSet::of(self.ram_size()))
     }
 }
 
 impl Drop for LazyRam {
     fn drop(&mut self) {
-        let status = self.pages.status();
-        status.stop_prefetch();
-        status.stop_handler();
-        for thread in self.threads.drain(..) {
-            // The panic, if any, was reported as an error.
-            _ = thread.join();
-        }
-        match (status.is_finished(), &self.region) {
+        self.filling.stop();
+        match (self.pages.status().is_finished(), &self.region) {
             (true, _) => {}
             (false, Some(_)) => self.pages.unregister_all(),
             // The VMM's memory stays mapped.
@@ -341,7 +253,10 @@ impl PageReader for LazyRam {
     fn host_memory(&self, offset: u64, len: usize) -> Option<HostMemory<'_>> {
         let end = offset.saturating_add(len as u64);
         let end = end.min(self.ram_size());
-        self.pages.host_memory(offset..end)
+        match self.pages.target() {
+            Target::Own(memory) => memory.host_memory(offset..end),
+            Target::Peer(_) => None,
+        }
     }
 
     fn ram_layout(&self) -> Option<&RamLayout> {
@@ -367,28 +282,6 @@ impl LazyRam {
         match self.pages.status().failure() {
             Some(error) => Err(io::Error::other(Arc::clone(error))),
             None => Ok(()),
-        }
-    }
-}
-
-/// Reports the totals as an event once all pages are in memory.
-fn report_filled(pages: &Pages, handler: &PageFaultHandler) {
-    if !pages.status().is_finished() {
-        return;
-    }
-    let by_faults = pages.loaded_by_faults();
-    let by_prefetch = pages.loaded().saturating_sub(by_faults);
-    trace::filled(handler.faults(), by_faults, by_prefetch, pages.elapsed());
-}
-
-/// Aborts filling on drop if the thread panics, to unblock waiting accesses.
-struct AbortOnPanic<'p>(&'p Pages);
-
-impl Drop for AbortOnPanic<'_> {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            let panicked = io::Error::other("a thread panicked");
-            self.0.abort(UserfaultfdError::Thread(panicked).into());
         }
     }
 }

@@ -2,18 +2,37 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use crate::counters::FillReason;
 use crate::turns::Turns;
 
 /// The thread that fills pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
-    /// The thread that handles faults. It reads the messages, except in turns of the prefetcher.
+    /// A thread that handles faults. It reads the messages, except in turns of the prefetcher.
     Handler,
     /// A thread that fills pages in the background.
     Prefetcher,
+    /// The same thread, while it fills pages of the working set.
+    WorkingSet,
+}
+
+impl Role {
+    /// Returns whether the thread fills pages in the background.
+    pub(crate) fn prefetches(self) -> bool {
+        self != Self::Handler
+    }
+
+    /// Returns the reason for the pages that the thread fills.
+    pub(crate) fn reason(self) -> FillReason {
+        match self {
+            Self::Handler => FillReason::Fault,
+            Self::Prefetcher => FillReason::Prefetch,
+            Self::WorkingSet => FillReason::WorkingSet,
+        }
+    }
 }
 
 /// State of messages and pages.
@@ -36,9 +55,9 @@ pub(crate) struct Ledger {
 #[derive(Debug, Default)]
 pub(crate) struct LedgerLock {
     ledger: Mutex<Ledger>,
-    /// Set while the handler waits for the lock. The lock is not fair, so the prefetcher does not
-    /// take it while this is set.
-    handler_waits: AtomicBool,
+    /// The number of handlers that wait for the lock. The lock is not fair, so the prefetcher does
+    /// not take it while there are any.
+    handlers_wait: AtomicU32,
     /// Set while the prefetcher waits for the lock, or for its turn. Cleared under the lock.
     prefetcher_waits: AtomicBool,
     /// Signalled when no fault is being handled any more, and when a turn of the prefetcher begins
@@ -57,15 +76,15 @@ impl LedgerLock {
     pub(crate) fn lock_for(&self, by: Role, stopped: impl Fn() -> bool) -> MutexGuard<'_, Ledger> {
         match by {
             Role::Handler => {
-                self.handler_waits.store(true, Ordering::Relaxed);
+                self.handlers_wait.fetch_add(1, Ordering::Relaxed);
                 let ledger = self.lock();
-                self.handler_waits.store(false, Ordering::Relaxed);
+                self.handlers_wait.fetch_sub(1, Ordering::Relaxed);
                 ledger
             }
-            Role::Prefetcher => {
+            Role::Prefetcher | Role::WorkingSet => {
                 // Set before it waits for anything, so that the handler gives it a turn.
                 self.prefetcher_waits.store(true, Ordering::Relaxed);
-                while self.handler_waits.load(Ordering::Relaxed) {
+                while self.handlers_wait.load(Ordering::Relaxed) > 0 {
                     std::thread::yield_now();
                 }
                 let mut ledger = self.lock();
@@ -108,14 +127,14 @@ mod tests {
     #[test]
     fn prefetcher_waits_while_a_fault_is_handled() {
         let lock = LedgerLock::default();
-        lock.lock().turns.handle(true);
+        lock.lock().turns.begin(true);
         std::thread::scope(|scope| {
             let lock = &lock;
             let stopped = || {
                 // The lock is held, so the fault ends once the prefetcher waits.
                 scope.spawn(move || {
                     let mut ledger = lock.lock();
-                    ledger.turns.handle(false);
+                    ledger.turns.end(1);
                     lock.notify();
                 });
                 false
@@ -129,7 +148,7 @@ mod tests {
     #[test]
     fn stopped_prefetcher_does_not_wait_for_a_turn() {
         let lock = LedgerLock::default();
-        lock.lock().turns.handle(true);
+        lock.lock().turns.begin(true);
         let ledger = lock.lock_for(Role::Prefetcher, || true);
         assert!(!ledger.turns.may_prefetch());
     }

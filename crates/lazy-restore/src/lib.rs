@@ -98,20 +98,28 @@
 
 #[cfg(test)]
 mod auto_traits;
+mod counters;
 mod error;
 mod fault_handler;
+mod filling;
 mod lazy_ram;
 mod ledger;
 mod memory;
 mod options;
 mod page_bits;
 mod pages;
+mod pause;
+mod peer;
+mod peer_process;
 mod prefetcher;
 mod ram_owner;
 mod ram_source;
 mod region;
+mod regions;
+mod server;
 mod start;
 mod status;
+mod target;
 mod trace;
 mod turns;
 mod userfaultfd;
@@ -128,7 +136,12 @@ pub use error::{LazyError, WaitError};
 pub use lazy_ram::LazyRam;
 pub use memory_image::{CancelGuard, CancelToken, Progress, ProgressFn};
 pub use options::LazyRamOptions;
+pub use peer::{OnDamage, OnFailure};
 pub use ram_source::{RamSegment, RamSource, SizedReader};
+pub use server::{
+    MessageError, PageServer, PageServerOptions, ServeError, ServedVm, ServerMetrics, VmEnd,
+    VmRegions,
+};
 pub use start::available;
 pub use userfaultfd::UserfaultfdError;
 pub use working_set::{WorkingSet, WorkingSetError};

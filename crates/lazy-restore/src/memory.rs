@@ -12,23 +12,15 @@ use nix::libc;
 use nix::sys::mman::{MmapAdvise, ProtFlags, madvise, mprotect};
 use page_reader::{FlaggedRegion, ProcessRegion};
 
+use crate::regions::{Region, Regions};
 use crate::userfaultfd::{Userfaultfd, UserfaultfdError};
 
-/// The regions of a guest's RAM in the order of the memory file.
+/// The RAM of a guest in this process.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    regions: Vec<Region>,
+    regions: Regions,
     /// Addresses that forked children inherit, unless they are excluded.
     inheritable: Vec<Range<u64>>,
-}
-
-/// A region's place in the memory file and in the address space.
-#[derive(Debug)]
-struct Region {
-    /// Offset in the memory file.
-    offset: u64,
-    address: u64,
-    len: u64,
 }
 
 impl Memory {
@@ -39,22 +31,17 @@ impl Memory {
     /// reference covers any of them, and only the holder of the value fills their missing pages or
     /// makes them inaccessible.
     pub(crate) unsafe fn new(regions: impl IntoIterator<Item = (*mut u8, usize)>) -> Self {
-        let mut offset = 0;
-        let regions = regions.into_iter().map(|(start, len)| {
-            let (address, len) = (start.expose_provenance() as u64, len as u64);
-            offset += len;
-            Region {
-                offset: offset - len,
-                address,
-                len,
-            }
-        });
-        let regions: Vec<_> = regions.collect();
-        let addresses = |region: &Region| region.address..region.address.saturating_add(region.len);
+        let exposed =
+            |(start, len): (*mut u8, usize)| (start.expose_provenance() as u64, len as u64);
+        let regions = Regions::concatenated(regions.into_iter().map(exposed));
         Self {
-            inheritable: regions.iter().map(addresses).collect(),
+            inheritable: regions.iter().map(Region::addresses).collect(),
             regions,
         }
+    }
+
+    pub(crate) fn regions(&self) -> &Regions {
+        &self.regions
     }
 
     /// Checks that no other mapping, process or descriptor has any of the memory, which a caller
@@ -63,7 +50,7 @@ impl Memory {
     pub(crate) fn check_private(&mut self) -> Result<(), UserfaultfdError> {
         let mappings = FlaggedRegion::of_this_process().map_err(UserfaultfdError::Unchecked)?;
         let mut inheritable = Vec::new();
-        for Region { address, len, .. } in &self.regions {
+        for Region { address, len, .. } in self.regions.iter() {
             let (start, len) = (*address, *len);
             let mut at = start;
             let end = start.saturating_add(len);
@@ -111,7 +98,7 @@ impl Memory {
             MmapAdvise::MADV_DONTFORK,
             "failed to exclude it from forked children",
         );
-        let all = [0..self.len()];
+        let all = [0..self.regions.len()];
         self.advise(&all, advice, what)
     }
 
@@ -134,7 +121,9 @@ impl Memory {
         advice: MmapAdvise,
         what: &'static str,
     ) -> Result<(), UserfaultfdError> {
-        let parts = within.iter().flat_map(|range| self.parts(range.clone()));
+        let parts = within
+            .iter()
+            .flat_map(|range| self.regions.parts(range.clone()));
         for (address, part) in parts {
             let end = address + (part.end - part.start);
             let inherited = self.inheritable.iter();
@@ -183,42 +172,11 @@ impl Memory {
         })
     }
 
-    pub(crate) fn len(&self) -> u64 {
-        self.regions.iter().map(|region| region.len).sum()
-    }
-
-    pub(crate) fn regions(&self) -> impl Iterator<Item = (*mut u8, usize)> {
-        let pointer = |address| std::ptr::with_exposed_provenance_mut(address as usize);
-        self.regions
-            .iter()
-            .map(move |region| (pointer(region.address), region.len as usize))
-    }
-
-    /// Returns the parts of a range of the memory file, region by region: the address and the range
-    /// of each part.
-    pub(crate) fn parts(&self, range: Range<u64>) -> impl Iterator<Item = (u64, Range<u64>)> {
-        self.regions.iter().filter_map(move |region| {
-            let start = range.start.max(region.offset);
-            let end = range.end.min(region.offset + region.len);
-            (start < end).then(|| (region.address + (start - region.offset), start..end))
-        })
-    }
-
-    /// Returns the ranges of the memory file at these addresses.
-    pub(crate) fn at(&self, addresses: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-        self.regions.iter().filter_map(move |region| {
-            let start = addresses.start.max(region.address) - region.address;
-            let end = addresses.end.min(region.address + region.len);
-            let end = end.saturating_sub(region.address);
-            (start < end).then(|| region.offset + start..region.offset + end)
-        })
-    }
-
-    /// Returns the offset in the memory file of an address.
-    pub(crate) fn offset_of(&self, address: u64) -> Option<u64> {
-        self.regions.iter().find_map(|region| {
-            let offset = address.checked_sub(region.address)?;
-            (offset < region.len).then_some(region.offset + offset)
+    /// Returns the address of the first region.
+    pub(crate) fn start(&self) -> *mut u8 {
+        let first = self.regions.iter().next();
+        first.map_or(std::ptr::null_mut(), |region| {
+            std::ptr::with_exposed_provenance_mut(region.address as usize)
         })
     }
 
@@ -240,15 +198,9 @@ impl Memory {
         })
     }
 
-    /// Unregisters a range, after which missing pages are zeros, and wakes waiting accesses.
-    pub(crate) fn unregister(&self, fault: &Userfaultfd, range: Range<u64>) -> nix::Result<()> {
-        self.parts(range)
-            .try_for_each(|(address, part)| fault.unregister(address, part.end - part.start))
-    }
-
     /// Makes whole pages inaccessible, filled or not.
     pub(crate) fn make_inaccessible(&self, range: Range<u64>) -> nix::Result<()> {
-        self.parts(range).try_for_each(|(address, part)| {
+        self.regions.parts(range).try_for_each(|(address, part)| {
             let len = (part.end - part.start) as usize;
             // SAFETY: mapped, and made inaccessible only by the holder, by the contract of `new`.
             unsafe { mprotect(pointer(address)?, len, ProtFlags::PROT_NONE) }
@@ -266,7 +218,7 @@ impl Memory {
     }
 
     pub(crate) fn host_memory(&self, range: Range<u64>) -> Option<HostMemory<'_>> {
-        let (address, part) = self.parts(range).next()?;
+        let (address, part) = self.regions.parts(range).next()?;
         let start = std::ptr::with_exposed_provenance(address as usize);
         // SAFETY: mapped as long as `self`, and covered by no reference, by the contract of `new`.
         // Missing pages are filled when they are touched.

@@ -6,32 +6,39 @@
 
 mod messages;
 mod poison;
+mod remote;
 mod teardown;
 
 use std::fmt;
+use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use host_memory::{HostMemory, SecretBuffer};
+use host_memory::SecretBuffer;
 use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::counters::{Counters, FillReason};
 use crate::error::LazyError;
 use crate::ledger::{Ledger, LedgerLock, Role};
-use crate::memory::Memory;
 use crate::page_bits::PageBits;
+use crate::pause::Pause;
 use crate::ram_source::RamSource;
+use crate::regions::Regions;
 use crate::status::Status;
+use crate::target::Target;
 use crate::userfaultfd::{Filled, Userfaultfd, UserfaultfdError};
 
-/// Bytes that are filled at a time, so that a fault need not wait for a whole piece.
+/// Bytes that are filled at a time, or one page, so that a fault need not wait for a whole piece.
 const STEP: u64 = 64 << 10;
 
 /// The memory to fill, the source that it is filled from, and the state of its pages.
 pub(crate) struct Pages {
     source: Box<dyn RamSource>,
-    memory: Memory,
+    target: Target,
     fault: Userfaultfd,
     /// Whether the kernel can poison pages (Linux 6.6).
     can_poison: bool,
@@ -42,40 +49,51 @@ pub(crate) struct Pages {
     /// missing and settled was discarded, and is zeros.
     settled: PageBits,
     ledger: LedgerLock,
+    /// Readable if faults wait that were read by a thread other than the one that waits for them.
+    bell: EventFd,
     /// Number of messages other than faults that were read.
     changes: AtomicU64,
     /// Bytes of the images that were filled.
     loaded: AtomicU64,
     /// Those of them that the fault handler filled.
     loaded_by_faults: AtomicU64,
+    /// The totals of all memory that is filled from the source.
+    counters: Arc<Counters>,
     started: Instant,
     status: Status,
 }
 
+/// What [`Pages`] consist of.
+pub(crate) struct Parts {
+    pub(crate) source: Box<dyn RamSource>,
+    /// Registered with `fault`.
+    pub(crate) target: Target,
+    pub(crate) fault: Userfaultfd,
+    pub(crate) can_poison: bool,
+    pub(crate) settled: PageBits,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) status: Status,
+}
+
 impl Pages {
-    /// Returns the pages of `memory`, which is registered with `fault`, all of them missing.
-    pub(crate) fn new(
-        source: Box<dyn RamSource>,
-        memory: Memory,
-        fault: Userfaultfd,
-        can_poison: bool,
-        settled: PageBits,
-        status: Status,
-    ) -> Self {
-        Self {
-            page_size: settled.page_size(),
-            source,
-            memory,
-            fault,
-            can_poison,
-            settled,
+    /// Returns the pages of registered memory, all of them missing.
+    pub(crate) fn new(parts: Parts) -> io::Result<Self> {
+        Ok(Self {
+            page_size: parts.settled.page_size(),
+            source: parts.source,
+            target: parts.target,
+            fault: parts.fault,
+            can_poison: parts.can_poison,
+            settled: parts.settled,
             ledger: LedgerLock::default(),
+            bell: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
             changes: AtomicU64::new(0),
             loaded: AtomicU64::new(0),
             loaded_by_faults: AtomicU64::new(0),
+            counters: parts.counters,
             started: Instant::now(),
-            status,
-        }
+            status: parts.status,
+        })
     }
 
     pub(crate) fn source(&self) -> &dyn RamSource {
@@ -90,19 +108,21 @@ impl Pages {
         self.page_size
     }
 
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    fn regions(&self) -> &Regions {
+        self.target.regions()
+    }
+
     /// Returns the size of the memory: that of the RAM, in whole pages.
     pub(crate) fn memory_size(&self) -> u64 {
-        self.memory.len()
-    }
-
-    /// Returns the address of the first region.
-    pub(crate) fn start(&self) -> *mut u8 {
-        let first = self.memory.regions().next();
-        first.map_or(std::ptr::null_mut(), |(start, _)| start)
-    }
-
-    pub(crate) fn host_memory(&self, range: Range<u64>) -> Option<HostMemory<'_>> {
-        self.memory.host_memory(range)
+        self.regions().len()
     }
 
     /// Returns the number of bytes of the images that were filled.
@@ -132,7 +152,7 @@ impl Pages {
 
     /// Returns the offset in the RAM of an address.
     pub(crate) fn offset_of(&self, address: u64) -> Option<u64> {
-        self.memory.offset_of(address)
+        self.regions().offset_of(address)
     }
 
     /// Returns whether the page at an offset is no longer filled from the images.
@@ -186,6 +206,39 @@ impl Pages {
         Ok(())
     }
 
+    /// Reads the missing pages of the range and fills them in the background. For another process,
+    /// pages that cannot be read are poisoned, so that the others are filled.
+    pub(crate) fn prefetch(
+        &self,
+        pages: Range<u64>,
+        buffer: &mut SecretBuffer,
+        by: Role,
+    ) -> Result<(), LazyError> {
+        let loaded = self.load(pages.clone(), buffer, by);
+        let (Err(error), Target::Peer(_)) = (&loaded, &self.target) else {
+            return loaded;
+        };
+        if self.target.must_end(error) {
+            return loaded;
+        }
+        for start in pages.step_by(self.page_size as usize) {
+            let page = start..start + self.page_size;
+            if let Err(error) = self.load(page.clone(), buffer, by) {
+                self.give_up(page, error)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Records that filling in the background has failed. For another process, filling ends: it
+    /// must not depend on pages that are never filled.
+    pub(crate) fn prefetch_failed(&self, error: LazyError) {
+        match self.target {
+            Target::Own(_) => self.status.record_error(error),
+            Target::Peer(_) => self.abort(error),
+        }
+    }
+
     /// Reads all pages of the range, and fills those that are missing.
     pub(crate) fn load_all(
         &self,
@@ -203,6 +256,7 @@ impl Pages {
             let from = (part.start - pages.start) as usize..(part.end - pages.start) as usize;
             let filled = self.fault.copy(address, &bytes[from]);
             self.loaded.fetch_add(filled.bytes, Ordering::Relaxed);
+            self.counters.add_filled(by.reason(), filled.bytes);
             if by == Role::Handler {
                 self.loaded_by_faults
                     .fetch_add(filled.bytes, Ordering::Relaxed);
@@ -214,7 +268,9 @@ impl Pages {
     /// Fills the missing pages of the range with zeros.
     pub(crate) fn zero(&self, pages: Range<u64>, by: Role) -> Result<(), LazyError> {
         self.settle(pages, by, |address, part| {
-            self.fault.zero(address, part.end - part.start)
+            let filled = self.fault.zero(address, part.end - part.start);
+            self.counters.add_filled(FillReason::Zeros, filled.bytes);
+            filled
         })
     }
 
@@ -231,7 +287,7 @@ impl Pages {
         fill: impl Fn(u64, &Range<u64>) -> Filled,
     ) -> Result<(), LazyError> {
         let settled = self.settle_in_turns(pages, by, fill);
-        if by == Role::Prefetcher {
+        if by.prefetches() {
             // The turn may not have ended yet: there was nothing left to fill, or an error.
             self.end_turn(&mut self.ledger.lock());
         }
@@ -245,27 +301,28 @@ impl Pages {
         fill: impl Fn(u64, &Range<u64>) -> Filled,
     ) -> Result<(), LazyError> {
         let mut rest = pages;
+        let mut pause = Pause::default();
         // The handler does not stop, because an access waits.
         while by == Role::Handler || !self.status.is_stopped() {
             if self.settled.first_missing(rest.clone()).is_none() {
                 break;
             }
             let mut ledger = self.ledger.lock_for(by, || self.status.is_stopped());
-            if by == Role::Prefetcher && self.status.is_stopped() {
+            if by.prefetches() && self.status.is_stopped() {
                 break;
             }
             let Some(missing) = self.settled.first_missing(rest.clone()) else {
                 break;
             };
-            let step = missing.start..missing.end.min(missing.start + STEP);
-            let part = self.memory.parts(step).next();
+            let step = missing.start..missing.end.min(missing.start + STEP.max(self.page_size));
+            let part = self.regions().parts(step).next();
             let (address, part) = part.expect("what is missing is a part of the memory");
             let Filled { bytes, stop } = fill(address, &part);
             let done = part.start..part.start + bytes;
             rest.start = done.end;
             let next = done.end;
             self.settled.add(done);
-            if by == Role::Prefetcher && bytes > 0 {
+            if by.prefetches() && bytes > 0 {
                 self.end_turn(&mut ledger);
             }
             match stop {
@@ -273,17 +330,20 @@ impl Pages {
                 Some(Errno::EAGAIN) => {
                     // The handler reads no messages in a turn of the prefetcher, which would
                     // otherwise wait forever.
-                    if by == Role::Prefetcher && ledger.turns.is_prefetching() {
+                    if by.prefetches() && ledger.turns.is_prefetching() {
                         let changes = self.record_messages(&mut ledger)?;
                         if ledger.turns.changed(changes) {
                             self.ledger.notify();
                         }
+                        self.ring(&ledger);
                     }
                     drop(ledger);
-                    self.let_changes_continue(by)?;
+                    self.let_changes_continue(by, &mut pause)?;
                 }
                 Some(Errno::EEXIST) => {
-                    self.make_inaccessible(&mut ledger, next)?;
+                    if let Target::Own(memory) = &self.target {
+                        self.make_inaccessible(memory, &mut ledger, next)?;
+                    }
                     let occupied = || UserfaultfdError::Occupied { offset: next }.into();
                     // Record it even if the page is only a neighbor of the faulting page.
                     self.status.record_error(occupied());
@@ -307,7 +367,7 @@ impl fmt::Debug for Pages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // The source need not be `Debug`.
         f.debug_struct("Pages")
-            .field("memory", &self.memory)
+            .field("target", &self.target)
             .field("fault", &self.fault)
             .field("status", &self.status)
             .finish_non_exhaustive()
@@ -333,7 +393,7 @@ impl Pages {
 
     /// Fills a page as something else would. No other descriptor can.
     pub(crate) fn occupy(&self, offset: u64) -> Filled {
-        let (address, _) = self.memory.parts(offset..offset + 1).next().unwrap();
+        let (address, _) = self.regions().parts(offset..offset + 1).next().unwrap();
         self.fault.zero(address, self.page_size)
     }
 }

@@ -71,7 +71,7 @@ impl Prefetcher {
                 self.pages.status().cancel_prefetch();
                 return ControlFlow::Break(());
             }
-            Err(Ended::Failed(error)) => self.pages.status().record_error(error),
+            Err(Ended::Failed(error)) => self.pages.prefetch_failed(error),
             // Pages that are missing now are zeros in the images, and become zeros on access.
             Ok(()) if !self.is_stopped() => self.pages.finish(),
             Ok(()) => {}
@@ -126,11 +126,11 @@ impl Prefetcher {
                 let gap = at..stored.start.min(at.saturating_add(zeros_left));
                 zeros_left -= gap.end - gap.start;
                 self.in_pieces(gap, report, |piece| {
-                    self.pages.zero(piece, Role::Prefetcher)
+                    self.pages.zero(piece, Role::WorkingSet)
                 })?;
                 at = stored.end;
                 self.in_pieces(stored, report, |piece| {
-                    self.pages.load(piece, &mut buffer, Role::Prefetcher)
+                    self.pages.prefetch(piece, &mut buffer, Role::WorkingSet)
                 })?;
             }
         }
@@ -151,7 +151,7 @@ impl Prefetcher {
                     self.pages.source().read_ahead(advised..advised + READ_SIZE);
                     advised += READ_SIZE;
                 }
-                self.pages.load(piece, &mut buffer, Role::Prefetcher)
+                self.pages.prefetch(piece, &mut buffer, Role::Prefetcher)
             })?;
         }
         Ok(())
@@ -165,9 +165,10 @@ impl Prefetcher {
         report: Report<'_>,
         mut each: impl FnMut(Range<u64>) -> Result<(), LazyError>,
     ) -> Result<(), Ended> {
-        let starts = run.clone().step_by(READ_SIZE as usize);
+        let size = READ_SIZE.max(self.pages.page_size());
+        let starts = run.clone().step_by(size as usize);
         for start in starts.take_while(|_| !self.is_stopped()) {
-            each(start..run.end.min(start + READ_SIZE))?;
+            each(start..run.end.min(start + size))?;
             if report().is_break() {
                 return Err(Ended::Cancelled);
             }

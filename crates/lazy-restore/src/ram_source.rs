@@ -7,7 +7,7 @@ use std::sync::Arc;
 #[cfg(doc)]
 use guest_ram::RamOwner;
 use guest_ram::dirty_bitmap::ParentImage;
-use memory_image::{Chain, ImageId, SegmentSource};
+use memory_image::{Chain, ImageId, SegmentSource, VerifiedChain};
 use page_reader::{HostMemory, PageReader, PopulatedRanges, RamLayout};
 
 /// A source that RAM is filled from while the guest runs: a [`Chain`], or any other reader.
@@ -171,6 +171,29 @@ impl RamSource for Chain {
 
     fn check_complete(&self) -> io::Result<()> {
         self.check_full().map_err(io::Error::other)
+    }
+}
+
+/// The segments are those of the chain.
+impl RamSource for VerifiedChain {
+    fn ram_size(&self) -> u64 {
+        self.chain().ram_size()
+    }
+
+    fn image(&self) -> ParentImage {
+        self.chain().image()
+    }
+
+    fn segment(&self, offset: u64, within: Range<u64>) -> RamSegment {
+        self.chain().segment(offset, within)
+    }
+
+    fn read_ahead(&self, range: Range<u64>) {
+        self.chain().read_ahead(range);
+    }
+
+    fn check_complete(&self) -> io::Result<()> {
+        self.chain().check_complete()
     }
 }
 

@@ -10,15 +10,17 @@ use host_memory::BlockedSignals;
 
 use crate::error::LazyError;
 use crate::fault_handler::PageFaultHandler;
+use crate::filling::Filling;
 use crate::lazy_ram::LazyRam;
 use crate::memory::Memory;
 use crate::options::LazyRamOptions;
 use crate::page_bits::PageBits;
-use crate::pages::Pages;
+use crate::pages::{Pages, Parts};
 use crate::prefetcher::Prefetcher;
 use crate::ram_source::RamSource;
 use crate::region::{Region, host_page};
 use crate::status::Status;
+use crate::target::Target;
 use crate::userfaultfd::{Userfaultfd, UserfaultfdError};
 use crate::working_set::WorkingSet;
 
@@ -75,10 +77,10 @@ impl LazyRamOptions {
         // SAFETY: the caller of this function promises what `Memory::new` requires.
         let mut memory = unsafe { Memory::new(regions) };
         let ram_size = ram_size(&source)?;
-        if memory.len() != ram_size {
+        if memory.regions().len() != ram_size {
             return Err(LazyError::TargetSize {
                 image: ram_size,
-                target: memory.len(),
+                target: memory.regions().len(),
             });
         }
         memory.check_private()?;
@@ -98,10 +100,11 @@ impl LazyRamOptions {
         if let Some(working_set) = ram_size.filter(|size| *size != image) {
             return Err(LazyError::WorkingSetSize { image, working_set });
         }
-        let settled = PageBits::none(memory.len(), page).map_err(|source| LazyError::Reserve {
-            size: image,
-            source,
-        })?;
+        let settled =
+            PageBits::none(memory.regions().len(), page).map_err(|source| LazyError::Reserve {
+                size: image,
+                source,
+            })?;
         let prefetching = self.prefetch && !self.record;
         let status = Status::new(prefetching).map_err(UserfaultfdError::Thread)?;
         let fault = Userfaultfd::open(page, self.userfaultfd.as_deref())?;
@@ -114,16 +117,28 @@ impl LazyRamOptions {
             Ok(can_poison) => can_poison && self.poison,
             Err(error) => {
                 // Report the first error.
-                let _ = memory.unregister(&fault, 0..memory.len());
-                let _ = memory.restore_to_children(&[0..memory.len()]);
+                for region in memory.regions().iter() {
+                    let _ = fault.unregister(region.address, region.len);
+                }
+                let _ = memory.restore_to_children(&[0..memory.regions().len()]);
                 return Err(error.into());
             }
         };
-        let pages = Pages::new(source, memory, fault, can_poison, settled, status);
-        let pages = Arc::new(pages);
+        let pages = Pages::new(Parts {
+            source,
+            target: Target::Own(memory),
+            fault,
+            can_poison,
+            settled,
+            counters: Arc::default(),
+            status,
+        });
+        let pages = Arc::new(pages.map_err(UserfaultfdError::Thread)?);
         let handler = PageFaultHandler::new(Arc::clone(&pages), self.fault_around, self.record);
         let prefetcher = Prefetcher::new(Arc::clone(&pages), self.working_set.clone());
-        LazyRam::run(pages, handler, prefetcher, prefetching, region)
+        let ram = LazyRam::new(Filling::new(pages, handler, prefetcher), region);
+        ram.start(prefetching)?;
+        Ok(ram)
     }
 }
 

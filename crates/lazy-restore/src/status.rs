@@ -24,6 +24,12 @@ pub(crate) struct Status {
     stop_prefetch: AtomicBool,
     /// Set once fault handling has ended: all pages were filled, or the memory is inaccessible.
     finished: AtomicBool,
+    /// Set once all pages were filled.
+    filled: AtomicBool,
+    /// Set before another process is ended because its memory cannot be filled.
+    aborted: AtomicBool,
+    /// Set once the process that owns the memory has exited.
+    exited: AtomicBool,
     /// Readable once the fault handler is to end. A pipe would not work: a forked child may keep
     /// its other end open.
     stopping: EventFd,
@@ -52,6 +58,9 @@ impl Status {
             changed: Condvar::new(),
             stop_prefetch: AtomicBool::new(false),
             finished: AtomicBool::new(false),
+            filled: AtomicBool::new(false),
+            aborted: AtomicBool::new(false),
+            exited: AtomicBool::new(false),
             stopping: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
         })
     }
@@ -122,6 +131,37 @@ impl Status {
     /// Returns whether fault handling has ended.
     pub(crate) fn is_finished(&self) -> bool {
         self.finished.load(Ordering::Acquire)
+    }
+
+    /// Records that all pages were filled.
+    pub(crate) fn set_filled(&self) {
+        self.filled.store(true, Ordering::Release);
+    }
+
+    /// Returns whether all pages were filled.
+    pub(crate) fn is_filled(&self) -> bool {
+        self.filled.load(Ordering::Acquire)
+    }
+
+    /// Records that the process is ended because its memory cannot be filled. Returns whether this
+    /// is the first call.
+    pub(crate) fn begin_abort(&self) -> bool {
+        !self.aborted.swap(true, Ordering::AcqRel)
+    }
+
+    /// Returns whether the process is ended because its memory cannot be filled.
+    pub(crate) fn is_aborted(&self) -> bool {
+        self.aborted.load(Ordering::Acquire)
+    }
+
+    /// Records that the process that owns the memory has exited.
+    pub(crate) fn set_exited(&self) {
+        self.exited.store(true, Ordering::Release);
+    }
+
+    /// Returns whether the process that owns the memory has exited.
+    pub(crate) fn has_exited(&self) -> bool {
+        self.exited.load(Ordering::Acquire)
     }
 
     /// Stops the fault handler.

@@ -17,8 +17,8 @@ const CHANGES: u32 = 1024;
 /// turn.
 #[derive(Debug, Default)]
 pub(crate) struct Turns {
-    /// Whether a fault is being handled.
-    handling: bool,
+    /// The number of faults that are being handled.
+    handling: u32,
     /// Whether it is the prefetcher's turn, in which no fault is handled.
     prefetching: bool,
     /// Faults handled since the prefetcher's last turn.
@@ -31,16 +31,21 @@ impl Turns {
     /// Returns whether the prefetcher must get a turn before the next fault is handled, and begins
     /// that turn. It lasts until [`stepped`](Self::stepped) or [`changed`](Self::changed) ends it.
     pub(crate) fn begin_prefetch(&mut self, prefetcher_waits: bool) -> bool {
-        if prefetcher_waits && self.faults >= FAULTS {
+        if prefetcher_waits && self.faults >= FAULTS && !self.prefetching {
             (self.prefetching, self.changes) = (true, 0);
         }
         self.prefetching
     }
 
-    /// Records that a fault is handled next, or that there is none.
-    pub(crate) fn handle(&mut self, fault: bool) {
-        self.handling = fault;
+    /// Records whether a fault is handled next.
+    pub(crate) fn begin(&mut self, fault: bool) {
+        self.handling += u32::from(fault);
         self.faults = self.faults.saturating_add(u32::from(fault));
+    }
+
+    /// Records that faults were handled.
+    pub(crate) fn end(&mut self, handled: u32) {
+        self.handling = self.handling.saturating_sub(handled);
     }
 
     /// Returns whether it is the prefetcher's turn, and faults wait.
@@ -50,7 +55,7 @@ impl Turns {
 
     /// Returns whether the prefetcher may fill pages: in its turn, and while no fault is handled.
     pub(crate) fn may_prefetch(&self) -> bool {
-        self.prefetching || !self.handling
+        self.prefetching || self.handling == 0
     }
 
     /// Records that the prefetcher has filled a step, or ends. Returns whether this ended a turn.
@@ -76,7 +81,7 @@ mod tests {
         for _ in 0..3 {
             for _ in 0..FAULTS {
                 assert!(!turns.begin_prefetch(true));
-                turns.handle(true);
+                turns.begin(true);
                 assert!(!turns.may_prefetch());
             }
             assert!(turns.begin_prefetch(true));
@@ -91,8 +96,8 @@ mod tests {
     fn brief_lack_of_faults_does_not_cancel_the_turn() {
         let mut turns = Turns::default();
         for _ in 0..FAULTS {
-            turns.handle(true);
-            turns.handle(false);
+            turns.begin(true);
+            turns.end(1);
         }
         assert!(turns.may_prefetch());
         assert!(turns.begin_prefetch(true));
@@ -101,7 +106,7 @@ mod tests {
     #[test]
     fn prefetcher_that_does_not_wait_gets_no_turn() {
         let mut turns = Turns::default();
-        (0..2 * FAULTS).for_each(|_| turns.handle(true));
+        (0..2 * FAULTS).for_each(|_| turns.begin(true));
         assert!(!turns.begin_prefetch(false));
         assert!(!turns.is_prefetching());
     }
@@ -109,7 +114,7 @@ mod tests {
     #[test]
     fn endless_messages_end_the_turn_of_the_prefetcher() {
         let mut turns = Turns::default();
-        (0..FAULTS).for_each(|_| turns.handle(true));
+        (0..FAULTS).for_each(|_| turns.begin(true));
         assert!(turns.begin_prefetch(true));
         let messages = (1..).find(|_| turns.changed(1));
         assert_eq!(messages, Some(CHANGES));

@@ -26,6 +26,7 @@ fn main_types_are_send_and_sync() {
     shared::<ReadImageError>();
     shared::<RestoreError>();
     shared::<TargetMemory<'_>>();
+    shared::<crate::VerifiedChain>();
     shared::<VerifyError>();
     shared::<VerifyReport>();
 }

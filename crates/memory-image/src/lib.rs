@@ -133,6 +133,7 @@ mod raw;
 mod restore;
 mod stored_zeros;
 mod trace;
+mod verified;
 mod verify;
 
 // The crates whose types are in public signatures.
@@ -160,6 +161,7 @@ pub use map::{MappedChain, MappedChainOptions, MappedImage};
 pub use restore::GuestMemoryTarget;
 pub use restore::{HostRam, RamTarget, TargetMemory};
 pub use sparse_file::{CancelGuard, CancelToken, Pass, Progress, ProgressFn};
+pub use verified::VerifiedChain;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -7,6 +7,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::color::Color;
 use crate::exit_status::ExitStatus;
 use crate::session::Session;
+#[cfg(target_os = "linux")]
+use crate::verbs::serve;
 use crate::verbs::{
     cat, commit, compact, compare, completions, convert, demo, diff, dump, info, list, man, map,
     merge, metadata, rebase, restore, sweep, verify,
@@ -56,6 +58,8 @@ pub enum Verb {
     Compact(compact::Compact),
     Convert(convert::Convert),
     Restore(restore::Restore),
+    #[cfg(target_os = "linux")]
+    Serve(Box<serve::Serve>),
     Sweep(sweep::Sweep),
     Demo(demo::Demo),
     Man(man::Man),
@@ -78,6 +82,8 @@ impl Verb {
             Self::Diff(diff) => diff.prints_differences() || !quiet,
             Self::Convert(convert) => convert.sends() || !quiet,
             Self::Sweep(sweep) => sweep.json || !quiet,
+            #[cfg(target_os = "linux")]
+            Self::Serve(_) => !quiet,
             Self::Compact(compact) => compact.json || !quiet,
             Self::Dump(_)
             | Self::Merge(_)
@@ -104,6 +110,8 @@ impl Verb {
             Self::Rebase(rebase) => rebase.files(),
             Self::Convert(convert) => convert.files(),
             Self::Restore(restore) => restore.files(),
+            #[cfg(target_os = "linux")]
+            Self::Serve(serve) => serve.files(),
             Self::List(_)
             | Self::Compact(_)
             | Self::Sweep(_)
@@ -126,6 +134,8 @@ impl Verb {
             Self::Commit(commit) => commit.find_chain(),
             Self::Rebase(rebase) => rebase.find_chain(),
             Self::Restore(restore) => restore.find_chain(),
+            #[cfg(target_os = "linux")]
+            Self::Serve(serve) => serve.find_chain(),
             Self::List(_)
             | Self::Metadata(_)
             | Self::Dump(_)
@@ -147,6 +157,8 @@ impl Verb {
             Self::Metadata(metadata) => metadata.prints_bytes(),
             Self::Map(map) => map.prints_map(),
             Self::Diff(diff) => diff.prints_differences(),
+            #[cfg(target_os = "linux")]
+            Self::Serve(_) => false,
             Self::Dump(_)
             | Self::Merge(_)
             | Self::Commit(_)
@@ -181,6 +193,8 @@ impl Verb {
             Self::Compact(compact) => compact.run(session),
             Self::Convert(convert) => convert.run(session),
             Self::Restore(restore) => restore.run(session),
+            #[cfg(target_os = "linux")]
+            Self::Serve(serve) => serve.run(session),
             Self::Sweep(sweep) => sweep.run(session),
             Self::Demo(demo) => demo.run(session, &|words| {
                 Cli::try_parse_from(words)?.verb.run(session)
@@ -209,6 +223,7 @@ A tour:
   ramsnap convert full.mem -o - --zstd | ssh host ramsnap convert - --zstd -o full.mem
   ramsnap restore full.mem d1.mem -o /dev/shm/ram2   restore the RAM for a new guest
   ramsnap restore --chain . d1.mem -o /dev/shm/ram2  the same: finds the images by their ids
+  ramsnap serve --socket S full.mem d1.mem           fill the RAM of VMMs that load the snapshot
   ramsnap sweep --dry-run .                          list the files that killed writers left
 
 Exit status:

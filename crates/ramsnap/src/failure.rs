@@ -146,6 +146,13 @@ pub enum Failure {
     #[error("{path:?} cannot be drawn in this format: name a file that ends in .svg or .png")]
     UnsupportedImageExtension { path: PathBuf },
 
+    #[cfg(target_os = "linux")]
+    #[error("name the socket to create by --socket: none was passed (LISTEN_FDS)")]
+    NoSocket,
+    #[cfg(target_os = "linux")]
+    #[error("{path:?} exists and is not a socket: name another path")]
+    NotASocket { path: PathBuf },
+
     #[error("both states have the id {id}: they are the same one; name two states")]
     SameState { id: memory_image::ImageId },
 
@@ -191,6 +198,14 @@ pub enum Failure {
         "stdin is closed or cannot be read, and `-` reads a stream from it: redirect it; nothing was done"
     )]
     NoStdin,
+    #[cfg(target_os = "linux")]
+    #[error("another process listens on the socket {path:?}: end it, or name another path")]
+    SocketInUse { path: PathBuf },
+    #[cfg(target_os = "linux")]
+    #[error(
+        "what was passed (LISTEN_FDS) is not one listening Unix socket: give the socket unit one ListenStream= with a path"
+    )]
+    PassedSocket,
     #[error("{path:?} is empty: no guest has RAM of 0 bytes")]
     NoBytes { path: PathBuf },
     #[error("{path:?} is not a regular file or memfd: give the file that the guest's RAM is in")]

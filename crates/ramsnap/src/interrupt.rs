@@ -21,7 +21,7 @@
 //!
 //! Signals that suspend are [held back](NotSuspended) while another process is stopped.
 
-use std::io::{self, PipeReader, PipeWriter};
+use std::io::{self, PipeReader, PipeWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -150,6 +150,8 @@ pub struct Interrupt {
     cancel: CancelToken,
     /// Closed when the work is cancelled.
     waiting: Arc<Mutex<Option<PipeWriter>>>,
+    /// Gets a byte for each signal, which then does nothing else.
+    forwarded: Arc<Mutex<Option<PipeWriter>>>,
 }
 
 impl Interrupt {
@@ -162,6 +164,7 @@ impl Interrupt {
             })),
             cancel: CancelToken::new(),
             waiting: Arc::default(),
+            forwarded: Arc::default(),
         };
         // SIGXFSZ would end the process. Writing past RLIMIT_FSIZE then fails with EFBIG.
         flag::register(SIGXFSZ, Arc::default())?;
@@ -183,6 +186,11 @@ impl Interrupt {
 
     fn signalled(&self, signal: i32) {
         let _ = SIGNAL.compare_exchange(0, signal, Ordering::Relaxed, Ordering::Relaxed);
+        if let Some(forwarded) = &mut *locked(&self.forwarded) {
+            // The reader lives as long as the verb.
+            let _ = forwarded.write(&[0]);
+            return;
+        }
         let mut state = self.locked();
         if state.work == Work::Staged {
             state.work = Work::Cancelled;
@@ -256,6 +264,15 @@ impl Interrupt {
         if state.work != Work::Cancelled {
             *locked(&self.waiting) = Some(writer);
         }
+        Ok(reader)
+    }
+
+    /// Returns a pipe that gets a byte for each signal, for a verb that decides itself what a
+    /// signal does.
+    #[cfg(target_os = "linux")]
+    pub fn forward(&self) -> io::Result<PipeReader> {
+        let (reader, writer) = io::pipe()?;
+        *locked(&self.forwarded) = Some(writer);
         Ok(reader)
     }
 

@@ -107,6 +107,12 @@ impl Session {
         self.interrupt.hangs_up()
     }
 
+    /// Returns a pipe that gets a byte for each signal, which does nothing else from now on.
+    #[cfg(target_os = "linux")]
+    pub fn signals_as_bytes(&self) -> io::Result<PipeReader> {
+        self.interrupt.forward()
+    }
+
     /// Lets signals end the process again.
     ///
     /// # Errors

@@ -90,6 +90,29 @@ pub fn are_different_open_files(one: (u32, u32), other: (u32, u32)) -> bool {
     order > 0
 }
 
+/// Returns the listening Unix socket that a service manager has passed as the first descriptor
+/// after the standard streams. It may be called once.
+#[cfg(target_os = "linux")]
+pub fn passed_listener() -> Option<std::os::fd::OwnedFd> {
+    use std::os::fd::{FromRawFd, OwnedFd};
+
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
+    use nix::sys::socket::{getsockopt, sockopt};
+
+    const FIRST: i32 = libc::STDERR_FILENO + 1;
+    let address: SockaddrStorage = getsockname(FIRST).ok()?;
+    if address.family() != Some(AddressFamily::Unix) {
+        return None;
+    }
+    // SAFETY: the descriptor is open, and was passed to this process for this use. Nothing else in
+    // it has the number.
+    let socket = unsafe { OwnedFd::from_raw_fd(FIRST) };
+    let flags = FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC);
+    let listens = getsockopt(&socket, sockopt::AcceptConn).ok()?;
+    (listens && fcntl(&socket, flags).is_ok()).then_some(socket)
+}
+
 #[cfg(target_os = "linux")]
 pub use mapping::Mapping;
 

@@ -17,5 +17,7 @@ pub mod merge;
 pub mod metadata;
 pub mod rebase;
 pub mod restore;
+#[cfg(target_os = "linux")]
+pub mod serve;
 pub mod sweep;
 pub mod verify;

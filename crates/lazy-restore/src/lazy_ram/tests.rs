@@ -8,8 +8,12 @@ use nix::libc;
 use rstest::rstest;
 use test_machine::{assert_handles_no_signals, needs};
 
+use std::thread;
+
 use super::*;
+use crate::filling::PREFETCHER;
 use crate::region::host_page;
+use crate::userfaultfd::UserfaultfdError;
 
 /// Starts RAM of one page that is stored in the image and one page that is not.
 fn start(options: LazyRamOptions) -> (LazyRam, tempfile::NamedTempFile) {
@@ -103,9 +107,18 @@ fn without_poison_moved_memory_is_inaccessible(#[case] more_flags: libc::c_int) 
 #[test]
 fn panic_of_a_thread_unblocks_waiters() {
     needs!(Userfaultfd);
-    let (mut ram, _file) = start(LazyRam::options().prefetch(false));
-    ram.spawn("panics", || panic!("on purpose")).unwrap();
-    ram.threads.pop().unwrap().join().unwrap_err();
+    let (ram, _file) = start(LazyRam::options().prefetch(false));
+    ram.filling
+        .spawn("panics", || panic!("on purpose"))
+        .unwrap();
+    ram.filling
+        .threads
+        .lock()
+        .unwrap()
+        .pop()
+        .unwrap()
+        .join()
+        .unwrap_err();
     assert_eq!(read(&ram, 0), Err(Errno::EFAULT));
     let why = ram.wait().unwrap_err();
     assert!(
@@ -133,16 +146,17 @@ fn stopped_prefetch_is_not_reported_as_complete() {
 #[case::in_wait(false)]
 fn threads_that_fill_memory_block_signals(#[case] in_the_background: bool) {
     needs!(Userfaultfd);
-    let (mut ram, _file) = start(LazyRam::options().prefetch(false));
+    let (ram, _file) = start(LazyRam::options().prefetch(false));
     let pages = Arc::clone(&ram.pages);
     let held = pages.hold();
     if in_the_background {
         assert!(pages.status().begin_prefetch());
-        let prefetcher = Arc::clone(&ram.prefetcher);
-        ram.spawn(PREFETCHER, move || {
-            _ = prefetcher.run(&mut || ControlFlow::Continue(()));
-        })
-        .unwrap();
+        let prefetcher = Arc::clone(&ram.filling.prefetcher);
+        ram.filling
+            .spawn(PREFETCHER, move || {
+                _ = prefetcher.run(&mut || ControlFlow::Continue(()));
+            })
+            .unwrap();
     }
     thread::scope(|scope| {
         scope.spawn(|| ram.wait().unwrap());

@@ -1,6 +1,7 @@
 //! Messages of the kernel: faults, and changes of the memory.
 
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
 
@@ -8,16 +9,23 @@ use nix::errno::Errno;
 use page_reader::FlaggedRegion;
 
 use super::{Pages, wait_error};
+use crate::counters::FillReason;
 use crate::error::LazyError;
 use crate::ledger::{Ledger, Role};
 use crate::memory::Memory;
+use crate::pause::Pause;
+use crate::target::Target;
 use crate::userfaultfd::{Message, UserfaultfdError};
 
 impl Pages {
     /// Returns the address of the next page that an access waits for, if there is one. Records all
     /// changes of the memory before the access.
-    pub(crate) fn next_fault(&self) -> Result<Option<u64>, LazyError> {
+    ///
+    /// `handled` is the number of faults, 0 or 1, that the calling thread has handled since its
+    /// last call.
+    pub(crate) fn next_fault(&self, handled: u32) -> Result<Option<u64>, LazyError> {
         let mut ledger = self.read_messages()?;
+        ledger.turns.end(handled);
         let prefetcher_waits = self.ledger.prefetcher_waits() && !self.status.is_stopped();
         if !ledger.waiting.is_empty() && ledger.turns.begin_prefetch(prefetcher_waits) {
             self.ledger.notify();
@@ -28,11 +36,30 @@ impl Pages {
             ledger = self.read_messages()?;
         }
         let next = ledger.waiting.pop_front();
-        ledger.turns.handle(next.is_some());
+        ledger.turns.begin(next.is_some());
         if next.is_none() {
             self.ledger.notify();
         }
         Ok(next)
+    }
+
+    /// Lets the thread that waits for faults look for those in the ledger.
+    pub(super) fn ring(&self, ledger: &Ledger) {
+        if !ledger.waiting.is_empty() {
+            // It cannot fail: the counter is far from its limit.
+            let _ = self.bell.write(1);
+        }
+    }
+
+    /// Returns a descriptor that is readable after [`ring`](Self::ring).
+    pub(crate) fn bell(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+
+    /// Makes the [`bell`](Self::bell) unreadable.
+    pub(crate) fn silence(&self) {
+        // It fails if the bell was not readable.
+        let _ = self.bell.read();
     }
 
     /// Returns whether the cause of a message is still in progress. See
@@ -43,19 +70,25 @@ impl Pages {
 
     /// Lets a thread in `madvise`, `munmap` or `mremap` continue. The handler also reads its
     /// message. No page can be filled until the thread has continued.
-    pub(super) fn let_changes_continue(&self, by: Role) -> Result<(), LazyError> {
+    pub(super) fn let_changes_continue(
+        &self,
+        by: Role,
+        pause: &mut Pause,
+    ) -> Result<(), LazyError> {
         if by == Role::Handler {
-            drop(self.read_messages()?);
+            let ledger = self.read_messages()?;
+            self.ring(&ledger);
         }
-        std::thread::yield_now();
+        pause.wait();
         Ok(())
     }
 
     /// Lets every thread continue that waits for its message to be read. Nothing is registered any
     /// more.
     pub(super) fn drain_changes(&self) {
+        let mut pause = Pause::default();
         while self.fault.is_changing() {
-            if let Err(error) = self.let_changes_continue(Role::Handler) {
+            if let Err(error) = self.let_changes_continue(Role::Handler, &mut pause) {
                 return self.status.record_error(error);
             }
         }
@@ -72,6 +105,9 @@ impl Pages {
                 return Ok(ledger);
             };
             drop(ledger);
+            if let Target::Peer(_) = self.target {
+                return Err(UserfaultfdError::MovedElsewhere.into());
+            }
             // After MREMAP_DONTUNMAP the old addresses are still mapped. After another move they
             // often are not, and another mapping may be there now.
             for registered in still_registered(moved) {
@@ -98,8 +134,10 @@ impl Pages {
         let removed = match message {
             Message::Fault(_) => unreachable!("returned above"),
             Message::Removed(addresses) => {
-                for pages in self.memory.at(addresses) {
+                for pages in self.regions().at(addresses) {
                     ledger.inaccessible.retain(|page| !pages.contains(page));
+                    self.counters
+                        .add_filled(FillReason::Removed, pages.end - pages.start);
                     self.settled.add(pages);
                 }
                 return;
@@ -111,12 +149,15 @@ impl Pages {
                 from
             }
         };
-        for pages in self.memory.at(removed) {
+        for pages in self.regions().at(removed) {
             let (offset, len) = (pages.start, pages.end - pages.start);
             self.settled.add(pages.clone());
             ledger.unmapped.push(pages);
-            self.status
-                .record_error(UserfaultfdError::Unmapped { offset, len }.into());
+            // A process that ends may unmap its memory first.
+            if let Target::Own(_) = self.target {
+                self.status
+                    .record_error(UserfaultfdError::Unmapped { offset, len }.into());
+            }
         }
     }
 

@@ -9,6 +9,7 @@ use rstest::rstest;
 use test_machine::needs;
 
 use super::*;
+use crate::memory::Memory;
 use crate::region::{Region, host_page};
 
 /// Pages that are stored in an image, with neither a handler nor a prefetcher.
@@ -30,9 +31,17 @@ fn unfilled(len: u64) -> Unfilled {
     let fault = Userfaultfd::open(page, None).unwrap();
     let can_poison = memory.register(&fault).unwrap();
     let settled = PageBits::none(len, page).unwrap();
-    let status = Status::new(false).unwrap();
+    let pages = Pages::new(Parts {
+        source: chain,
+        target: Target::Own(memory),
+        fault,
+        can_poison,
+        settled,
+        counters: Arc::default(),
+        status: Status::new(false).unwrap(),
+    });
     Unfilled {
-        pages: Pages::new(chain, memory, fault, can_poison, settled, status),
+        pages: pages.unwrap(),
         region,
         _file: file,
     }
@@ -72,7 +81,7 @@ fn waiting_prefetcher_gets_its_turn_before_the_next_fault() {
     let (pages, page) = (&unfilled.pages, host_page());
     let address = unfilled.region.as_ptr().addr() as u64;
     let mut ledger = pages.ledger.lock();
-    (0..FAULTS).for_each(|_| ledger.turns.handle(true));
+    (0..FAULTS).for_each(|_| ledger.turns.begin(true));
     ledger.waiting.push_back(address);
     drop(ledger);
     let (next, is_filled) = thread::scope(|scope| {
@@ -83,7 +92,7 @@ fn waiting_prefetcher_gets_its_turn_before_the_next_fault() {
         while !pages.ledger.prefetcher_waits() {
             thread::yield_now();
         }
-        let next = pages.next_fault().unwrap();
+        let next = pages.next_fault(0).unwrap();
         let is_filled = pages.is_settled(0);
         // Without a turn, the prefetcher waits until it is stopped.
         pages.status.stop_prefetch();
@@ -101,13 +110,13 @@ fn stopped_prefetcher_gets_no_turn() {
     let unfilled = unfilled(host_page());
     let pages = &unfilled.pages;
     let mut ledger = pages.ledger.lock();
-    (0..100).for_each(|_| ledger.turns.handle(true));
+    (0..100).for_each(|_| ledger.turns.begin(true));
     ledger
         .waiting
         .push_back(unfilled.region.as_ptr().addr() as u64);
     drop(ledger);
     pages.status.stop_prefetch();
-    assert!(pages.next_fault().unwrap().is_some());
+    assert!(pages.next_fault(0).unwrap().is_some());
     assert!(!pages.ledger.lock().turns.is_prefetching());
 }
 
@@ -120,7 +129,7 @@ fn prefetcher_reads_messages_only_in_its_turn(#[values(false, true)] in_turn: bo
     let (pages, region) = (&unfilled.pages, &unfilled.region);
     if in_turn {
         let turns = &mut pages.ledger.lock().turns;
-        (0..100).for_each(|_| turns.handle(true));
+        (0..100).for_each(|_| turns.begin(true));
         assert!(turns.begin_prefetch(true));
     }
     let calls = AtomicU64::new(0);
@@ -152,7 +161,7 @@ fn turn_of_the_prefetcher_ends_after_a_step() {
     let unfilled = unfilled(3 * STEP);
     let pages = &unfilled.pages;
     let mut ledger = pages.ledger.lock();
-    (0..100).for_each(|_| ledger.turns.handle(true));
+    (0..100).for_each(|_| ledger.turns.begin(true));
     assert!(ledger.turns.begin_prefetch(true));
     drop(ledger);
     let steps = AtomicU64::new(0);

@@ -5,6 +5,7 @@
 
 pub mod lazy_images;
 pub mod regions;
+pub mod served;
 
 use memory_image::Chain;
 use test_images::Images;

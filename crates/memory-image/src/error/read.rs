@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::damage::Damage;
+
 /// An error returned if bytes of an open image or chain could not be read, or may be wrong.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -69,6 +71,14 @@ pub enum ReadImageError {
     NoFile {
         /// The name of the image.
         path: PathBuf,
+    },
+    /// Bytes of the image do not match their checksum, and are not returned.
+    #[error("{path:?} is damaged: restore it from a copy, or save the guest again: {damage}")]
+    Damaged {
+        /// The path of the image.
+        path: PathBuf,
+        /// The damaged chunk.
+        damage: Damage,
     },
     /// No diff of a chain of diffs holds the page. It was clean, and its bytes are in an older
     /// image.

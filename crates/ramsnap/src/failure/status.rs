@@ -73,6 +73,8 @@ impl Failure {
             | Self::TargetRead { .. }
             | Self::RamBeingRestored { .. }
             | Self::RamMoved { .. }
+            | Self::SocketInUse { .. }
+            | Self::PassedSocket
             | Self::NoRoomOver { .. }
             | Self::NoHugePages { .. } => ExitStatus::Failed,
             #[cfg(target_os = "linux")]
@@ -80,7 +82,9 @@ impl Failure {
             | Self::NothingMapped { .. }
             | Self::LargerRegion { .. }
             | Self::PartOfRam { .. }
-            | Self::RegionTwice { .. } => ExitStatus::Usage,
+            | Self::RegionTwice { .. }
+            | Self::NoSocket
+            | Self::NotASocket { .. } => ExitStatus::Usage,
             Self::Interrupted { .. } => interrupt::exit_status(),
         }
     }

@@ -119,6 +119,7 @@ pub(crate) const CRATES: [Mutated; 7] = [
                 "identity",
                 "links",
                 "verification",
+                "verified_chain",
             ],
             &["chains", "damage", "raw_diffs", "restore_targets"],
             &["bad_input", "call_orders", "comparison", "oracle"],
@@ -140,6 +141,7 @@ pub(crate) const CRATES: [Mutated; 7] = [
         &[
             &["filling", "memory", "sharing", "split", "start", "waiting"],
             &["changed_images", "claimed_ram", "kvm", "long_chains"],
+            &["hostile_clients", "server"],
             &[
                 "oracle",
                 "saves",
