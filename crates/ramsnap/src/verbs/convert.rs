@@ -1,4 +1,7 @@
-//! `ramsnap convert`: an image in another layout, or as a stream.
+//! `ramsnap convert`: an image in another layout, as a stream, or from and to files of other VMMs.
+
+mod input_format;
+mod vmm;
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +14,8 @@ use memory_writer::{MemoryWriterOptions, SnapshotError};
 use sparse_file::PageHoles;
 
 use crate::args::{
-    self, Extras, Format, Formats, ImageFile, Output, RawImages, ReadExtras, kept_seal, layouts,
+    self, Extras, Format, Formats, ImageFile, Output, RawImages, ReadExtras, VmmFiles, kept_seal,
+    layouts,
 };
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
@@ -20,7 +24,7 @@ use crate::stream::{self, Incoming, is_stream};
 use crate::verbs::merge::layout_of_first;
 use crate::{free_space, input, memory_reserve, save};
 
-/// Write an image in another layout, or as a stream
+/// Write an image in another layout, as a stream, or from and to files of other VMMs
 ///
 /// The result has the same pages, id, parent, regions and metadata. A raw image has none of these,
 /// and gets a new id. Stored pages of zeros take no space in the result, except in a raw diff and
@@ -30,9 +34,14 @@ use crate::{free_space, input, memory_reserve, save};
 /// With --zstd, `-` stands for stdin or stdout, and carries the compressed bytes of a packed image.
 /// Input is checked before the output appears, and takes no more space than the header of the image
 /// states.
+///
+/// Files of other VMMs are named by their format (elf:FILE), and become full images with the
+/// addresses of the RAM, without the state of devices. --to writes such files.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap convert full.mem -o full.raw --layout raw\n  \
+    ramsnap convert elf:guest.elf -o full.mem\n  \
+    ramsnap convert raw:fc.mem --guest firecracker -o guest.elf --to elf\n  \
     ramsnap convert raw:old.raw -o old.mem --layout sealed\n  \
     ramsnap convert full.mem -o - --zstd | ssh host ramsnap convert - --zstd -o full.mem\n  \
     ramsnap convert d1.raw --raw-diff --parent old.mem -o d1.mem --layout packed")]
@@ -71,6 +80,8 @@ pub struct Convert {
     keep_zeros: bool,
     #[command(flatten)]
     extras: Extras,
+    #[command(flatten)]
+    vmm: VmmFiles,
 }
 
 impl Convert {
@@ -86,7 +97,13 @@ impl Convert {
         if is_stream(&self.input.path) {
             return self.receive(session, extras);
         }
+        if let Some(format) = self.vmm_format()? {
+            return self.convert_guest(session, format, extras);
+        }
         let chain = self.open(session, self.open_input()?)?;
+        if let Some(to) = self.vmm.to {
+            return self.export_chain(session, to, &chain);
+        }
         let check = || match self.no_verify {
             true => Ok(()),
             false => input::check_sums(session, chain.images()),
@@ -193,18 +210,6 @@ impl Convert {
         let needed = header.len().saturating_add(again);
         free_space::check_bytes(&self.output.path, dir, needed)?;
         Ok(())
-    }
-
-    fn open_input(&self) -> anyhow::Result<Image> {
-        if !self.raw_diff {
-            return self.input.open(self.formats.format);
-        }
-        // Bytes that a guest can write never make a file an image here.
-        if Image::open(&self.input.path).is_ok() {
-            let path = self.input.path.clone();
-            return Err(Failure::NotARawDiff { path }.into());
-        }
-        self.input.open(Format::RAW)
     }
 
     fn check(&self) -> anyhow::Result<()> {
