@@ -3,6 +3,7 @@
 mod format;
 mod from_dir;
 mod in_process;
+mod vmm;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -17,6 +18,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use image_format::{Footer, ImageId, ParseIdError};
 use memory_image::Image;
 use memory_writer::Seal;
+use vmm_files::Machine;
 
 use crate::failure::Failure;
 use crate::numbers::{page_size, range, text_of};
@@ -24,6 +26,7 @@ use crate::numbers::{page_size, range, text_of};
 pub use format::{Format, check_records, kept_seal, layouts};
 pub use from_dir::FromDir;
 pub use in_process::InProcess;
+pub use vmm::{To, VmmFiles};
 
 /// An image to read: a path, and the format if it precedes the path, as in `raw:full.mem`.
 #[derive(Clone, Debug)]
@@ -112,6 +115,15 @@ pub struct Extras {
     /// START-END; repeat it in ascending order
     #[arg(long, value_name = "ADDRESS:SIZE", value_parser = range, requires = "output")]
     pub region_at: Vec<Range<u64>>,
+    /// The machine whose RAM is at the addresses of the guest's RAM, in place of --region-at
+    #[arg(
+        long,
+        value_name = "MACHINE",
+        value_parser = vmm::machines(),
+        conflicts_with = "region_at",
+        requires = "output",
+    )]
+    pub guest: Option<Machine>,
 }
 
 impl Extras {
@@ -126,8 +138,16 @@ impl Extras {
         if !self.region_at.is_sorted_by(|a, b| a.end <= b.start) {
             return Err(Failure::RegionsOverlap.into());
         }
-        let regions = self.region_at.clone();
-        Ok(ReadExtras { metadata, regions })
+        Ok(ReadExtras {
+            metadata,
+            regions: self.region_at.clone(),
+            guest: self.guest,
+        })
+    }
+
+    /// Returns the given regions of RAM of this size, or none.
+    pub fn regions_of(&self, ram_bytes: u64) -> Result<Vec<Range<u64>>, Failure> {
+        regions(&self.region_at, self.guest, ram_bytes)
     }
 
     /// Returns `inputs` and the files that these arguments name.
@@ -137,18 +157,21 @@ impl Extras {
 
     /// Refuses regions other than `of_guest`, which the image that these are for must have to fit.
     pub fn check_regions(&self, of_guest: Option<&[Range<u64>]>) -> Result<(), Failure> {
-        match of_guest {
-            Some(of_guest) if !self.region_at.is_empty() && self.region_at != of_guest => {
-                Err(Failure::OtherRegionsGiven {
-                    regions: text_of(of_guest),
-                })
-            }
-            _ => Ok(()),
+        let Some(of_guest) = of_guest else {
+            return Ok(());
+        };
+        let sizes = of_guest.iter().map(|region| region.end - region.start);
+        let given = self.regions_of(sizes.sum())?;
+        match given.is_empty() || given == of_guest {
+            true => Ok(()),
+            false => Err(Failure::OtherRegionsGiven {
+                regions: text_of(of_guest),
+            }),
         }
     }
 
     pub fn is_empty(&self) -> bool {
-        self.metadata.is_none() && self.region_at.is_empty()
+        self.metadata.is_none() && self.region_at.is_empty() && self.guest.is_none()
     }
 }
 
@@ -157,6 +180,7 @@ impl Extras {
 pub struct ReadExtras {
     metadata: Option<Vec<u8>>,
     regions: Vec<Range<u64>>,
+    guest: Option<Machine>,
 }
 
 impl ReadExtras {
@@ -165,15 +189,33 @@ impl ReadExtras {
         if let Some(bytes) = self.metadata {
             seal = seal.metadata(bytes);
         }
-        if self.regions.is_empty() {
-            return Ok(seal);
-        }
-        let sizes = self.regions.iter().map(|region| region.end - region.start);
-        let sum: u128 = sizes.map(u128::from).sum();
-        if sum != ram_bytes.into() {
-            return Err(Failure::NoLayout { ram_bytes, sum });
-        }
-        Ok(seal.regions(self.regions))
+        let regions = regions(&self.regions, self.guest, ram_bytes)?;
+        Ok(match regions.is_empty() {
+            true => seal,
+            false => seal.regions(regions),
+        })
+    }
+}
+
+/// Returns the given regions, or those of the machine. They have all of the RAM.
+fn regions(
+    given: &[Range<u64>],
+    guest: Option<Machine>,
+    ram_bytes: u64,
+) -> Result<Vec<Range<u64>>, Failure> {
+    if let Some(machine) = guest {
+        let layout = machine.layout(ram_bytes);
+        let layout = layout.map_err(|source| Failure::NotOfMachine {
+            machine: machine.name(),
+            source,
+        })?;
+        return Ok(layout.addresses().collect());
+    }
+    let sizes = given.iter().map(|region| region.end - region.start);
+    let sum: u128 = sizes.map(u128::from).sum();
+    match given.is_empty() || sum == ram_bytes.into() {
+        true => Ok(given.to_vec()),
+        false => Err(Failure::NoLayout { ram_bytes, sum }),
     }
 }
 

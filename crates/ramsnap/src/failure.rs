@@ -68,6 +68,41 @@ pub enum Failure {
     )]
     NoLayout { ram_bytes: u64, sum: u128 },
     #[error(
+        "the RAM does not fit the machine {machine}: {source}: name another machine, or the regions by --region-at"
+    )]
+    NotOfMachine {
+        machine: &'static str,
+        source: page_reader::LayoutError,
+    },
+    #[error("only `ramsnap convert` reads {path:?} as {}: convert it to an image first", .format.name())]
+    OnlyConverted {
+        path: PathBuf,
+        format: vmm_files::Format,
+    },
+    #[error(
+        "{path:?} is no image, and begins like a file of the format {name}, as the RAM of a guest may: if it is one, \
+         name it as {name}:FILE",
+        name = .format.name()
+    )]
+    FormatNotNamed {
+        path: PathBuf,
+        format: vmm_files::Format,
+    },
+    #[error(
+        "{path:?} does not record the addresses of its RAM: name the machine by --guest, or the regions by --region-at"
+    )]
+    AddressesUnknown { path: PathBuf },
+    #[error("no ELF core is of the processor of this host: name that of the guest by --machine")]
+    NoElfMachine,
+    #[error(
+        "the RAM is at {regions}, where Firecracker has other regions: its guests cannot be restored from it"
+    )]
+    NotOfFirecracker { regions: String },
+    #[error(
+        "{path:?} exists, and a snapshot directory replaces nothing: name another one, or remove it"
+    )]
+    DirectoryExists { path: PathBuf },
+    #[error(
         "{path:?} is not RAM: {size} bytes are not a whole number of pages; \
          if it is a sealed or packed image, use `ramsnap convert`"
     )]

@@ -57,6 +57,15 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     if let Some(CompareError::Geometry(_)) = cause.downcast_ref() {
         return Some(ExitStatus::Usage);
     }
+    if let Some(error) = cause.downcast_ref() {
+        return match error {
+            vmm_files::OpenError::Io { .. } => None,
+            _ => Some(ExitStatus::CheckFailed),
+        };
+    }
+    if cause.is::<vmm_files::PlanError>() {
+        return Some(ExitStatus::Usage);
+    }
     match cause.downcast_ref()? {
         ChainError::Open(error) => of_opening(error),
         // Of --page-size: the file is a whole number of the smallest pages.

@@ -1,9 +1,9 @@
 //! ELF cores of guest-physical memory.
 //!
 //! A core is an ELF64 file of type `ET_CORE`. Each `PT_LOAD` segment is a range of guest-physical
-//! addresses, whose start is in `p_paddr`. A `PT_NOTE` segment has notes for debuggers. If there are
-//! 65,535 segments or more, `e_phnum` is `PN_XNUM`, and the number is in the field `sh_info` of the
-//! first section header.
+//! addresses, whose start is in `p_paddr`. A `PT_NOTE` segment has notes for debuggers. If there
+//! are 65,535 segments or more, `e_phnum` is `PN_XNUM`, and the number is in the field `sh_info` of
+//! the first section header.
 
 mod read;
 mod write;

@@ -58,7 +58,7 @@ pub enum OpenError {
 #[non_exhaustive]
 pub enum FileWriteError {
     /// The file cannot get its size.
-    #[error("the file cannot get {len} bytes: {source}")]
+    #[error("the file cannot get the length {len}: {source}")]
     Grow {
         /// The size.
         len: u64,
@@ -66,7 +66,7 @@ pub enum FileWriteError {
         source: SpaceError,
     },
     /// A header cannot be written.
-    #[error("failed to write {len} bytes of headers at byte {offset:#x}: {source}")]
+    #[error("failed to write a header of length {len} at byte {offset:#x}: {source}")]
     Header {
         /// The position of the header in the file.
         offset: u64,

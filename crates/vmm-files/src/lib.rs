@@ -38,7 +38,7 @@
 //! | ELF core of guest-physical memory | [`Format::Elf`] | [`FilePlan::elf`] | in the file |
 //! | QEMU, `mapped-ram` | [`Format::Qemu`] | - | of the machine type in the file |
 //! | libvirt, `virsh save` as `sparse` | [`Format::Libvirt`] | - | of the machine type in the file |
-//! | Cloud Hypervisor, snapshot directory | [`Format::CloudHypervisor`] | [`FilePlan::flat`] with a [`CloudHypervisorSnapshot`] | in `state.json` |
+//! | Cloud Hypervisor, snapshot directory | [`Format::CloudHypervisor`] | [`FilePlan::flat`] | in `state.json` |
 //! | VMware, `.vmem` with `.vmsn` or `.vmss` | [`Format::Vmware`] | - | in the `.vmsn` file |
 //! | LiME | - | [`FilePlan::lime`] | in the file |
 //! | Firecracker, and other raw memory | `FileReader` of `page-reader` | any file writer | of the [`Machine`] |
@@ -49,8 +49,8 @@
 //! # What is checked
 //!
 //! Files may come from anybody. Each length and position is checked against the length of the file,
-//! without overflow, before it is used. Lists have a fixed maximum, and bitmaps are read in parts, so
-//! memory use is bounded: at most 64 MiB for the segments of an ELF core, and otherwise for
+//! without overflow, before it is used. Lists have a fixed maximum, and bitmaps are read in parts.
+//! So memory use is bounded: about 100 MiB for the segments of an ELF core, and twice 64 MiB for
 //! `state.json`. An error names the file, the position and what can be done.
 //!
 //! A format is [detected](Format::detect) by magic numbers only. Raw memory has none: a guest can

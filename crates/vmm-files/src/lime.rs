@@ -1,8 +1,8 @@
 //! LiME, the format of the Linux Memory Extractor.
 //!
 //! Each range of guest-physical addresses is a header of 32 bytes and its memory. A header has, as
-//! little-endian numbers: the magic number (`EMiL`) and the version 1, of 32 bits each; the first and
-//! the last address, of 64 bits each; and 8 bytes of zeros.
+//! little-endian numbers: the magic number (`EMiL`) and the version 1, of 32 bits each; the first
+//! and the last address, of 64 bits each; and 8 bytes of zeros.
 
 use page_reader::RamLayout;
 

@@ -2,8 +2,8 @@
 //!
 //! The `.vmem` file has the RAM without gaps. The other one has groups of tags. The group `memory`
 //! lists the regions: `regionPPN` is the first page of a region in the guest-physical addresses,
-//! `regionPageNum` its first page in the `.vmem` file, and `regionSize` its number of pages. A guest
-//! without regions has one, from address 0.
+//! `regionPageNum` its first page in the `.vmem` file, and `regionSize` its number of pages. A
+//! guest without regions has one, from address 0.
 //!
 //! The file begins with a magic number, of whose first byte the lower half is the version, an
 //! unknown number, and the number of groups (32 bits each, little-endian). A group is a name of 64

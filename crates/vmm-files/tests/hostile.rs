@@ -76,7 +76,8 @@ fn sample(dir: &Path, format: Format) -> (PathBuf, PathBuf, usize) {
     }
 }
 
-/// Opens a file. Whatever opens has all of the RAM that it states, and says so without contradiction.
+/// Opens a file, and checks that all of the RAM that it states can be read. Returns whether the
+/// file opens.
 fn open(path: &Path, format: Format) -> bool {
     let options = GuestFile::options().machine(Machine::QemuMicrovm);
     let Ok(guest) = options.open(path, format) else {

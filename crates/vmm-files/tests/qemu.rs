@@ -1,9 +1,9 @@
 //! Files of QEMU with `mapped-ram`, and of libvirt, built field by field.
 //!
 //! Debian 12 has QEMU 7.2, and `mapped-ram` is in QEMU 9.0 and newer. So these files are built from
-//! the description of the format (`docs/devel/migration/mapped-ram.rst` of QEMU, and the formats of
-//! the fields in `migration/savevm.c` and `migration/ram.c`), and `cargo xtask qemu-e2e` reads those of a real QEMU if
-//! the installed one is new enough.
+//! the description of the format: `docs/devel/migration/mapped-ram.rst` of QEMU, and the fields
+//! that `migration/savevm.c` and `migration/ram.c` write. `cargo xtask qemu-e2e` reads those of a
+//! real QEMU if the installed one is new enough.
 
 mod support;
 
@@ -68,8 +68,8 @@ impl Stream {
 
     /// Adds a block, of which the nonzero pages are stored. The length and text of its name, its
     /// length (8 bytes), and a header of 28 bytes: version 1 (4 bytes), page size, position of the
-    /// bitmap, position of the pages (8 bytes each). The bitmap follows the header, in little-endian
-    /// words of 64 bits, and the pages are at the next multiple of 1 MiB.
+    /// bitmap, position of the pages (8 bytes each). The bitmap follows the header, in
+    /// little-endian words of 64 bits, and the pages are at the next multiple of 1 MiB.
     fn block(&mut self, name: &str, ram: &[u8]) -> &mut Self {
         let len = ram.len() as u64;
         let bitmap_at = self.bytes.len() as u64 + 1 + name.len() as u64 + 8 + 28;

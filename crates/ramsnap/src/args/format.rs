@@ -6,6 +6,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use memory_image::{Image, Layout};
 use memory_writer::Seal;
 
+use super::vmm::format_value;
 use crate::failure::Failure;
 use crate::ram_lock;
 
@@ -49,6 +50,8 @@ pub enum Format {
     #[default]
     Auto,
     Layout(Layout),
+    /// A file of another VMM, which only `convert` reads.
+    Vmm(vmm_files::Format),
 }
 
 impl Format {
@@ -57,7 +60,8 @@ impl Format {
     /// Returns all formats.
     pub fn all() -> impl Iterator<Item = Self> {
         let layouts = Layout::ALL.into_iter().map(Self::Layout);
-        std::iter::once(Self::Auto).chain(layouts)
+        let vmms = vmm_files::Format::ALL.into_iter().map(Self::Vmm);
+        std::iter::once(Self::Auto).chain(layouts).chain(vmms)
     }
 
     /// Returns the name, which may stand before a path.
@@ -65,6 +69,7 @@ impl Format {
         match self {
             Self::Auto => "auto",
             Self::Layout(layout) => layout.name(),
+            Self::Vmm(format) => format.name(),
         }
     }
 
@@ -76,6 +81,7 @@ impl Format {
                 Self::Layout(Layout::Raw) => "Bytes of RAM and nothing else",
                 Self::Layout(Layout::Sealed) => "Bytes of RAM and a footer",
                 Self::Layout(Layout::Packed) => "Present pages one after another and a footer",
+                Self::Vmm(format) => return format_value(format),
             })
         };
         PossibleValuesParser::new(Self::all().map(value)).try_map(|name| {
@@ -88,6 +94,10 @@ impl Format {
         let image = match self {
             Self::Auto => Image::open(path)?,
             Self::Layout(layout) => Image::open_as(path, layout)?,
+            Self::Vmm(format) => {
+                let path = path.to_owned();
+                return Err(Failure::OnlyConverted { path, format }.into());
+            }
         };
         if image.footer().is_none() {
             // It may be RAM.

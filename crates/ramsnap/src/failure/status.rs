@@ -39,7 +39,14 @@ impl Failure {
             | Self::TargetNotPrivate { .. }
             | Self::TargetInUse { .. }
             | Self::TargetSize { .. }
-            | Self::SameState { .. } => ExitStatus::Usage,
+            | Self::SameState { .. }
+            | Self::NotOfMachine { .. }
+            | Self::OnlyConverted { .. }
+            | Self::FormatNotNamed { .. }
+            | Self::AddressesUnknown { .. }
+            | Self::NoElfMachine
+            | Self::NotOfFirecracker { .. }
+            | Self::DirectoryExists { .. } => ExitStatus::Usage,
             Self::OtherGuest { .. }
             | Self::OtherRegions { .. }
             | Self::Damaged { .. }

@@ -1,4 +1,7 @@
-//! `ramsnap convert`: an image in another layout, or as a stream.
+//! `ramsnap convert`: an image in another layout, as a stream, or from and to files of other VMMs.
+
+mod input_format;
+mod vmm;
 
 mod sending;
 
@@ -13,8 +16,8 @@ use memory_writer::{ImageId, MemoryWriterOptions, SnapshotError};
 use sparse_file::PageHoles;
 
 use crate::args::{
-    self, Extras, Format, Formats, ImageFile, Output, RawImages, ReadExtras, image_id, kept_seal,
-    layouts,
+    self, Extras, Format, Formats, ImageFile, Output, RawImages, ReadExtras, VmmFiles, image_id,
+    kept_seal, layouts,
 };
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
@@ -23,7 +26,7 @@ use crate::stream::{self, Incoming, is_compressed, is_stream};
 use crate::verbs::merge::layout_of_first;
 use crate::{free_space, input, memory_reserve, print, save};
 
-/// Write an image in another layout, or as a stream
+/// Write an image in another layout, as a stream, or from and to files of other VMMs
 ///
 /// The result has the same pages, id, parent, regions and metadata. A raw image has none of these,
 /// and gets a new id. Stored pages of zeros take no space in the result, except in a raw diff and
@@ -33,9 +36,14 @@ use crate::{free_space, input, memory_reserve, print, save};
 /// With --zstd, `-` stands for stdin or stdout, and carries the compressed bytes of a packed image.
 /// A file whose name ends in .zst has the same bytes. Input is checked before the output appears,
 /// and takes no more space than the header of the image states.
+///
+/// Files of other VMMs are named by their format (elf:FILE), and become full images with the
+/// addresses of the RAM, without the state of devices. --to writes such files.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap convert full.mem -o full.raw --layout raw\n  \
+    ramsnap convert elf:guest.elf -o full.mem\n  \
+    ramsnap convert raw:fc.mem --guest firecracker -o guest.elf --to elf\n  \
     ramsnap convert raw:old.raw -o old.mem --layout sealed\n  \
     ramsnap convert raw:base.raw -o base.mem --layout sealed --id 88213de4bd9147c6bc3d68ecae6fdb8a\n  \
     ramsnap convert full.mem -o - --zstd | ssh host ramsnap convert - --zstd -o full.mem\n  \
@@ -81,6 +89,8 @@ pub struct Convert {
     keep_zeros: bool,
     #[command(flatten)]
     extras: Extras,
+    #[command(flatten)]
+    vmm: VmmFiles,
 }
 
 impl Convert {
@@ -96,7 +106,13 @@ impl Convert {
         if is_compressed(&self.input.path) {
             return self.receive(session, extras);
         }
+        if let Some(format) = self.vmm_format()? {
+            return self.convert_guest(session, format, extras);
+        }
         let chain = self.open(session, self.open_input()?)?;
+        if let Some(to) = self.vmm.to {
+            return self.export_chain(session, to, &chain);
+        }
         let check = || match self.no_verify {
             true => Ok(()),
             false => input::check_sums(session, chain.images()),
@@ -204,18 +220,6 @@ impl Convert {
         let needed = header.len().saturating_add(again);
         free_space::check_bytes(&self.output.path, dir, needed)?;
         Ok(())
-    }
-
-    fn open_input(&self) -> anyhow::Result<Image> {
-        if !self.raw_diff {
-            return self.input.open(self.formats.format);
-        }
-        // Bytes that a guest can write never make a file an image here.
-        if Image::open(&self.input.path).is_ok() {
-            let path = self.input.path.clone();
-            return Err(Failure::NotARawDiff { path }.into());
-        }
-        self.input.open(Format::RAW)
     }
 
     fn check(&self) -> anyhow::Result<()> {

@@ -12,8 +12,8 @@ const ALIGNMENT: u64 = 4096;
 /// Plans a core with one segment for each range of addresses, and `notes`, which may be empty.
 ///
 /// `p_vaddr` is the guest-physical address too: gdb reads memory by it. Each segment stores all of
-/// its bytes, so that readers that know no zeros after them (gdb) read all memory. Zeros are holes of
-/// the file.
+/// its bytes, so that readers that know no zeros after them (gdb) read all memory. Zeros are holes
+/// of the file.
 pub(crate) fn plan(
     layout: &RamLayout,
     machine: ElfMachine,
