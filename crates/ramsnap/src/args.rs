@@ -20,6 +20,7 @@ use memory_writer::Seal;
 
 use crate::failure::Failure;
 use crate::numbers::{page_size, range, text_of};
+use crate::{device, ram_lock};
 
 pub use format::{Format, check_records, kept_seal, layouts};
 pub use from_dir::FromDir;
@@ -62,7 +63,13 @@ impl ImageFile {
 
     /// Opens the image in the format given with the path, or else in `other`.
     pub fn open(&self, other: Format) -> anyhow::Result<Image> {
-        self.format(other).open(&self.path)
+        let format = self.format(other);
+        if format == Format::RAW && device::is_at(&self.path) {
+            let (image, file) = device::open_raw(&self.path)?;
+            ram_lock::check_not_restored(&file, &format!("{:?}", self.path))?;
+            return Ok(image);
+        }
+        format.open(&self.path)
     }
 }
 

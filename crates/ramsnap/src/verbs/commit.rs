@@ -15,8 +15,8 @@ use crate::{in_place, input, memory_reserve, save};
 /// The first file becomes the state of the last one, and has its id, so that later diffs follow it.
 /// At every instant, also after a crash, it is the complete old image or the complete new one, and
 /// the chain can be read. A raw image on a file system that shares blocks (btrfs, XFS) shares those
-/// that did not change with the old one: only the pages of the diffs are written. With --remove, the
-/// diffs are removed once the new image is on its disk.
+/// that did not change with the old one: only the pages of the diffs are written. With --remove,
+/// the diffs are removed once the new image is on its disk.
 ///
 /// A diff in the directory that was taken after a state which would be lost prevents the commit.
 #[derive(Debug, Args)]

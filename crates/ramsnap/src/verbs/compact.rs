@@ -24,8 +24,9 @@ use policy::{Link, links};
 /// Each chain keeps its newest states: as many files as --keep, those younger than --older-than, or
 /// as many as fit into --max-size. With several of these options, the chain is made as short as any
 /// of them demands. The full image becomes the state of the last merged diff, as by `ramsnap
-/// commit`: at every instant, also after a crash, the states that are kept can be read. A state that
-/// several diffs were taken after is kept, and so are raw images and diffs without a full image.
+/// commit`: at every instant, also after a crash, the states that are kept can be read. A state
+/// that several diffs were taken after is kept, and so are raw images and diffs without a full
+/// image.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap compact /var/lib/snapshots --keep 7\n  \
