@@ -1,5 +1,7 @@
 //! The JSON of each verb is what `docs/command-line.schema.json` describes.
 
+#![cfg(target_os = "linux")]
+
 mod support;
 
 use std::ffi::OsStr;
