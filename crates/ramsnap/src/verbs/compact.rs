@@ -136,9 +136,9 @@ impl Compact {
         session.check("nothing more was merged")?;
         let chain = open(session, &links[..=merged])?;
         in_place::check_not_needed(&chain)?;
-        let writer = in_place::stage(session, &chain, !self.no_verify)?;
+        let staged = in_place::stage(session, &chain, !self.no_verify)?;
         session.check("nothing more was merged")?;
-        save::put_in_place(session, writer.finish()?, || Ok(()))?;
+        save::put_in_place(session, staged, || Ok(()))?;
         in_place::remove_merged(session, &chain)?;
         compacted.bytes_after = links[0].path.metadata().ok().map(|it| it.len());
         Ok(compacted)
