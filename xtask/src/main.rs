@@ -4,6 +4,7 @@
 //! crate has built and becomes. This crate links no crate under `crates/`.
 
 mod bench;
+mod dist;
 mod fuzz;
 mod program;
 mod steps;
@@ -41,6 +42,7 @@ enum Task {
     /// Snapshot a running guest, restore it into a new one, and prove that it continues correctly
     #[command(disable_help_flag = true)]
     Demo(Arguments),
+    Dist(dist::Dist),
     /// Run hvf-backend's tests, examples and demo over a fake of Apple's Hypervisor framework
     #[command(disable_help_flag = true)]
     FakeHvf(Arguments),
@@ -65,6 +67,8 @@ enum Task {
     #[cfg(target_os = "linux")]
     #[command(disable_help_flag = true)]
     QemuE2e(Arguments),
+    /// Run the sessions of the tool in its README and in the guides, and write their output there
+    RecordSessions,
     /// Run the tests under sanitizers that detect data races, use after free and out-of-bounds
     /// accesses
     #[cfg(target_os = "linux")]
@@ -103,6 +107,7 @@ fn run(sh: &Shell, task: Task) -> anyhow::Result<()> {
         #[cfg(target_os = "linux")]
         Task::Crash(arguments) => arguments.run("crash-states"),
         Task::Demo(arguments) => arguments.run("demo"),
+        Task::Dist(dist) => dist.run(sh),
         Task::FakeHvf(arguments) => arguments.run("check-hvf"),
         #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
         Task::Faults(arguments) => arguments.run("syscall-faults"),
@@ -114,10 +119,18 @@ fn run(sh: &Shell, task: Task) -> anyhow::Result<()> {
         Task::Prove(prove) => steps::record(sh, &prove.run(sh)?),
         #[cfg(target_os = "linux")]
         Task::QemuE2e(arguments) => arguments.run("qemu-e2e"),
+        Task::RecordSessions => record_sessions(sh),
         #[cfg(target_os = "linux")]
         Task::Sanitize(arguments) => arguments.run("sanitizers"),
         #[cfg(target_os = "linux")]
         Task::Soak(arguments) => arguments.run("soak"),
         Task::Test(test) => steps::record(sh, &test.run(sh)?),
     }
+}
+
+/// The test that compares the sessions records them.
+fn record_sessions(sh: &Shell) -> anyhow::Result<()> {
+    let _record = sh.push_env("RAMSNAP_RECORD_SESSIONS", "1");
+    xshell::cmd!(sh, "cargo test --locked --package ramsnap --test readme").run()?;
+    Ok(())
 }

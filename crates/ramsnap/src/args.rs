@@ -22,6 +22,7 @@ use vmm_files::Machine;
 
 use crate::failure::Failure;
 use crate::numbers::{page_size, range, text_of};
+use crate::{device, ram_lock};
 
 pub use format::{Format, check_records, kept_seal, layouts};
 pub use from_dir::FromDir;
@@ -65,7 +66,13 @@ impl ImageFile {
 
     /// Opens the image in the format given with the path, or else in `other`.
     pub fn open(&self, other: Format) -> anyhow::Result<Image> {
-        self.format(other).open(&self.path)
+        let format = self.format(other);
+        if format == Format::RAW && device::is_at(&self.path) {
+            let (image, file) = device::open_raw(&self.path)?;
+            ram_lock::check_not_restored(&file, &format!("{:?}", self.path))?;
+            return Ok(image);
+        }
+        format.open(&self.path)
     }
 }
 

@@ -243,7 +243,9 @@ pub enum Failure {
     PassedSocket,
     #[error("{path:?} is empty: no guest has RAM of 0 bytes")]
     NoBytes { path: PathBuf },
-    #[error("{path:?} is not a regular file or memfd: give the file that the guest's RAM is in")]
+    #[error(
+        "{path:?} is not a regular file, memfd or block device: give the file that the guest's RAM is in"
+    )]
     NotRam { path: PathBuf },
     #[error(
         "{path:?} changed its size from {before} to {now} bytes while it was read: \

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use image_format::{Footer, ImageKind, Storage};
-use memory_image::Image;
+use memory_image::{Image, ReadImageError};
 use serde::Serialize;
 use sparse_file::{
     HolesUnknown, PageHoles, PagesUnknown, allocated_bytes, extents, file_system_name,
@@ -60,8 +60,12 @@ impl ImageInfo {
     /// Nothing is written or synced.
     pub fn of(image: &Image) -> anyhow::Result<Self> {
         let path = image.path();
-        let version = image.version()?;
-        let file = version.file();
+        let version = match image.version() {
+            // A block device.
+            Err(ReadImageError::NoFile { .. }) => None,
+            version => Some(version?),
+        };
+        let file = version.as_ref().map(|version| &**version.file());
         let looking = || format!("cannot look at {path:?}");
         let common = Self {
             file: path.to_owned().into(),
@@ -76,13 +80,22 @@ impl ImageInfo {
             zero: None,
             clean: None,
             metadata_bytes: 0,
-            file_bytes: file.metadata().with_context(looking)?.len(),
-            allocated_bytes: allocated_bytes(file).with_context(looking)?,
+            file_bytes: match file {
+                Some(file) => file.metadata().with_context(looking)?.len(),
+                None => image.ram_size(),
+            },
+            allocated_bytes: match file {
+                Some(file) => allocated_bytes(file).with_context(looking)?,
+                None => image.ram_size(),
+            },
             holes: None,
         };
         match image.footer() {
             Some(footer) => Ok(common.sealed(footer)),
-            None => common.raw(file, path),
+            None => match file {
+                Some(file) => common.raw(file, path),
+                None => Ok(common.on_device()),
+            },
         }
     }
 
@@ -116,6 +129,17 @@ impl ImageInfo {
             metadata_bytes: footer.metadata.len() as u64,
             ..self
         }
+    }
+
+    /// A device has no holes.
+    fn on_device(mut self) -> Self {
+        self.present.add(self.ram_bytes);
+        self.zero = Some(Pages::default());
+        self.holes = Some(Holes {
+            file_system: None,
+            tell_clean_from_zero: Some(false),
+        });
+        self
     }
 
     fn raw(mut self, file: &File, path: &Path) -> anyhow::Result<Self> {

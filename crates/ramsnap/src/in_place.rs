@@ -1,12 +1,14 @@
 //! Merging a chain into its first file.
 
+mod shared;
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use atomic_file::AtomicWriter;
 use image_format::{Footer, ImageId};
 use memory_image::{Chain, Image};
-use memory_writer::MemoryWriter;
 use sparse_file::FileIdentity;
 
 use crate::args::{Output, kept_seal};
@@ -15,13 +17,13 @@ use crate::failure::ImagesFailure;
 use crate::print;
 use crate::session::Session;
 use crate::{input, save};
+use shared::Changes;
 
-/// Writes the state of `chain` to a file that is staged beside its first one, which the caller
-/// commits. The first file stays as it is until then.
-///
-/// Where the file system can share blocks (btrfs, XFS) and the first file is raw, only pages that
-/// changed are written.
-pub fn stage(session: &Session, chain: &Chain, verify: bool) -> anyhow::Result<MemoryWriter> {
+/// Writes the state of `chain` to a file that is staged beside its first one, for the caller to
+/// commit by [`save::put_in_place`] or [`save::put_image_in_place`]. The first file stays as it is
+/// until then. Only pages that changed are written where the file system can share blocks (btrfs,
+/// XFS) and the first file is sealed or raw.
+pub fn stage(session: &Session, chain: &Chain, verify: bool) -> anyhow::Result<AtomicWriter> {
     let first = chain.images().next().context("there is no image")?;
     let path = first.path().to_owned();
     let below = first.footer().and_then(Footer::parent);
@@ -40,13 +42,23 @@ pub fn stage(session: &Session, chain: &Chain, verify: bool) -> anyhow::Result<M
     }
     let (size, page_size) = (chain.ram_size(), save::page_size(chain)?);
     let output = Output { path, force: true };
-    let mut writer = save::stage(session, &output, options, size, page_size)?;
-    save::check_room_for(session, &writer, chain)?;
-    if verify {
-        input::check_sums(session, chain.images())?;
+    let staged = save::stage_for(session, &output, &options, size, page_size)?;
+    let check = || match verify {
+        true => input::check_sums(session, chain.images()),
+        false => Ok(()),
+    };
+    if let Some(changes) = Changes::of(chain)
+        && changes.share(first, staged.file())?
+    {
+        check()?;
+        changes.write(session, staged.file())?;
+        return Ok(staged);
     }
+    let mut writer = options.open_on(staged, size, page_size)?;
+    save::check_room_for(session, &writer, chain)?;
+    check()?;
     save::write_chain(&mut writer, chain)?;
-    Ok(writer)
+    Ok(writer.finish()?)
 }
 
 /// Refuses to replace a state that a diff outside of `chain`, in the directory of its first file,

@@ -10,6 +10,7 @@ mod catalog;
 mod cli;
 mod color;
 mod descriptors;
+mod device;
 mod events;
 mod exit_status;
 mod failure;

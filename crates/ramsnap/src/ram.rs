@@ -11,6 +11,7 @@ use nix::fcntl::OFlag;
 use nix::unistd::{SysconfVar, sysconf};
 use page_reader::{FileReader, PageReader};
 
+use crate::device;
 use crate::failure::Failure;
 #[cfg(target_os = "linux")]
 use crate::process::{self, ProcessRam, Region};
@@ -132,10 +133,11 @@ impl RamFile {
         let metadata = file.metadata();
         let metadata = metadata.with_context(|| format!("cannot look at the RAM {path:?}"))?;
         let path = path.to_owned();
-        if !metadata.is_file() {
+        if !device::can_hold_ram(&metadata) {
             return Err(Failure::NotRam { path }.into());
         }
-        let size = metadata.len();
+        let looking = || format!("cannot look at the RAM {path:?}");
+        let size = device::size(&file).with_context(looking)?;
         if size == 0 {
             return Err(Failure::NoBytes { path }.into());
         }
@@ -149,9 +151,8 @@ impl RamFile {
     }
 
     fn check(&self) -> anyhow::Result<()> {
-        let now = self.file.metadata();
+        let now = device::size(&self.file);
         let now = now.with_context(|| format!("cannot look at the RAM {:?}", self.path))?;
-        let now = now.len();
         if now != self.size {
             return Err(Failure::RamResized {
                 path: self.path.clone(),

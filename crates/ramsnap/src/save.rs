@@ -80,10 +80,20 @@ pub fn stage(
     ram_size: u64,
     page_size: u64,
 ) -> anyhow::Result<MemoryWriter> {
+    let staged = stage_for(session, output, &options, ram_size, page_size)?;
+    Ok(for_output(options, output).open_on(staged, ram_size, page_size)?)
+}
+
+/// Stages a file at the output for an image of `ram_size` bytes of RAM, as [`stage`] does.
+pub fn stage_for(
+    session: &Session,
+    output: &Output,
+    options: &MemoryWriterOptions,
+    ram_size: u64,
+    page_size: u64,
+) -> anyhow::Result<AtomicWriter> {
     memory_reserve::check_image(&output.path, ram_size, page_size)?;
-    let options = for_output(options, output);
-    let staged = stage_with(session, output, &options)?;
-    Ok(options.open_on(staged, ram_size, page_size)?)
+    stage_with(session, output, &for_output(options.clone(), output))
 }
 
 /// Stages a file at the output, for an image whose RAM size is not known yet. Errors of the commit
@@ -210,8 +220,14 @@ pub fn commit_staged(session: &Session, staged: AtomicWriter) -> anyhow::Result<
     put_image_in_place(session, staged, false)
 }
 
+/// Commits an image as [`put_in_place`] does, and reports what it is.
+///
 /// The report describes the file that was written. Another one may be at its path by then, or none.
-fn put_image_in_place(session: &Session, staged: AtomicWriter, raw: bool) -> anyhow::Result<()> {
+pub fn put_image_in_place(
+    session: &Session,
+    staged: AtomicWriter,
+    raw: bool,
+) -> anyhow::Result<()> {
     let path = staged.dest_path().to_owned();
     let written = staged.file().try_clone();
     let written = written.with_context(|| format!("cannot open {path:?} again to describe it"))?;

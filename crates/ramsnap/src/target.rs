@@ -68,7 +68,8 @@ pub fn open_and_lock(path: &Path, force: bool, ignored: &[u32]) -> anyhow::Resul
     Err(Errno::ELOOP).with_context(opening)
 }
 
-/// Returns `None` if the file is not a regular file, as opening it may have effects.
+/// Returns `None` if the file is neither a regular file nor a block device, as opening it may have
+/// effects.
 fn open_in(
     dir: &OwnedFd,
     name: &OsStr,
@@ -82,13 +83,18 @@ fn open_in(
             (stat, OFlag::O_NOFOLLOW)
         }
     };
-    if !is(&stat, SFlag::S_IFREG) {
+    // A device that is mounted, or in use otherwise, is refused.
+    let (kind, exclusive) = match is(&stat, SFlag::S_IFBLK) {
+        true => (SFlag::S_IFBLK, OFlag::O_EXCL),
+        false => (SFlag::S_IFREG, OFlag::empty()),
+    };
+    if !is(&stat, kind) {
         return Ok(None);
     }
-    let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | link;
+    let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | link | exclusive;
     let file = openat(dir, name, flags, Mode::empty())?;
     let opened = fstat(&file)?;
-    Ok(is(&opened, SFlag::S_IFREG).then(|| File::from(file)))
+    Ok(is(&opened, kind).then(|| File::from(file)))
 }
 
 fn is(stat: &FileStat, kind: SFlag) -> bool {

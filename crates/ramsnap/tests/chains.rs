@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
 use rstest::rstest;
-use support::{Ended, PAGE, RAM, Work};
+use support::{PAGE, RAM, Work};
 
 /// Creates a chain of two diffs in the directory `chain`, and `ram`, its last state.
 fn with_directory() -> Work {
@@ -299,7 +299,7 @@ fn bytes_are_not_printed_to_a_terminal() {
         run.stdout(terminal.slave)
             .stderr(std::process::Stdio::piped());
         let output = run.spawn().unwrap().wait_with_output().unwrap();
-        let ended = Ended {
+        let ended = support::Ended {
             code: output.status.code(),
             out: String::new(),
             err: String::from_utf8(output.stderr).unwrap(),

@@ -287,8 +287,8 @@ mod interrupted {
 
     use super::*;
 
-    /// Runs `command` once for each call, with a signal before it. At each of them, the newest state
-    /// can be read. Returns how often the work was done, and how often it was not.
+    /// Runs `command` once for each call, with a signal before it. At each of them, the newest
+    /// state can be read. Returns how often the work was done, and how often it was not.
     fn signalled(command: &str, with: Signal, newest: &str) -> [usize; 2] {
         let work = Work::with_chain();
         let before = work.contents();

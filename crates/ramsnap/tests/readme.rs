@@ -45,9 +45,7 @@ fn comparable(text: &str) -> Vec<String> {
 #[test]
 fn the_session_in_the_readme_is_what_happens() {
     let work = Work::empty();
-    let steps = session("README.md");
-    assert!(steps.len() > 8, "{steps:?}");
-    check(steps, work.path(""));
+    check("README.md", work.path(""));
 }
 
 #[test]
@@ -63,14 +61,42 @@ fn the_session_in_the_firecracker_guide_is_what_happens() {
         let start = page as usize * 4096;
         ram[start..start + 4096].fill(byte);
     }
-    let steps = session("../../docs/guides/firecracker-files.md");
-    assert!(steps.len() > 3, "{steps:?}");
-    check(steps, work.path(""));
+    check("../../docs/guides/firecracker-files.md", work.path(""));
     assert!(fs::read(work.path("new.mem")).unwrap() == ram);
 }
 
-/// Runs the commands of a session and compares their output.
-fn check(steps: Vec<(String, String)>, mut dir: PathBuf) {
+/// Set if the sessions are to be written into their pages, as `cargo xtask record-sessions` does.
+const RECORD: &str = "RAMSNAP_RECORD_SESSIONS";
+
+/// Runs the commands of a session and writes their output into the page.
+fn record(page: &str, mut dir: PathBuf) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(page);
+    let text = fs::read_to_string(&path).unwrap();
+    let mut blocks = text.split("```console\n");
+    let mut written = blocks.next().unwrap().to_owned();
+    for block in blocks {
+        let (session, after) = block.split_once("```").unwrap();
+        written += "```console\n";
+        for step in session.split("$ ").skip(1) {
+            let command = step.lines().next().unwrap();
+            written += &format!("$ {command}\n");
+            match command.strip_prefix("cd ") {
+                Some(to) => dir = dir.join(to),
+                None => written += &shell(command, &dir),
+            }
+        }
+        written += &format!("```{after}");
+    }
+    fs::write(path, written).unwrap();
+}
+
+/// Runs the commands of a session and compares their output, or records it.
+fn check(page: &str, dir: PathBuf) {
+    if std::env::var_os(RECORD).is_some() {
+        return record(page, dir);
+    }
+    let (steps, mut dir) = (session(page), dir);
+    assert!(steps.len() > 3, "{steps:?}");
     for (command, expected) in steps {
         if let Some(to) = command.strip_prefix("cd ") {
             dir = dir.join(to);

@@ -14,9 +14,10 @@ use crate::{in_place, input, memory_reserve, save};
 ///
 /// The first file becomes the state of the last one, and has its id, so that later diffs follow it.
 /// At every instant, also after a crash, it is the complete old image or the complete new one, and
-/// the chain can be read. A raw image on a file system that shares blocks (btrfs, XFS) shares those
-/// that did not change with the old one: only the pages of the diffs are written. With --remove, the
-/// diffs are removed once the new image is on its disk.
+/// the chain can be read. Where the file system can share blocks (btrfs, XFS), a raw or sealed
+/// image shares those that did not change with the old one: only the pages of the diffs are
+/// written. A packed image has no place for more pages and is written as a whole, as is any image
+/// elsewhere. With --remove, the diffs are removed once the new image is on its disk.
 ///
 /// A diff in the directory that was taken after a state which would be lost prevents the commit.
 #[derive(Debug, Args)]
@@ -64,8 +65,12 @@ impl Commit {
         if !self.force {
             in_place::check_not_needed(&chain)?;
         }
-        let writer = in_place::stage(session, &chain, !self.no_verify)?;
-        save::commit(session, writer)?;
+        let raw = chain
+            .images()
+            .next()
+            .is_some_and(|image| image.footer().is_none());
+        let staged = in_place::stage(session, &chain, !self.no_verify)?;
+        save::put_image_in_place(session, staged, raw)?;
         if self.remove {
             let removed = in_place::remove_merged(session, &chain)?;
             session.report(&format!("removed {}", in_place::names(&removed)))?;

@@ -24,8 +24,9 @@ use policy::{Link, links};
 /// Each chain keeps its newest states: as many files as --keep, those younger than --older-than, or
 /// as many as fit into --max-size. With several of these options, the chain is made as short as any
 /// of them demands. The full image becomes the state of the last merged diff, as by `ramsnap
-/// commit`: at every instant, also after a crash, the states that are kept can be read. A state that
-/// several diffs were taken after is kept, and so are raw images and diffs without a full image.
+/// commit`: at every instant, also after a crash, the states that are kept can be read. A state
+/// that several diffs were taken after is kept, and so are raw images and diffs without a full
+/// image.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap compact /var/lib/snapshots --keep 7\n  \
@@ -135,9 +136,9 @@ impl Compact {
         session.check("nothing more was merged")?;
         let chain = open(session, &links[..=merged])?;
         in_place::check_not_needed(&chain)?;
-        let writer = in_place::stage(session, &chain, !self.no_verify)?;
+        let staged = in_place::stage(session, &chain, !self.no_verify)?;
         session.check("nothing more was merged")?;
-        save::put_in_place(session, writer.finish()?, || Ok(()))?;
+        save::put_in_place(session, staged, || Ok(()))?;
         in_place::remove_merged(session, &chain)?;
         compacted.bytes_after = links[0].path.metadata().ok().map(|it| it.len());
         Ok(compacted)

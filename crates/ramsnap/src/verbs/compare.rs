@@ -22,8 +22,8 @@ const LISTED: usize = 20;
 /// Show where two states differ: pages by guest-physical address, and metadata
 ///
 /// Each state is a full image, or a chain, oldest first. Without --to, the last file is the other
-/// state. The exit status is 1 if the states differ. `ramsnap diff` saves what differs, and compares
-/// images with RAM.
+/// state. The exit status is 1 if the states differ. `ramsnap diff` saves what differs, and
+/// compares images with RAM.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap compare yesterday.mem today.mem\n  \

@@ -15,10 +15,10 @@ use crate::session::Session;
 /// Take a full image of a guest's RAM
 ///
 /// The RAM is a file that the guest maps shared (QEMU: -object memory-backend-file,share=on; a file
-/// in /dev/shm), or a memfd of a running VMM, as /proc/PID/fd/N; or, on Linux, mappings of a
-/// process. Pause the guest during the dump: bytes that it changes are saved as they are when each
-/// is read. RAM that is zero or was never touched takes no space. RAM that a `ramsnap restore` is
-/// writing to is refused; a VMM's own locks of the file do not matter.
+/// in /dev/shm), a block device, or a memfd of a running VMM, as /proc/PID/fd/N; or, on Linux,
+/// mappings of a process. Pause the guest during the dump: bytes that it changes are saved as they
+/// are when each is read. RAM that is zero or was never touched takes no space. RAM that a `ramsnap
+/// restore` is writing to is refused; a VMM's own locks of the file do not matter.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap dump /dev/shm/guest -o full.mem\n  \

@@ -18,8 +18,8 @@ const WIDEST: usize = 40;
 ///
 /// Each diff is below the image that it was taken after, which is found by its id. The exit status
 /// is 1 if an image is not usable, or if the parent of a diff is in no file. Files without a footer
-/// may be raw images, and are only counted. `--chain DIR NEWEST` of the other verbs finds a chain in
-/// the same way.
+/// may be raw images, and are only counted. `--chain DIR NEWEST` of the other verbs finds a chain
+/// in the same way.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap list /var/lib/snapshots\n  \

@@ -21,7 +21,7 @@ use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::print::JsonPath;
 use crate::session::Session;
-use crate::{input, memory_reserve, print, save};
+use crate::{device, input, memory_reserve, print, save};
 
 /// Show which pages images hold: present, zero or clean
 ///
@@ -173,7 +173,7 @@ impl PageMap {
                 };
                 (footer.page_size, footer.runs.iter().map(run).collect())
             }
-            None => (4096, holes(path)?),
+            None => (4096, holes(path, image.ram_size())?),
         };
         Ok(Self {
             file: path.to_owned().into(),
@@ -194,7 +194,10 @@ impl Run {
     }
 }
 
-fn holes(path: &Path) -> anyhow::Result<Vec<Run>> {
+fn holes(path: &Path, ram_bytes: u64) -> anyhow::Result<Vec<Run>> {
+    if device::is_at(path) {
+        return Ok(vec![Run::new(0..ram_bytes, State::Present)]);
+    }
     let list = || {
         let run = |extent: sparse_file::Extent| match extent.kind {
             sparse_file::ExtentKind::Data => Run::new(extent.range, State::Present),

@@ -29,14 +29,14 @@ use reserve::Plan;
 
 /// Restore the RAM: into a new file, or into existing RAM
 ///
-/// A new file appears when it is complete, and is sparse where the RAM is zero. An existing file or
-/// memfd (/proc/PID/fd/N) is written in place, where a VMM may have mapped it. It must be as large
-/// as the RAM, and must be empty unless --force is given. No byte of it changes before all checks
-/// have passed: the checksums are right, the file can be written, and space is reserved, on ext4,
-/// XFS, tmpfs and hugetlbfs. Other file systems (btrfs) cannot reserve space: as much as the RAM
-/// needs must be free, and a warning is printed; quotas are not compared. If writing fails
-/// afterwards or is interrupted, the file is left empty, or if that fails (btrfs, where a quota is
-/// used up), the message states that it holds a part of the RAM.
+/// A new file appears when it is complete, and is sparse where the RAM is zero. An existing file, a
+/// block device or a memfd (/proc/PID/fd/N) is written in place, where a VMM may have mapped it. It
+/// must be as large as the RAM, and must be empty unless --force is given. No byte of it changes
+/// before all checks have passed: the checksums are right, the file can be written, and space is
+/// reserved, on ext4, XFS, tmpfs and hugetlbfs. Other file systems (btrfs) cannot reserve space: as
+/// much as the RAM needs must be free, and a warning is printed; quotas are not compared. If
+/// writing fails afterwards or is interrupted, the file is left empty, or if that fails (btrfs,
+/// where a quota is used up), the message states that it holds a part of the RAM.
 ///
 /// Start the guest after ramsnap has ended. RAM that is not empty at the last check is refused, so
 /// the RAM of a guest that was started during the earlier checks is unchanged. A guest that first

@@ -25,7 +25,7 @@ use crate::verbs::restore::reserve::{self, Plan};
 use crate::verbs::restore::writable;
 #[cfg(target_os = "linux")]
 use crate::zeros;
-use crate::{stderr, target, words};
+use crate::{device, stderr, target, words};
 
 /// Bytes read, or zeros written, at a time.
 const CHUNK: usize = 1 << 20;
@@ -120,6 +120,8 @@ pub(super) struct InPlace<'s> {
     /// `Some` if the file has no `write(2)`.
     #[cfg(target_os = "linux")]
     mapping: Option<Mapping>,
+    /// Whether it is a block device, which has no holes and all of its room.
+    on_device: bool,
     size: u64,
 }
 
@@ -132,9 +134,9 @@ impl<'s> InPlace<'s> {
         ignored: &[u32],
     ) -> anyhow::Result<Self> {
         let file = target::open_and_lock(path, force, ignored)?;
-        let metadata = file.metadata();
-        let metadata = metadata.with_context(|| format!("cannot look at {path:?}"))?;
-        let size = metadata.len();
+        let looking = || format!("cannot look at {path:?}");
+        let size = device::size(&file).with_context(looking)?;
+        let on_device = !file.metadata().with_context(looking)?.is_file();
         if size != chain.ram_size() {
             return Err(Failure::TargetSize {
                 path: path.to_owned(),
@@ -149,6 +151,7 @@ impl<'s> InPlace<'s> {
             #[cfg(target_os = "linux")]
             mapping: huge_pages::map(path, &file, size)?,
             file,
+            on_device,
             size,
         })
     }
@@ -179,6 +182,7 @@ impl<'s> InPlace<'s> {
     pub(super) fn check_room(&self, chain: &Chain, holds: bool) -> anyhow::Result<()> {
         match self.mapping {
             Some(_) => Ok(()),
+            None if self.on_device => Ok(()),
             None => reserve::check_room(self.session, self.path, &self.file, chain, holds),
         }
     }
@@ -194,6 +198,7 @@ impl<'s> InPlace<'s> {
     pub(super) fn reserve(&self, chain: &Chain, holds: bool) -> anyhow::Result<Plan> {
         match self.mapping {
             Some(_) => Ok(Plan::to_empty(chain)),
+            None if self.on_device => Ok(Plan::without_reserve(chain)),
             None => reserve::reserve(self.session, self.path, &self.file, chain, holds),
         }
     }
@@ -268,8 +273,9 @@ impl<'s> InPlace<'s> {
     pub(super) fn check_in_place(&self) -> Result<(), Failure> {
         let identity = |it: Metadata| (it.dev(), it.ino(), it.len());
         let found = self.path.metadata().ok().map(identity);
+        let size = device::size(&self.file).ok();
         match (found, self.file.metadata().ok().map(identity)) {
-            (found @ Some((.., len)), file) if found == file && len == self.size => Ok(()),
+            (found @ Some(_), file) if found == file && size == Some(self.size) => Ok(()),
             _ => Err(Failure::TargetReplaced {
                 path: self.path.to_owned(),
             }),
@@ -309,6 +315,14 @@ impl<'s> InPlace<'s> {
 
     /// Makes a hole, or writes zeros if the file system does not support holes.
     fn make_zeros(&self, range: Range<u64>) -> anyhow::Result<()> {
+        if self.on_device {
+            let zeros = vec![0; CHUNK];
+            for at in range.clone().step_by(CHUNK) {
+                let len = (range.end - at).min(CHUNK as u64) as usize;
+                self.file.write_all_at(&zeros[..len], at)?;
+            }
+            return Ok(());
+        }
         // The other engines allocate more than is set aside for this.
         let options = WriteOptions::new().engine(Engine::Pwrite);
         Ok(zero_range(&self.file, range, &options)?)
@@ -323,6 +337,9 @@ impl<'s> InPlace<'s> {
                 true => Ok(()),
                 false => self.write(bytes, offset),
             };
+        }
+        if self.on_device {
+            return self.write(bytes, offset);
         }
         let mut blocks = zeros::blocks(offset, bytes).peekable();
         while let Some(first) = blocks.next() {
@@ -374,6 +391,7 @@ mod tests {
             file: ram.reopen().unwrap(),
             #[cfg(target_os = "linux")]
             mapping: None,
+            on_device: false,
             size: 8192,
         };
         let panicked = catch_unwind(AssertUnwindSafe(|| {

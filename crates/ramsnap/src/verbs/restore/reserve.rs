@@ -63,6 +63,16 @@ impl Plan {
         }
     }
 
+    /// Plans to write the stored pages of `chain`, and zeros between them, to a file that has all
+    /// of its blocks.
+    pub(super) fn without_reserve(chain: &Chain) -> Self {
+        Self {
+            runs: chain.stored_runs().collect(),
+            empty_first: false,
+            reserved: None,
+        }
+    }
+
     /// Leaves the reserved blocks to a guest that was started with the file: they are zeros until
     /// it writes to them, and a hole could destroy what it writes.
     pub(super) fn leave_reserved(self) {
