@@ -111,7 +111,7 @@ fn a_sealed_image_is_what_a_merge_makes() {
         run(dir, &format!("diff {files} --ram ram -o d{number}.mem"));
         files += &format!(" d{number}.mem");
     }
-    run(dir, &format!("merge {files} -o merged.mem"));
+    run(dir, &format!("merge {files} -o merged.mem --keep-zeros"));
     run(dir, &format!("commit {files}"));
     assert!(fs::read(dir.join("base.mem")).unwrap() == fs::read(dir.join("merged.mem")).unwrap());
 }

@@ -77,7 +77,7 @@ impl Phase {
             Self::Syncing => ("fsync", false),
             Self::Committing => (verb.replaces, true),
             Self::SyncingDirectory => ("fsync", true),
-            Self::Reporting => ("openat", true),
+            Self::Reporting => ("write", true),
         };
         let mut found = calls.iter().filter(|call| call.0 == name);
         let call = if is_last {
