@@ -107,7 +107,7 @@ fn without_poison_moved_memory_is_inaccessible(#[case] more_flags: libc::c_int) 
 #[test]
 fn panic_of_a_thread_unblocks_waiters() {
     needs!(Userfaultfd);
-    let (mut ram, _file) = start(LazyRam::options().prefetch(false));
+    let (ram, _file) = start(LazyRam::options().prefetch(false));
     ram.filling
         .spawn("panics", || panic!("on purpose"))
         .unwrap();
