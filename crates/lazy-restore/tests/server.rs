@@ -125,14 +125,16 @@ impl PageReader for TwoAtOnce {
         let mut reading = self.reading.lock().unwrap();
         *reading += 1;
         self.changed.notify_all();
-        // Without the other read, this one fails, and the access gets SIGBUS.
+        // Without the other read, this one fails, also when it is repeated.
         let limit = Duration::from_secs(60);
         let waiting = |reading: &mut u32| *reading < 2;
         let waited = self.changed.wait_timeout_while(reading, limit, waiting);
-        match waited.unwrap().1.timed_out() {
-            true => Err(io::ErrorKind::TimedOut.into()),
-            false => Ok(()),
+        let (mut reading, waited) = waited.unwrap();
+        if waited.timed_out() {
+            *reading -= 1;
+            return Err(io::ErrorKind::TimedOut.into());
         }
+        Ok(())
     }
 }
 
