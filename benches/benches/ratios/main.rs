@@ -18,6 +18,8 @@ mod growth;
 mod images;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod live;
+#[cfg(target_os = "linux")]
+mod serve;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -58,6 +60,9 @@ struct Arguments {
 }
 
 fn main() -> anyhow::Result<()> {
+    // The VMM of the benchmarks of the page server is this program, in a process of its own.
+    #[cfg(target_os = "linux")]
+    page_client::run();
     let arguments = Arguments::parse();
     let (place, file_system) = match &arguments.dir {
         Some(dir) => place_in(dir)?,
@@ -87,6 +92,8 @@ fn main() -> anyhow::Result<()> {
     comparison.growth();
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     comparison.live();
+    #[cfg(target_os = "linux")]
+    comparison.serve();
     if let Some(path) = &arguments.json {
         let json = serde_json::to_string_pretty(&comparison.report)?;
         fs::write(path, json).with_context(|| format!("failed to write {}", path.display()))?;

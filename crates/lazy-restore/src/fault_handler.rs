@@ -1,13 +1,14 @@
 //! The page fault handler: fills the page that an access waits for, and its neighbors.
 
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use host_memory::SecretBuffer;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use crate::error::LazyError;
 use crate::ledger::{Role, locked};
@@ -17,10 +18,18 @@ use crate::target::Target;
 use crate::userfaultfd::UserfaultfdError;
 use crate::working_set::WorkingSet;
 
+/// What wakes a thread that waits for faults.
+#[derive(Clone, Copy, Debug)]
+enum Wakes {
+    Message,
+    Bell,
+    Stop,
+    Exit,
+}
+
 /// Handles page faults, in one thread or several.
 ///
-/// One thread at a time waits for a fault. When it has one, the next thread waits, and both faults
-/// are in flight.
+/// Each fault wakes one of the threads, so that as many faults are in flight as there are threads.
 #[derive(Debug)]
 pub(crate) struct PageFaultHandler {
     pages: Arc<Pages>,
@@ -28,8 +37,6 @@ pub(crate) struct PageFaultHandler {
     around: u64,
     recorded: Option<Mutex<WorkingSet>>,
     faults: AtomicU64,
-    /// Held by the thread that waits for a fault.
-    waiting: Mutex<()>,
 }
 
 impl PageFaultHandler {
@@ -45,7 +52,6 @@ impl PageFaultHandler {
             },
             recorded: record.then(|| Mutex::new(WorkingSet::of(ram_size))),
             faults: AtomicU64::new(0),
-            waiting: Mutex::default(),
             pages,
         }
     }
@@ -70,7 +76,8 @@ impl PageFaultHandler {
 
     fn handle_faults(&self) -> Result<(), LazyError> {
         let mut buffer = SecretBuffer::new();
-        while let Some(address) = self.wait_for_fault()? {
+        let waiting = self.waiting().map_err(|errno| wait_error(errno.into()))?;
+        while let Some(address) = self.wait_for_fault(&waiting)? {
             self.handle_and_count(address, &mut buffer)?;
             // Handle all faults: a fault that was read does not make the descriptor readable again.
             while let Some(address) = self.pages.next_fault(1)? {
@@ -80,9 +87,26 @@ impl PageFaultHandler {
         Ok(())
     }
 
+    /// Returns what a thread waits for.
+    fn waiting(&self) -> nix::Result<Epoll> {
+        let waiting = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let add = |descriptor: BorrowedFd<'_>, flags, wakes: Wakes| {
+            waiting.add(descriptor, EpollEvent::new(flags, wakes as u64))
+        };
+        // A message wakes one thread.
+        let one = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
+        add(self.pages.messages(), one, Wakes::Message)?;
+        add(self.pages.bell(), one, Wakes::Bell)?;
+        let stopping = self.pages.status().stopping();
+        add(stopping, EpollFlags::EPOLLIN, Wakes::Stop)?;
+        if let Target::Peer(peer) = self.pages.target() {
+            add(peer.process.exit(), EpollFlags::EPOLLIN, Wakes::Exit)?;
+        }
+        Ok(waiting)
+    }
+
     /// Waits for a fault. Returns `None` once this thread is to end.
-    fn wait_for_fault(&self) -> Result<Option<u64>, LazyError> {
-        let _waiting = locked(&self.waiting);
+    fn wait_for_fault(&self, waiting: &Epoll) -> Result<Option<u64>, LazyError> {
         let (pages, mut is_stopping) = (&self.pages, false);
         let mut pause = Pause::default();
         loop {
@@ -96,24 +120,20 @@ impl PageFaultHandler {
                 }
                 pause.wait();
             }
-            let mut ready = vec![
-                PollFd::new(pages.messages(), PollFlags::POLLIN),
-                PollFd::new(pages.status().stopping(), PollFlags::POLLIN),
-                PollFd::new(pages.bell(), PollFlags::POLLIN),
-            ];
-            if let Target::Peer(peer) = pages.target() {
-                ready.push(PollFd::new(peer.process.exit(), PollFlags::POLLIN));
-            }
-            match poll(&mut ready, PollTimeout::NONE) {
+            let mut ready = [EpollEvent::empty(); 4];
+            let ready = match waiting.wait(&mut ready, EpollTimeout::NONE) {
                 Err(Errno::EINTR) => continue,
-                polled => _ = polled.map_err(|errno| wait_error(errno.into()))?,
-            }
-            let is_ready = |at: usize| ready.get(at).and_then(PollFd::any) == Some(true);
-            is_stopping = is_ready(1);
-            if is_ready(2) {
+                waited => {
+                    let count = waited.map_err(|errno| wait_error(errno.into()))?;
+                    &ready[..count]
+                }
+            };
+            let wakes = |what: Wakes| ready.iter().any(|event| event.data() == what as u64);
+            is_stopping = wakes(Wakes::Stop);
+            if wakes(Wakes::Bell) {
                 pages.silence();
             }
-            if is_ready(3) {
+            if wakes(Wakes::Exit) {
                 pages.end_with_peer();
                 return Ok(None);
             }
@@ -151,7 +171,7 @@ impl PageFaultHandler {
         let filled = self
             .fill_around(&page, buffer)
             // Perhaps only the neighbors cannot be read.
-            .or_else(|_| self.pages.load_all(&page, buffer, Role::Handler));
+            .or_else(|_| self.pages.load_all(&page, &page, buffer, Role::Handler));
         match filled {
             // The last page was filled, or filling was aborted, after the fault was received.
             _ if self.pages.status().is_finished() => Ok(()),
@@ -178,10 +198,10 @@ impl PageFaultHandler {
         };
         let whole = start..end;
         if !in_page(&whole) {
-            return pages.load_all(page, buffer, Role::Handler);
+            return pages.load_all(page, page, buffer, Role::Handler);
         }
         match segment.zeros {
-            false => pages.load(whole, buffer, Role::Handler),
+            false => pages.load_around(page, whole, buffer),
             true => pages.zero(whole, Role::Handler),
         }
     }

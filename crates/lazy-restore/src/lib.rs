@@ -114,6 +114,7 @@ mod peer_process;
 mod prefetcher;
 mod ram_owner;
 mod ram_source;
+mod read_ahead;
 mod region;
 mod regions;
 mod server;

@@ -4,6 +4,7 @@
 //! under the lock of the ledger, which also covers the messages about discarded, unmapped and moved
 //! memory.
 
+mod load;
 mod messages;
 mod poison;
 mod remote;
@@ -17,11 +18,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use host_memory::SecretBuffer;
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::counters::{Counters, FillReason};
+use crate::counters::Counters;
 use crate::error::LazyError;
 use crate::ledger::{Ledger, LedgerLock, Role};
 use crate::page_bits::PageBits;
@@ -188,89 +188,6 @@ impl Pages {
                 run.end = run.end.max(next.end);
             }
             Some(run)
-        })
-    }
-
-    /// Reads the missing pages of the range and fills them.
-    pub(crate) fn load(
-        &self,
-        pages: Range<u64>,
-        buffer: &mut SecretBuffer,
-        by: Role,
-    ) -> Result<(), LazyError> {
-        let mut rest = pages;
-        while let Some(missing) = self.settled.first_missing(rest.clone()) {
-            rest.start = missing.end;
-            self.load_all(&missing, buffer, by)?;
-        }
-        Ok(())
-    }
-
-    /// Reads the missing pages of the range and fills them in the background. For another process,
-    /// pages that cannot be read are poisoned, so that the others are filled.
-    pub(crate) fn prefetch(
-        &self,
-        pages: Range<u64>,
-        buffer: &mut SecretBuffer,
-        by: Role,
-    ) -> Result<(), LazyError> {
-        let loaded = self.load(pages.clone(), buffer, by);
-        let (Err(error), Target::Peer(_)) = (&loaded, &self.target) else {
-            return loaded;
-        };
-        if self.target.must_end(error) {
-            return loaded;
-        }
-        for start in pages.step_by(self.page_size as usize) {
-            let page = start..start + self.page_size;
-            if let Err(error) = self.load(page.clone(), buffer, by) {
-                self.give_up(page, error)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Records that filling in the background has failed. For another process, filling ends: it
-    /// must not depend on pages that are never filled.
-    pub(crate) fn prefetch_failed(&self, error: LazyError) {
-        match self.target {
-            Target::Own(_) => self.status.record_error(error),
-            Target::Peer(_) => self.abort(error),
-        }
-    }
-
-    /// Reads all pages of the range, and fills those that are missing.
-    pub(crate) fn load_all(
-        &self,
-        pages: &Range<u64>,
-        buffer: &mut SecretBuffer,
-        by: Role,
-    ) -> Result<(), LazyError> {
-        let bytes = buffer.sized((pages.end - pages.start) as usize);
-        let in_the_ram = (self.clip(pages.end) - pages.start) as usize;
-        let (stored, past_the_ram) = bytes.split_at_mut(in_the_ram);
-        past_the_ram.fill(0);
-        let read = self.source.read_at(pages.start, stored);
-        read.map_err(|error| LazyError::of_read(pages.start, error))?;
-        self.settle(pages.clone(), by, |address, part| {
-            let from = (part.start - pages.start) as usize..(part.end - pages.start) as usize;
-            let filled = self.fault.copy(address, &bytes[from]);
-            self.loaded.fetch_add(filled.bytes, Ordering::Relaxed);
-            self.counters.add_filled(by.reason(), filled.bytes);
-            if by == Role::Handler {
-                self.loaded_by_faults
-                    .fetch_add(filled.bytes, Ordering::Relaxed);
-            }
-            filled
-        })
-    }
-
-    /// Fills the missing pages of the range with zeros.
-    pub(crate) fn zero(&self, pages: Range<u64>, by: Role) -> Result<(), LazyError> {
-        self.settle(pages, by, |address, part| {
-            let filled = self.fault.zero(address, part.end - part.start);
-            self.counters.add_filled(FillReason::Zeros, filled.bytes);
-            filled
         })
     }
 

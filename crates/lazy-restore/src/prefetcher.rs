@@ -9,12 +9,11 @@ use host_memory::SecretBuffer;
 use crate::error::LazyError;
 use crate::ledger::Role;
 use crate::pages::Pages;
+use crate::read_ahead::ReadAhead;
 use crate::working_set::WorkingSet;
 
 /// Bytes that are read at a time.
 const READ_SIZE: u64 = 1 << 20;
-/// Distance of the read-ahead advice, so that the disk reads while bytes are copied.
-const READ_AHEAD: u64 = 4 << 20;
 /// Runs of a working set for which read-ahead is requested at once. The runs are small, and a disk
 /// is fast only with many requests in flight.
 const RUNS_AHEAD: usize = 256;
@@ -139,6 +138,7 @@ impl Prefetcher {
 
     fn fill_stored(&self, report: Report<'_>) -> Result<(), Ended> {
         let mut buffer = SecretBuffer::new();
+        let mut ahead = ReadAhead::new(READ_SIZE);
         let mut advised = 0;
         let mut at = 0;
         let stored = self.pages.stored(0..self.pages.memory_size());
@@ -147,7 +147,8 @@ impl Prefetcher {
             at = run.end;
             self.in_pieces(run, report, |piece| {
                 advised = piece.start.max(advised);
-                while advised < self.pages.clip(piece.end + READ_AHEAD) {
+                let distance = ahead.next(self.pages.counters().faults());
+                while advised < self.pages.clip(piece.end + distance) {
                     self.pages.source().read_ahead(advised..advised + READ_SIZE);
                     advised += READ_SIZE;
                 }

@@ -3,16 +3,21 @@
 
 mod support;
 
-use std::fs;
-use std::fs::File;
+use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::{Condvar, Mutex};
+use std::time::Duration;
 
-use lazy_restore::{OnDamage, OnFailure, PageServer, PageServerOptions, VmEnd, WorkingSet};
+use lazy_restore::{
+    OnDamage, OnFailure, PageServer, PageServerOptions, RamSource, VmEnd, WorkingSet,
+};
 use memory_image::{Chain, Image, VerifiedChain};
 use memory_writer::{Layout, MemoryWriter};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use page_client::{Client, Memory, Message, Sent};
+use page_reader::PageReader;
 use rstest::rstest;
 use support::served::{Listening, MIB, PAGE, on_demand};
 use test_images::Images;
@@ -105,6 +110,48 @@ fn faults_of_many_threads_are_in_flight_at_once() {
         (metrics.bytes_by_prefetch, metrics.bytes_by_working_set),
         (0, 0)
     );
+}
+
+/// Two pages, each of which can only be read while the other one is being read.
+#[derive(Default)]
+struct TwoAtOnce {
+    reading: Mutex<u32>,
+    changed: Condvar,
+}
+
+impl PageReader for TwoAtOnce {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        buf.fill((offset / PAGE + 1) as u8);
+        let mut reading = self.reading.lock().unwrap();
+        *reading += 1;
+        self.changed.notify_all();
+        // Without the other read, this one fails, also when it is repeated.
+        let limit = Duration::from_secs(60);
+        let waiting = |reading: &mut u32| *reading < 2;
+        let waited = self.changed.wait_timeout_while(reading, limit, waiting);
+        let (mut reading, waited) = waited.unwrap();
+        if waited.timed_out() {
+            *reading -= 1;
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(())
+    }
+}
+
+impl RamSource for TwoAtOnce {
+    fn ram_size(&self) -> u64 {
+        2 * PAGE
+    }
+}
+
+#[test]
+fn second_fault_does_not_wait_for_the_first() {
+    needs!(Userfaultfd);
+    let options = on_demand().handlers(2).fault_around(0);
+    let server = options.source(TwoAtOnce::default()).unwrap();
+    let listening = Listening::with(server);
+    let (mut client, _vm) = listening.serve_client(&Memory::private([2 * PAGE]));
+    assert_eq!(client.touch(2, PAGE), 1 + 2);
 }
 
 #[test]

@@ -100,6 +100,10 @@ impl State {
                 let sum = self.memory().touch(threads, stride);
                 (Answer::Number(sum), Vec::new())
             }
+            Request::Measure { first, pages, step } => {
+                let times = self.memory().measure(first, pages, step);
+                (Answer::Times(times), Vec::new())
+            }
             Request::Remove { offset, len } => {
                 self.memory().remove(offset, len)?;
                 done

@@ -24,7 +24,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// Starts this program again, as its test `test`, which calls [`run`](crate::run).
+    /// Starts this program again, as its test `test`, which calls [`run`](crate::run). A program
+    /// without tests calls it first in `main`.
     #[must_use]
     pub fn spawn(test: &str) -> Self {
         let (here, there) = UnixStream::pair().unwrap();
@@ -145,6 +146,15 @@ impl Client {
     /// Reads the first byte of every `stride` bytes, with several threads. Returns the sum.
     pub fn touch(&mut self, threads: u64, stride: u64) -> u64 {
         self.number(&Request::Touch { threads, stride })
+    }
+
+    /// Reads a byte of `pages` pages, from the page `first` on, each `step` pages after the one
+    /// before. Returns the time of each read in nanoseconds.
+    pub fn measure(&mut self, first: u64, pages: u64, step: u64) -> Vec<u64> {
+        match self.ask(&Request::Measure { first, pages, step }) {
+            Answer::Times(times) => times,
+            answer => panic!("{answer:?}"),
+        }
     }
 
     /// Discards memory, as a balloon does.

@@ -23,6 +23,7 @@
     reason = "a client that does not do what it should is a failed test"
 )]
 
+mod bare;
 mod child;
 mod client;
 #[cfg(target_arch = "x86_64")]
@@ -31,6 +32,7 @@ mod memory;
 mod request;
 mod socket;
 
+pub use bare::serve_bare;
 pub use child::run;
 pub use client::Client;
 pub use request::{Memory, Message, Sent};

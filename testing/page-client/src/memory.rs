@@ -7,6 +7,7 @@ use std::io::{PipeReader, PipeWriter, Read};
 use std::num::NonZeroUsize;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::libc;
@@ -125,6 +126,18 @@ impl Mapped {
                 .collect();
             all.into_iter().map(|thread| thread.join().unwrap()).sum()
         })
+    }
+
+    pub(crate) fn measure(&self, first: u64, pages: u64, step: u64) -> Vec<u64> {
+        let count = self.size() / 4096;
+        let touch = |number| {
+            let page = self.pointer((first + number * step) % count * 4096);
+            let started = Instant::now();
+            // SAFETY: mapped and readable.
+            let _ = unsafe { page.read_volatile() };
+            started.elapsed().as_nanos() as u64
+        };
+        (0..pages).map(touch).collect()
     }
 
     pub(crate) fn remove(&self, offset: u64, len: u64) -> Result<(), Errno> {

@@ -72,7 +72,13 @@ pub(crate) enum Request {
         threads: u64,
         stride: u64,
     },
-    /// Discards pages while other pages are read.
+    /// Reads a byte of some pages that no other access has touched, and measures the time of each.
+    Measure {
+        first: u64,
+        pages: u64,
+        step: u64,
+    },
+    /// Discards pages.
     Remove {
         offset: u64,
         len: u64,
@@ -89,6 +95,8 @@ pub(crate) enum Answer {
     /// Bytes follow.
     Bytes(u64),
     Number(u64),
+    /// Nanoseconds.
+    Times(Vec<u64>),
     /// The error of a system call.
     Errno(i32),
 }

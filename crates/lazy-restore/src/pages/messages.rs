@@ -36,6 +36,8 @@ impl Pages {
             ledger = self.read_messages()?;
         }
         let next = ledger.waiting.pop_front();
+        // The threads that handle the others may not have begun to wait before these were read.
+        self.ring(&ledger);
         ledger.turns.begin(next.is_some());
         if next.is_none() {
             self.ledger.notify();

@@ -2,6 +2,7 @@
 
 use std::thread;
 
+use host_memory::SecretBuffer;
 use memory_image::Chain;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
