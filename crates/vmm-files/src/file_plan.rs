@@ -56,8 +56,8 @@ impl FilePlan {
     ///
     /// Each range of addresses is a segment, whose `p_paddr` and `p_vaddr` are its guest-physical
     /// address: gdb then reads guest-physical memory. `notes` are the bytes of the `PT_NOTE`
-    /// segment, which may be empty. crash and drgn need the note `VMCOREINFO` of the guest's kernel
-    /// or their own options to find the kernel.
+    /// segment, which may be empty. With the note `VMCOREINFO` of a Linux guest, which
+    /// [`find_vmcoreinfo`](crate::find_vmcoreinfo) returns, crash and drgn find its kernel.
     ///
     /// # Errors
     /// Returns an error if no file can be that long.

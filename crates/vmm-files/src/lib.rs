@@ -59,7 +59,7 @@
 //! # Limitations
 //!
 //! - Files of big-endian hosts and guests, and 32-bit ELF cores, are not read.
-//! - Streams of QEMU without `mapped-ram`, and compressed files of libvirt, are not read: pages have
+//! - Streams of QEMU without `mapped-ram` and compressed files of libvirt are not read: pages have
 //!   no fixed places in them.
 //! - kdump's compressed format (`makedumpfile`, `virsh dump --format kdump-zlib`) is not read.
 //! - The layouts of machine types are those of default settings: see [`Machine`].
@@ -76,6 +76,7 @@ mod machine;
 mod mapped_pages;
 mod qemu;
 mod source;
+mod vmcoreinfo;
 mod vmware;
 
 // The types in public signatures.
@@ -89,6 +90,7 @@ pub use file_plan::FilePlan;
 pub use format::Format;
 pub use guest_file::{GuestFile, GuestFileOptions};
 pub use machine::Machine;
+pub use vmcoreinfo::find_vmcoreinfo;
 
 /// Compiles the README's example as a test.
 #[cfg(doctest)]

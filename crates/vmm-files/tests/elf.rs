@@ -2,12 +2,13 @@
 
 mod support;
 
+use std::ops::ControlFlow;
 use std::process::Command;
 
 use page_reader::RamLayout;
 use support::{Golden, PAGE, assert_ram, layout, noise, write};
 use test_machine::needs;
-use vmm_files::{ElfMachine, FilePlan, Format, GuestFile};
+use vmm_files::{ElfMachine, FilePlan, Format, GuestFile, find_vmcoreinfo};
 
 /// Returns a core of two segments:
 ///
@@ -198,17 +199,92 @@ fn written_headers_are_those_of_the_elf_specification() {
 fn cores_may_have_more_segments_than_a_16_bit_number() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("core");
-    let count = 70_000;
+    let count = 66_000;
     // Every second page.
     let regions = (0..count).map(|number| (number * 2 * PAGE, PAGE));
     let layout = RamLayout::new(regions).unwrap();
     let plan = FilePlan::elf(&layout, ElfMachine::X86_64, &[]).unwrap();
     let mut ram = vec![0; layout.ram_size() as usize];
-    ram[69_999 * PAGE as usize..].fill(7);
+    ram[65_999 * PAGE as usize..].fill(7);
     write(&path, &plan, &ram, true);
     let guest = GuestFile::open(&path, Format::Elf).unwrap();
     assert_eq!(guest.layout(), &layout);
     assert_ram(&guest, &ram);
+}
+
+/// Returns the note of a Linux kernel: the lengths of name and description, the type 0, the name,
+/// and the description.
+fn vmcoreinfo(release: &str) -> Vec<u8> {
+    let text = format!("OSRELEASE={release}\nPAGESIZE=4096\n");
+    let mut note = 11_u32.to_le_bytes().to_vec();
+    note.extend((text.len() as u32).to_le_bytes());
+    note.extend(b"\0\0\0\0VMCOREINFO\0\0");
+    note.extend(text.as_bytes());
+    note.resize(note.len().next_multiple_of(4), 0);
+    note
+}
+
+#[test]
+fn the_note_of_a_linux_kernel_is_found_in_its_memory() {
+    let note = vmcoreinfo("6.1.0");
+    let find = |pages: &[(usize, &[u8])]| {
+        let mut ram = vec![0; 3 << 20];
+        for (at, bytes) in pages {
+            ram[*at..*at + bytes.len()].copy_from_slice(bytes);
+        }
+        find_vmcoreinfo(&ram, 3 << 20, &mut |_| ControlFlow::Continue(())).unwrap()
+    };
+    let page = PAGE as usize;
+    assert_eq!(find(&[(300 * page, &note)]), Some(note.clone()));
+    assert_eq!(find(&[(0, &note), (767 * page, &note)]), Some(note.clone()));
+    // Inside a page, cut by the end of the RAM, or with another one.
+    assert_eq!(find(&[(300 * page + 8, &note)]), None);
+    assert_eq!(
+        find(&[(5 * page, &note), (9 * page, &vmcoreinfo("6.2.0"))]),
+        None
+    );
+    let mut long = note.clone();
+    long[4..8].copy_from_slice(&60_000_u32.to_le_bytes());
+    assert_eq!(find(&[(767 * page, &long)]), None);
+    assert_eq!(find(&[(5 * page, &long)]).unwrap().len(), 60_024);
+    long[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+    assert_eq!(find(&[(5 * page, &long)]), None);
+    let error = find_vmcoreinfo(&vec![1; 4096], 4096, &mut |_| ControlFlow::Break(()));
+    assert_eq!(error.unwrap_err().kind(), std::io::ErrorKind::Interrupted);
+}
+
+/// drgn reads by both addresses.
+#[test]
+fn drgn_reads_the_memory_of_a_written_core() {
+    needs!(Drgn);
+    let dir = tempfile::tempdir().unwrap();
+    let (path, script) = (dir.path().join("core"), dir.path().join("read.py"));
+    let (layout, ram) = (layout(), noise(layout().ram_size()));
+    let plan = FilePlan::elf(&layout, ElfMachine::X86_64, &[]).unwrap();
+    write(&path, &plan, &ram, true);
+    let address = (4_u64 << 30) + 8;
+    let text = format!(
+        "import drgn\nprog = drgn.Program()\nprog.set_core_dump('{}')\n\
+         print([prog.read({address}, 8, physical).hex() for physical in (False, True)])\n",
+        path.display()
+    );
+    std::fs::write(&script, text).unwrap();
+    let mut drgn = Command::new("drgn");
+    let output = drgn
+        .args(["--no-default-symbols", "-c"])
+        .arg(&path)
+        .arg(&script);
+    let output = output.output().unwrap();
+    let at = layout.offset_of(address).unwrap() as usize;
+    let word: String = ram[at..at + 8]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        text.contains(&format!("['{word}', '{word}']")),
+        "{output:?}"
+    );
 }
 
 /// gdb reads guest-physical memory by `p_vaddr`.

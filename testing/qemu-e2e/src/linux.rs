@@ -2,6 +2,7 @@
 
 mod chain;
 mod console;
+mod files;
 mod guest;
 mod qmp;
 mod tool;
@@ -33,7 +34,9 @@ use verify::Proof;
 /// a full snapshot and two diffs of the RAM are taken with `ramsnap`, while QEMU saves the devices.
 /// Each chain is verified, merged and restored, and a second QEMU resumes from it. Its rounds must
 /// follow those of the last snapshot, and find all files intact. The same is done with one page
-/// corrupted, and with the last diff left out; both must be detected. Exit code 0 means that all of
+/// corrupted, and with the last diff left out; both must be detected. An ELF core that QEMU dumps,
+/// and the RAM that a QEMU of version 9.0 or newer saves with mapped-ram, must become the same
+/// image; gdb and drgn, if installed, must read an ELF core of it. Exit code 0 means that all of
 /// this held.
 ///
 /// On Debian, for x86-64: installs QEMU if it is missing (as root), and downloads Debian's kernel.
@@ -120,6 +123,7 @@ fn prove(room: &Room<'_>, ramsnap: &Ramsnap) -> anyhow::Result<()> {
     };
     guest.work(BEFORE)?;
     snapshots.take(&mut guest)?;
+    files::check(room, ramsnap, &mut guest)?;
     for _ in 0..DIFFS {
         guest.go_on()?;
         guest.work(BETWEEN)?;

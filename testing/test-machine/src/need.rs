@@ -46,6 +46,8 @@ pub enum Need {
     HugePages,
     /// The debugger `gdb` is installed.
     Gdb,
+    /// The debugger `drgn` is installed.
+    Drgn,
 }
 
 impl Need {
@@ -67,6 +69,7 @@ impl Need {
             Self::UserNamespace => "user-namespace",
             Self::HugePages => "huge-pages",
             Self::Gdb => "gdb",
+            Self::Drgn => "drgn",
         }
     }
 
@@ -107,6 +110,7 @@ impl Need {
             Self::UserNamespace => Self::Root.is_met() && has_user_namespaces(),
             Self::HugePages => Self::Root.is_met() && gives_huge_pages(),
             Self::Gdb => run(&["gdb"]),
+            Self::Drgn => run(&["drgn"]),
             Self::Strace => std::process::Command::new("strace")
                 .args(["-qq", "-e", "trace=none", "true"])
                 .status()

@@ -162,10 +162,7 @@ impl Room<'_> {
             interrupt: self.interrupt.clone(),
         };
         // The RAM stays where it is, in its file.
-        let ignore = json!([{"capability": "x-ignore-shared", "state": true}]);
-        guest
-            .qmp
-            .execute("migrate-set-capabilities", json!({"capabilities": ignore}))?;
+        guest.set_capability("x-ignore-shared", true)?;
         Ok(guest)
     }
 }
@@ -193,6 +190,25 @@ impl Guest {
         let uri = format!("exec:cat >{name}");
         self.qmp.execute("migrate", json!({"uri": uri}))?;
         self.migrated()
+    }
+
+    fn set_capability(&mut self, name: &str, state: bool) -> anyhow::Result<()> {
+        let capabilities = json!([{"capability": name, "state": state}]);
+        let arguments = json!({"capabilities": capabilities});
+        self.qmp
+            .execute("migrate-set-capabilities", arguments)
+            .map(drop)
+    }
+
+    /// Writes RAM and devices of a paused guest to a file of this name, with `mapped-ram`.
+    pub(super) fn save_mapped(&mut self, name: &str) -> anyhow::Result<()> {
+        self.set_capability("mapped-ram", true)?;
+        self.set_capability("x-ignore-shared", false)?;
+        self.qmp
+            .execute("migrate", json!({"uri": format!("file:{name}")}))?;
+        self.migrated()?;
+        self.set_capability("mapped-ram", false)?;
+        self.set_capability("x-ignore-shared", true)
     }
 
     /// Waits until the devices are saved, or brought back.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, bail};
+use serde::Deserialize;
 use xshell::{Shell, cmd};
 
 /// The guest's page, and the memory files', in bytes.
@@ -30,6 +31,38 @@ impl Ramsnap {
     }
 }
 
+impl Ramsnap {
+    /// Converts an image, or a file of another program with its format in front.
+    pub(super) fn convert(&self, from: &str, out: &Path, more: &[&str]) -> anyhow::Result<()> {
+        let mut command = Command::new(&self.0);
+        command.args(["convert", "--quiet", "--force", from, "-o"]);
+        run(command.arg(out).args(more)).map(drop)
+    }
+
+    /// Returns the regions of the guest's RAM that an image records: address and length.
+    pub(super) fn regions(&self, image: &Path) -> anyhow::Result<Vec<(u64, u64)>> {
+        let said = run(Command::new(&self.0).args(["info", "--json"]).arg(image))?;
+        let images: [Image; 1] = serde_json::from_slice(&said)?;
+        let [Image { regions }] = images;
+        Ok(regions
+            .iter()
+            .map(|it| (it.guest_address, it.bytes))
+            .collect())
+    }
+}
+
+/// What is used of the description of an image.
+#[derive(Deserialize)]
+struct Image {
+    regions: Vec<Region>,
+}
+
+#[derive(Deserialize)]
+struct Region {
+    guest_address: u64,
+    bytes: u64,
+}
+
 /// Snapshots of the RAM of a guest that is paused, in one layout.
 #[derive(Clone, Debug)]
 pub(super) struct Tool {
@@ -42,14 +75,14 @@ impl Tool {
     pub(super) fn dump(&self, ram: &Path, out: &Path) -> anyhow::Result<()> {
         let mut command = self.command("dump");
         command.arg(ram).arg("-o").arg(out);
-        run(command.args(["--layout", self.layout]))
+        run(command.args(["--layout", self.layout])).map(drop)
     }
 
     /// Writes to `out` what in the file `ram` is not as it was at the end of `chain`.
     pub(super) fn diff(&self, chain: &[&Path], ram: &Path, out: &Path) -> anyhow::Result<()> {
         let mut command = self.reading("diff");
         command.args(chain).arg("--ram").arg(ram).arg("-o").arg(out);
-        run(command.args(["--layout", self.layout]))
+        run(command.args(["--layout", self.layout])).map(drop)
     }
 
     /// Whether the images are whole and follow each other, as far as this layout can tell.
@@ -59,19 +92,19 @@ impl Tool {
         if self.layout == "raw" {
             command.arg("--allow-raw");
         }
-        run(&mut command)
+        run(&mut command).map(drop)
     }
 
     /// Writes `chain` as one full image to `out`.
     pub(super) fn merge(&self, chain: &[&Path], out: &Path) -> anyhow::Result<()> {
         let mut command = self.reading("merge");
-        run(command.args(chain).arg("-o").arg(out))
+        run(command.args(chain).arg("-o").arg(out)).map(drop)
     }
 
     /// Makes the file `ram` out of a full image.
     pub(super) fn restore(&self, image: &Path, ram: &Path) -> anyhow::Result<()> {
         let mut command = self.reading("restore");
-        run(command.arg(image).arg("-o").arg(ram))
+        run(command.arg(image).arg("-o").arg(ram)).map(drop)
     }
 
     /// A verb that reads images of this layout. Raw ones don't say that they are.
@@ -90,10 +123,11 @@ impl Tool {
     }
 }
 
-fn run(command: &mut Command) -> anyhow::Result<()> {
+/// Runs ramsnap, and returns its output.
+fn run(command: &mut Command) -> anyhow::Result<Vec<u8>> {
     let output = command.output().context("can't run ramsnap")?;
     if output.status.success() {
-        return Ok(());
+        return Ok(output.stdout);
     }
     let said = String::from_utf8_lossy(&output.stderr);
     bail!("{command:?} ended with {}: {}", output.status, said.trim())

@@ -10,7 +10,8 @@ use memory_image::{Chain, Image, Layout, NotFullError};
 use memory_writer::Seal;
 use page_reader::{PageReader, RamLayout};
 use vmm_files::{
-    CloudHypervisorSnapshot, ElfMachine, FilePlan, FileWriteError, GuestFile, Machine, WriteOptions,
+    CloudHypervisorSnapshot, ElfMachine, FilePlan, FileWriteError, GuestFile, Machine,
+    WriteOptions, find_vmcoreinfo,
 };
 
 use super::Convert;
@@ -104,7 +105,14 @@ impl Convert {
             }
         };
         let plan = match to {
-            To::Elf => FilePlan::elf(&layout, self.elf_machine()?, &[])?,
+            To::Elf => {
+                let progress = &mut session.progress("looking for the kernel");
+                session.hold();
+                let note = find_vmcoreinfo(source, ram_size, progress);
+                session.check("nothing was written")?;
+                let note = note.with_context(|| format!("cannot read {:?}", self.input.path))?;
+                FilePlan::elf(&layout, self.elf_machine()?, &note.unwrap_or_default())?
+            }
             To::Lime => FilePlan::lime(&layout)?,
             To::Firecracker => {
                 check_firecracker(&layout)?;
