@@ -9,11 +9,19 @@ use image_format::ChunkSum;
 use page_reader::{PageReader, SecretBuffer};
 use test_images::{Secrets, found_secrets};
 
+/// Updates the checksum with more stack in use than when it is finished.
+#[inline(never)]
+fn update_deep(sum: &mut ChunkSum, bytes: &[u8]) {
+    let used = std::hint::black_box([1_u8; 64 << 10]);
+    sum.update(bytes);
+    std::hint::black_box(used);
+}
+
 /// Another thread searches, so that the frames of this one are not overwritten by the search.
 #[test]
 fn a_finished_checksum_leaves_no_guest_bytes() {
     let mut buffer = SecretBuffer::new();
-    for len in [40, 1000, 4096, 1 << 20] {
+    for len in [40, 1000, 4096, 8192, 8193, 100_000, 1 << 20] {
         let bytes = buffer.sized(len);
         Secrets.read_at(0, bytes).unwrap();
         let finished = Barrier::new(2);
@@ -23,7 +31,7 @@ fn a_finished_checksum_leaves_no_guest_bytes() {
                 found_secrets()
             });
             let mut sum = ChunkSum::new();
-            sum.update(bytes);
+            update_deep(&mut sum, bytes);
             bytes.fill(0);
             assert_ne!(sum.finish(), [0; 32]);
             drop(sum);
