@@ -71,6 +71,9 @@ pub(crate) struct Capture {
     /// Whether the point in time of the image is reached, and the capture has not ended.
     active: AtomicBool,
     failure: Mutex<Option<Failure>>,
+    /// Whether all of the RAM is written in the pause: no page may be discarded.
+    held: Mutex<bool>,
+    released: Condvar,
     /// The number of bytes that were read of pages of which a part was read.
     parts: Mutex<HashMap<u64, u64>>,
     /// The number of threads that wait for the copy of another one.
@@ -106,6 +109,8 @@ impl Capture {
             page_size,
             active: AtomicBool::new(false),
             failure: Mutex::new(None),
+            held: Mutex::new(false),
+            released: Condvar::new(),
             parts: Mutex::new(HashMap::new()),
             waiting: AtomicU64::new(0),
             copying: Mutex::new(()),
@@ -148,10 +153,32 @@ impl Capture {
         self.active.store(true, Ordering::SeqCst);
     }
 
-    /// Ends the capture. Threads that wait for room in the pool continue.
+    /// Ends the capture. Threads that wait for room in the pool, or until the RAM may be discarded,
+    /// continue.
     pub(crate) fn end(&self) {
         self.active.store(false, Ordering::SeqCst);
         self.pool.end();
+        self.set_held(false);
+    }
+
+    /// Sets whether all of the RAM is written in the pause.
+    pub(crate) fn set_held(&self, held: bool) {
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = held;
+        self.released.notify_all();
+    }
+
+    /// Returns whether all of the RAM is written in the pause.
+    pub(crate) fn is_held(&self) -> bool {
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits while all of the RAM is written in the pause.
+    pub(crate) fn wait_while_held(&self) {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        while *held {
+            let released = self.released.wait(held);
+            held = released.unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Ends the capture for a reason, which [`read`](Self::read) returns.

@@ -42,6 +42,20 @@ impl CaptureSlot {
         Some(capture)
     }
 
+    /// Returns whether a snapshot writes all of the RAM in the pause.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn is_held(&self) -> bool {
+        self.current().is_some_and(|it| it.is_held())
+    }
+
+    /// Waits while a snapshot writes all of the RAM in the pause.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn wait_while_held(&self) {
+        if let Some(capture) = self.current() {
+            capture.wait_while_held();
+        }
+    }
+
     fn current(&self) -> Option<Arc<Capture>> {
         self.0
             .read()

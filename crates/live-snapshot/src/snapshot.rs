@@ -176,12 +176,15 @@ impl LiveSnapshot {
         let began = Instant::now();
         let capture = parts.capture();
         let (kind, precopied) = (parts.kind, !parts.report.passes.is_empty());
+        let place = parts.attached.as_ref().map(|it| Arc::clone(&it.capture));
         let mut protected = 0;
         let mut frozen = |dirtied: &dirty_bitmap::Extension<'_>| {
             protected = dirtied.dirty_pages() * dirtied.page_size();
             if let Some(capture) = &capture {
                 dirtied.runs().for_each(|run| capture.add(run));
                 capture.activate();
+            } else if let Some(place) = &place {
+                place.set_held(true);
             }
         };
         let epoch = &mut parts.epoch;
@@ -193,6 +196,9 @@ impl LiveSnapshot {
                 true => parts.write_last_pass()?,
                 false => parts.write_all(kind)?,
             }
+        }
+        if let Some(place) = &place {
+            place.set_held(false);
         }
         let resumed = Instant::now();
         parts.report.freeze = resumed - began;

@@ -7,6 +7,10 @@ mod guest;
 #[path = "support/memory.rs"]
 mod memory;
 
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use dirty_bitmap::Policy;
 use guest::{Guest, Images, PAGE, assert_same};
 use live_snapshot::{
@@ -344,4 +348,42 @@ fn mark_after_the_pause_does_not_hide_a_discard_before_it(#[values(false, true)]
     let result = frozen.commit();
     images.forget(newest);
     assert_refused(result, 700, &guest, &mut images);
+}
+
+/// All of the RAM is written in the pause, in which a balloon may go on.
+#[test]
+fn discard_waits_for_the_pause_of_stop_and_copy() {
+    needs!(Userfaultfd);
+    let guest = guest(Kind::Private, Policy::Pages);
+    let ram = guest.contents();
+    let last = SIZE / PAGE - 1;
+    let [started, returned] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+    let seen = (Arc::clone(&started), Arc::clone(&returned));
+    // Before the last page is written, the discard gets time to be made.
+    let options = MemoryWriter::options().progress(move |_| {
+        seen.0.store(true, Ordering::SeqCst);
+        for _ in 0..1000 {
+            if !seen.1.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+        }
+        ControlFlow::Continue(())
+    });
+    let mut images = Images::new(Layout::Sealed, SIZE);
+    let writer = images.next_by(false, options.chunk_size(64 << 10));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !started.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+            let discard = || guest.memory.discard(Discard::DontNeed, last);
+            guest.tracker.discard(last * PAGE, PAGE, discard).unwrap();
+            returned.store(true, Ordering::SeqCst);
+        });
+        let live = LiveSnapshot::options().method(Method::StopAndCopy);
+        let live = live.begin(&guest.tracker, writer).unwrap();
+        live.freeze().unwrap().commit().unwrap();
+    });
+    assert_same(&images.contents(), &ram);
+    assert!(guest.dirty().contains(&last));
 }

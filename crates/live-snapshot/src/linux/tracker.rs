@@ -170,10 +170,11 @@ impl UffdTracker {
     }
 
     /// Discards bytes of the memory file: calls `discard`, and marks them. A snapshot in progress
-    /// copies them first, and may wait for the file that is being written.
+    /// copies them first, and may wait for the file that is being written. While stop-and-copy
+    /// writes the RAM, this waits for the end of the pause.
     ///
     /// `discard` returns the pages to the host, by `madvise` or `fallocate`. It must not write the
-    /// RAM, because the write would wait for this.
+    /// RAM. Do not call this from the progress callback of a writer: it would wait for itself.
     ///
     /// # Errors
     /// Returns the errors of [`mark_range`](dirty_bitmap::DirtyBitmap::mark_range): `discard` was
@@ -185,8 +186,16 @@ impl UffdTracker {
         discard: impl FnOnce() -> T,
     ) -> Result<T, dirty_bitmap::OutOfRange> {
         // A snapshot's point in time is before the copy or after the discard.
-        let discards = self.discards.read();
-        let _discards = discards.unwrap_or_else(PoisonError::into_inner);
+        let _discards = loop {
+            let discards = self.discards.read();
+            let discards = discards.unwrap_or_else(PoisonError::into_inner);
+            let slot = self.shared.protection.slot();
+            if !slot.is_held() {
+                break discards;
+            }
+            drop(discards);
+            slot.wait_while_held();
+        };
         self.look_before_mark(offset, len)?;
         // Marked before too: a page that lost its protection without a mark ends a snapshot.
         self.bitmap().mark_range(offset, len)?;
