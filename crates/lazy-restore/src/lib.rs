@@ -62,6 +62,10 @@
 //! # fn main() {}
 //! ```
 //!
+//! # VMs of other processes
+//! [`PageServer`] fills the RAM of VMMs in other processes, which connect to a socket and send a
+//! userfaultfd, by Firecracker's page-fault protocol. The same code fills the pages.
+//!
 //! # How it works
 //! The page fault handler, a thread, receives each fault and fills the page, with the bytes around
 //! it that are adjacent in the same image. The prefetcher, another thread, fills all other pages.
@@ -80,7 +84,8 @@
 //! `userfaultfd`, or `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`; `MADV_DONTFORK`,
 //! `UFFDIO_REGISTER` and `MADV_DONTNEED` of anonymous memory; for each fault `pread` and
 //! `UFFDIO_COPY`, or `UFFDIO_ZEROPAGE`, or `UFFDIO_POISON` (Linux 6.6); at the end
-//! `UFFDIO_UNREGISTER`, `UFFDIO_WAKE` and `MADV_DOFORK`.
+//! `UFFDIO_UNREGISTER`, `UFFDIO_WAKE` and `MADV_DOFORK`. A page server uses `pidfd_open` and
+//! `pidfd_send_signal` too, and no `madvise`.
 //!
 //! # Cargo features
 //!

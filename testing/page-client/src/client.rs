@@ -162,7 +162,7 @@ impl Client {
         self.done(&Request::Remove { offset, len });
     }
 
-    /// Runs a KVM guest that adds up the words of its RAM from [`crate::guest::FROM`] on.
+    /// Runs a KVM guest that adds up the words of its RAM from 1 MiB on.
     pub fn run_guest(&mut self) -> u64 {
         self.number(&Request::RunGuest)
     }

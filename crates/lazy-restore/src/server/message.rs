@@ -1,5 +1,7 @@
 //! The message of a VMM: where the regions of its RAM are.
 
+use std::ops::Range;
+
 use serde::Deserialize;
 use thiserror::Error;
 
@@ -81,6 +83,12 @@ impl VmRegions {
     #[expect(clippy::len_without_is_empty, reason = "there is always a region")]
     pub fn len(&self) -> usize {
         self.regions.iter().count()
+    }
+
+    /// Returns the address of each region and its range in the RAM, ascending by the latter.
+    pub fn regions(&self) -> impl Iterator<Item = (u64, Range<u64>)> {
+        let regions = self.regions.iter();
+        regions.map(|region| (region.address, region.offset..region.offset + region.len))
     }
 
     fn check(listed: &[Listed], ram_size: u64) -> Result<Self, MessageError> {

@@ -18,7 +18,7 @@ pub struct ServerMetrics {
     pub failed_vms: u64,
     /// The number of faults that were handled.
     pub faults: u64,
-    /// The sum of the times from receiving a fault to filling its page.
+    /// The sum of the times from receiving a fault to filling its page and its neighbors.
     pub fault_time: Duration,
     /// Upper bounds of these times in microseconds, and the number of faults that took no longer.
     pub fault_times: Vec<(u64, u64)>,

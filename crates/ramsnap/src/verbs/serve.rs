@@ -12,6 +12,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use lazy_restore::{OnDamage, OnFailure, PageServer, PageServerOptions, WorkingSet};
 use memory_image::VerifiedChain;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::args::{Formats, FromDir, ImageFile, RawImages};
 use crate::exit_status::ExitStatus;
@@ -85,7 +86,8 @@ pub struct Serve {
     /// How many faults of one VM are handled at the same time
     #[arg(long, value_name = "NUMBER", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     handlers: u16,
-    /// The most VMs that are served at the same time; further ones wait
+    /// The most VMs that are served at the same time; further ones wait. The limit of descriptors
+    /// is raised as far as permitted, and may permit fewer
     #[arg(long, value_name = "NUMBER", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
     max_vms: u16,
     /// How long to wait for the message of a VMM that has connected, in seconds
@@ -152,6 +154,8 @@ impl Serve {
                 return Err(Failure::OutputIsInput { path }.into());
             }
         }
+        // Before images are opened, of which as many stay open as the limit permits.
+        let most = raise_limit(self.handlers.into()).min(self.max_vms.into());
         let chain = input::full_chain(session, &self.files, self.formats, &self.raw)?;
         let options = self.options()?;
         let server = match self.no_verify {
@@ -175,7 +179,7 @@ impl Serve {
             metrics,
             recorded: self.recorded(),
             on_signal: self.on_signal,
-            most: usize::from(self.max_vms),
+            most,
             once: self.once,
         };
         vms.serve(signals)
@@ -205,6 +209,20 @@ impl Serve {
         }
         Ok(options)
     }
+}
+
+/// Descriptors of a VM beside that of each thread: its connection, its userfaultfd, its process, and
+/// what its threads are woken by.
+const DESCRIPTORS: u64 = 6;
+
+/// Raises the limit of descriptors as far as permitted, and returns the number of VMs with this
+/// number of handlers that half of it is enough for.
+fn raise_limit(handlers: u64) -> usize {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return 1;
+    };
+    let raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_or(soft, |()| hard);
+    usize::try_from(raised / 2 / (DESCRIPTORS + handlers)).map_or(usize::MAX, |vms| vms.max(1))
 }
 
 /// Parses the mode of a file.

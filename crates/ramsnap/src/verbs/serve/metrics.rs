@@ -116,7 +116,7 @@ fn text(metrics: &ServerMetrics) -> String {
         metrics.fault_time.as_secs_f64().to_string(),
     ));
     histogram.push(("_count".to_owned(), metrics.faults.to_string()));
-    let help = "Time from the receipt of a fault to its page.";
+    let help = "Time from the receipt of a fault until its page and neighbors are filled.";
     add("fault_seconds", "histogram", help, &histogram);
     text
 }

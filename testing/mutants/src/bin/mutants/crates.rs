@@ -141,7 +141,7 @@ pub(crate) const CRATES: [Mutated; 7] = [
         &[
             &["filling", "memory", "sharing", "split", "start", "waiting"],
             &["changed_images", "claimed_ram", "kvm", "long_chains"],
-            &["hostile_clients", "server"],
+            &["hostile_clients", "server", "server_oracle"],
             &[
                 "oracle",
                 "saves",
