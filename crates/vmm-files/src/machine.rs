@@ -6,6 +6,8 @@ const GIB: u64 = 1 << 30;
 
 /// A kind of virtual machine whose RAM layout follows from the size of its RAM.
 ///
+/// Those of QEMU for x86-64 are the same as in `info mtree` of QEMU 10.0.
+///
 /// The layouts are those of the default settings. Memory that is hot-plugged, and options that move
 /// RAM, change them: give the regions explicitly then. In QEMU these are `max-ram-below-4g`,
 /// `pc-dimm` and `virtio-mem` devices, and on hosts with AMD processors RAM of about 1,012 GiB and

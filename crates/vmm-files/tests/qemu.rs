@@ -3,7 +3,7 @@
 //! Debian 12 has QEMU 7.2, and `mapped-ram` is in QEMU 9.0 and newer. So these files are built from
 //! the description of the format: `docs/devel/migration/mapped-ram.rst` of QEMU, and the fields
 //! that `migration/savevm.c` and `migration/ram.c` write. `cargo xtask qemu-e2e` reads those of a
-//! real QEMU if the installed one is new enough.
+//! real QEMU if the installed one is new enough, such as QEMU 10.0 of Debian's backports.
 
 mod support;
 

@@ -204,6 +204,9 @@ impl Guest {
     pub(super) fn save_mapped(&mut self, name: &str) -> anyhow::Result<()> {
         self.set_capability("mapped-ram", true)?;
         self.set_capability("x-ignore-shared", false)?;
+        // A guest that was migrated before must have run since.
+        self.go_on()?;
+        self.pause()?;
         self.qmp
             .execute("migrate", json!({"uri": format!("file:{name}")}))?;
         self.migrated()?;
