@@ -218,7 +218,7 @@ A tour:
   ramsnap compare full.mem new.mem                   where two states differ
   ramsnap merge full.mem d1.mem -o new.mem           one full image of both
   ramsnap commit full.mem d1.mem --remove            the same in place, and remove the diff
-  ramsnap rebase full.mem d1.mem d2.mem --onto full.mem  a diff on another image
+  ramsnap rebase full.mem d1.mem --onto new.mem      the same state as a diff of another image
   ramsnap compact . --keep 7                         merge the oldest diffs of each chain
   ramsnap convert full.mem -o - --zstd | ssh host ramsnap convert - --zstd -o full.mem
   ramsnap restore full.mem d1.mem -o /dev/shm/ram2   restore the RAM for a new guest

@@ -11,7 +11,7 @@ use memory_image::{ChainError, LinkError, OpenImageError};
 use memory_writer::{CommitError, OpenError, SnapshotError};
 
 use crate::failure::Failure;
-use crate::stderr;
+use crate::{stderr, stream};
 
 /// Returns the message of an error with all of its causes. Messages of libraries that are written
 /// for programs are replaced.
@@ -155,8 +155,11 @@ pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
         {
             return Some(AFTER_ANOTHER_WRITER);
         }
-        if let Some(OpenImageError::Footer { source, .. }) = cause.downcast_ref() {
+        if let Some(OpenImageError::Footer { path, source }) = cause.downcast_ref() {
             return match source {
+                FooterError::NotSealed if stream::is_compressed(path) => {
+                    Some("decompress it by `ramsnap convert FILE.zst -o FILE`")
+                }
                 FooterError::NotSealed
                 | FooterError::Truncated { .. }
                 | FooterError::Trailing { .. } => {

@@ -26,6 +26,12 @@ fn a_file_is_compressed_and_read_by_its_name() {
         &["one of the inputs"],
     );
     work.fails("convert full.mem -o x.zst --layout raw", 2, &["packed"]);
+    work.fails("verify ram.zst", 1, &[]);
+    work.fails(
+        "restore ram.zst -o out",
+        1,
+        &["ram.zst", "ramsnap convert FILE.zst"],
+    );
     work.fails("convert none.zst -o out", 3, &["none.zst", "No such file"]);
     let half = work.read("ram.zst");
     fs::write(work.path("cut.zst"), &half[..half.len() / 2]).unwrap();

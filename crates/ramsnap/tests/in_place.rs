@@ -341,4 +341,47 @@ mod interrupted {
         let seen = signalled(command, with, newest);
         assert!(seen[0] > 2, "{seen:?}");
     }
+
+    /// The commit is done by then, and only a file that was merged is removed.
+    #[test]
+    fn a_diff_that_is_replaced_meanwhile_is_not_removed() {
+        needs!(Strace);
+        let work = Work::with_chain();
+        work.good("dump ram -o other.mem");
+        let command = work.command("commit full.mem d1.mem --remove");
+        let all = calls(&command, false);
+        let rename = all.iter().find(|call| call.0 == "renameat").unwrap();
+        let work = Work::with_chain();
+        work.good("dump ram -o other.mem");
+        let held = Held::before(&work.command("commit full.mem d1.mem --remove"), rename);
+        let held = held.expect("held");
+        fs::rename(work.path("other.mem"), work.path("d1.mem")).unwrap();
+        let (status, message) = held.release();
+        assert_eq!(status.code(), Some(0), "{message}");
+        assert!(message.contains("\"d1.mem\" was replaced"), "{message}");
+        work.good("diff d1.mem --ram ram");
+        work.good("diff full.mem d2.mem --ram ram");
+    }
+
+    #[test]
+    fn a_diff_that_cannot_be_removed_is_named() {
+        use test_machine::{FileSystem, LoopMount};
+        needs!(Root, Mount(FileSystem::EXT4));
+        let work = Work::with_chain();
+        let disk = LoopMount::new(FileSystem::EXT4).unwrap();
+        for name in ["full.mem", "d1.mem"] {
+            fs::copy(work.path(name), disk.path().join(name)).unwrap();
+        }
+        let run = |program: &str, arguments: &str| {
+            let mut command = std::process::Command::new(program);
+            let command = command.args(arguments.split(' ')).current_dir(disk.path());
+            support::Ended::of(command)
+        };
+        run("chattr", "+i d1.mem").good();
+        let ended = run(support::RAMSNAP, "commit full.mem d1.mem --remove");
+        ended.fails(3, &["full.mem", "d1.mem", "cannot be removed: remove it"]);
+        run("chattr", "-i d1.mem").good();
+        fs::copy(disk.path().join("full.mem"), work.path("new.mem")).unwrap();
+        work.good("diff new.mem --ram second");
+    }
 }

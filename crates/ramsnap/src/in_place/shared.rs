@@ -65,8 +65,8 @@ impl<'c> Changes<'c> {
         })
     }
 
-    /// Makes the staged file share the blocks of the first image. Returns `false` if the file system
-    /// cannot, and leaves the file without data then.
+    /// Makes the staged file share the blocks of the first image. Returns `false` if the file
+    /// system cannot, and leaves the file without data then.
     pub(super) fn share(&self, base: &Image, staged: &File) -> anyhow::Result<bool> {
         let version = base.version()?;
         grow(staged, self.chain.ram_size())?;

@@ -14,9 +14,9 @@ use tempfile::NamedTempFile;
 
 use crate::support::Work;
 
-/// The calls that change files, or end a part of the work. `write` is excluded, as the first one of
-/// the listener would be held too.
-const CALLS: &str = "openat,mkdir,flock,ftruncate,fallocate,pread64,pwrite64,fsync,fdatasync,\
+/// The calls that change files, or end a part of the work. The last `statx` is that of the new
+/// file, for the report. `write` is excluded, as the first one of the listener would be held too.
+const CALLS: &str = "openat,statx,mkdir,flock,ftruncate,fallocate,pread64,pwrite64,fsync,fdatasync,\
     renameat,renameat2,linkat,unlinkat,rmdir,close";
 
 /// The call that reserves room and makes holes.
