@@ -49,6 +49,15 @@ impl Catalog {
     /// Reads the footers of all files in `dir`. Hidden files are left out: writers stage theirs
     /// under such names.
     pub fn of(dir: &Path) -> anyhow::Result<Self> {
+        Self::of_names(dir, |name| !name.starts_with(b"."))
+    }
+
+    /// Reads the footers of all files in `dir` that are not staged.
+    pub fn with_hidden(dir: &Path) -> anyhow::Result<Self> {
+        Self::of_names(dir, |name| !name.starts_with(b".atomic-file-"))
+    }
+
+    fn of_names(dir: &Path, is_listed: impl Fn(&[u8]) -> bool) -> anyhow::Result<Self> {
         let failed = || format!("cannot list the directory {dir:?}");
         let entries = fs::read_dir(dir).with_context(failed)?;
         let names = entries.map(|entry| Ok(entry?.file_name()));
@@ -61,7 +70,7 @@ impl Catalog {
             others: 0,
         };
         for name in names {
-            if !name.as_encoded_bytes().starts_with(b".") {
+            if is_listed(name.as_encoded_bytes()) {
                 catalog.add(dir.join(name));
             }
         }

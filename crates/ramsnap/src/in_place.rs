@@ -12,7 +12,8 @@ use memory_image::{Chain, Image};
 use sparse_file::FileIdentity;
 
 use crate::args::{Output, kept_seal};
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, Entry, Unusable};
+use crate::chain_lock::dirs_of;
 use crate::failure::ImagesFailure;
 use crate::print;
 use crate::session::Session;
@@ -61,29 +62,46 @@ pub fn stage(session: &Session, chain: &Chain, verify: bool) -> anyhow::Result<A
     Ok(writer.finish()?)
 }
 
-/// Refuses to replace a state that a diff outside of `chain`, in the directory of its first file,
-/// was taken after.
-pub fn check_not_needed(chain: &Chain) -> anyhow::Result<()> {
-    let Some(first) = chain.paths().next() else {
-        return Ok(());
-    };
-    let catalog = Catalog::of(save::dir_of(first))?;
-    let newest = chain.id();
-    let lost = |id: &ImageId| Some(*id) != newest && chain.ids().any(|it| it == *id);
+/// Refuses to replace a state that a diff outside of `chain` was taken after, in the directories of
+/// its files and of those that links lead to. `removes` states whether the diffs of the chain are
+/// removed.
+pub fn check_not_needed(chain: &Chain, removes: bool) -> anyhow::Result<()> {
     let paths: Vec<PathBuf> = chain.paths().map(Path::to_owned).collect();
-    for entry in &catalog.entries {
-        let Some(parent) = entry.parent.filter(lost) else {
-            continue;
-        };
-        // Another full image may have the same state.
-        let mut others = catalog.with_id(parent);
-        let is_kept = others.any(|other| !other.is_diff && !input::is_one_of(&other.path, &paths));
-        if !is_kept && !input::is_one_of(&entry.path, &paths) {
-            let path = entry.path.clone();
-            return Err(ImagesFailure::NeededByOther { path, parent }.into());
+    let is_raw = chain
+        .images()
+        .next()
+        .is_some_and(|it| it.footer().is_none());
+    // A raw image gets no id, by which later diffs would follow it.
+    let followed = chain.id().filter(|_| !is_raw || !removes);
+    let is_lost = |id: ImageId| Some(id) != followed && chain.ids().any(|it| it == id);
+    let (mut entries, mut unusable) = (Vec::new(), Vec::new());
+    for dir in dirs_of(chain.paths()) {
+        let catalog = Catalog::with_hidden(&dir)?;
+        entries.extend(catalog.entries);
+        unusable.extend(catalog.unusable);
+    }
+    let is_other = |path: &Path| !input::is_one_of(path, &paths);
+    for entry in entries.iter().filter(|entry| entry.is_diff) {
+        let path = || entry.path.clone();
+        match entry.parent {
+            Some(parent) if is_lost(parent) && is_other(&entry.path) => {
+                // Another full image may have the same state.
+                let has_state = |it: &Entry| !it.is_diff && it.id == parent && is_other(&it.path);
+                if !entries.iter().any(has_state) {
+                    let path = path();
+                    return Err(ImagesFailure::NeededByOther { path, parent }.into());
+                }
+            }
+            None if is_raw && is_other(&entry.path) => {
+                return Err(ImagesFailure::MayFollowRaw { path: path() }.into());
+            }
+            Some(_) | None => {}
         }
     }
-    Ok(())
+    match unusable.into_iter().find(|it| is_other(&it.path)) {
+        Some(Unusable { path, why }) => Err(ImagesFailure::MayNeedLost { path, why }.into()),
+        None => Ok(()),
+    }
 }
 
 /// Removes the files of `chain` after the first one, which has all of their state now and is

@@ -7,6 +7,7 @@
 
 mod args;
 mod catalog;
+mod chain_lock;
 mod cli;
 mod color;
 mod descriptors;

@@ -47,7 +47,12 @@ fn a_commit_makes_the_base_the_newest_state(
         work.good("diff raw:base.mem --ram second -o d1.mem --force");
         work.good("diff raw:base.mem d1.mem --ram ram -o d2.mem --force");
     }
-    let flag = if remove { " --remove" } else { "" };
+    let flag = match (remove, layout) {
+        // A raw image has no id, by which the second diff could follow it without the first one.
+        (true, "raw") => " --remove --force",
+        (true, _) => " --remove",
+        (false, _) => "",
+    };
     let done = work.good(&format!("commit {base} d1.mem{flag}")).out;
     assert!(done.starts_with(&format!("base.mem: {layout} ")), "{done}");
     assert_eq!(work.path("d1.mem").exists(), !remove);

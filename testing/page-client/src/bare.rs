@@ -26,6 +26,7 @@ pub fn serve_bare(listener: &UnixListener, file: &File) {
     let descriptor = received.cmsgs().unwrap().find_map(|message| match message {
         // SAFETY: the kernel has just opened the descriptor for this process.
         ControlMessageOwned::ScmRights(numbers) => {
+            // SAFETY: the kernel has opened it for the receiver of this message.
             Some(unsafe { OwnedFd::from_raw_fd(numbers[0]) })
         }
         _ => None,

@@ -32,11 +32,23 @@ pub enum ImagesFailure {
     NothingToCommit,
     #[error("the last file {path:?} is not a sealed or packed diff: only such a diff is rebased")]
     NotADiff { path: PathBuf },
+    #[error("the images to rebase onto build on the diff itself, {id}: name images that do not")]
+    OntoItself { id: ImageId },
     #[error(
         "the diff {path:?} was taken after the image {parent}, which the commit would replace: merge to another file \
          by `ramsnap merge -o`, or add --force to give that diff up"
     )]
     NeededByOther { path: PathBuf, parent: ImageId },
+    #[error(
+        "the diff {path:?} was taken on a raw image, which may be the one that the commit would change: merge to another \
+         file by `ramsnap merge -o`, or add --force if it was another image"
+    )]
+    MayFollowRaw { path: PathBuf },
+    #[error(
+        "{path:?} may need a state that the commit would replace, and cannot be read: make it readable, move it to \
+         another directory, or add --force to `ramsnap commit` to give it up: {why}"
+    )]
+    MayNeedLost { path: PathBuf, why: String },
     #[error("say what to compact: add --keep N, --older-than AGE or --max-size SIZE")]
     NoPolicy,
 
@@ -74,6 +86,9 @@ impl ImagesFailure {
             | Self::NothingToCommit
             | Self::NotADiff { .. }
             | Self::NeededByOther { .. }
+            | Self::MayFollowRaw { .. }
+            | Self::MayNeedLost { .. }
+            | Self::OntoItself { .. }
             | Self::NoPolicy => ExitStatus::Usage,
             Self::NoParent { .. } | Self::NoMetadata { .. } => ExitStatus::CheckFailed,
             Self::NotRemoved { .. } => ExitStatus::Failed,

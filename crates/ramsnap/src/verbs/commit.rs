@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::args::{Formats, FromDir, ImageFile, RawImages};
+use crate::chain_lock::{ChainLock, Sharing};
 use crate::exit_status::ExitStatus;
 use crate::failure::ImagesFailure;
 use crate::session::Session;
@@ -19,7 +20,8 @@ use crate::{in_place, input, memory_reserve, save};
 /// written. A packed image has no place for more pages and is written as a whole, as is any image
 /// elsewhere. With --remove, the diffs are removed once the new image is on its disk.
 ///
-/// A diff in the directory that was taken after a state which would be lost prevents the commit.
+/// A diff that was taken after a state which would be lost prevents the commit. It is looked for in
+/// the directories of the files, and in those that links lead to.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap commit full.mem d1.mem d2.mem --remove\n  \
@@ -61,9 +63,10 @@ impl Commit {
             return Err(ImagesFailure::NothingToCommit.into());
         }
         memory_reserve::check_new(&self.files[0].path)?;
+        let _lock = ChainLock::take(session, &input::paths(&self.files), Sharing::Exclusive)?;
         let chain = input::chain(session, &self.files, self.formats, &self.raw)?;
         if !self.force {
-            in_place::check_not_needed(&chain)?;
+            in_place::check_not_needed(&chain, self.remove)?;
         }
         let raw = chain
             .images()

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::args::{Formats, ImageFile, RawImages};
 use crate::catalog::Catalog;
+use crate::chain_lock::{ChainLock, Sharing};
 use crate::exit_status::ExitStatus;
 use crate::failure::ImagesFailure;
 use crate::numbers::{duration, size as bytes_of};
@@ -83,6 +84,14 @@ impl Compact {
             return Err(ImagesFailure::NoPolicy.into());
         }
         memory_reserve::check_new(&self.dir)?;
+        // The directory itself, and those that links in it lead to.
+        let mut files: Vec<_> = Catalog::of(&self.dir)?
+            .entries
+            .into_iter()
+            .map(|it| it.path)
+            .collect();
+        files.push(self.dir.join("images"));
+        let _lock = ChainLock::take(session, &files, Sharing::Exclusive)?;
         let catalog = Catalog::of(&self.dir)?;
         let mut report = Report {
             dry_run: self.dry_run,
@@ -135,7 +144,7 @@ impl Compact {
         }
         session.check("nothing more was merged")?;
         let chain = open(session, &links[..=merged])?;
-        in_place::check_not_needed(&chain)?;
+        in_place::check_not_needed(&chain, true)?;
         let staged = in_place::stage(session, &chain, !self.no_verify)?;
         session.check("nothing more was merged")?;
         save::put_in_place(session, staged, || Ok(()))?;

@@ -173,6 +173,7 @@ impl Convert {
         if found > 0 {
             return Err(Failure::StreamDamaged { found }.into());
         }
+        self.check_keeps_parent(&image)?;
         match staged {
             Some(staged) if as_it_is => {
                 drop((image, file));
@@ -191,6 +192,15 @@ impl Convert {
                 let chain = self.open(session, image)?;
                 self.pack_and_send(session, &chain, extras, || Ok(()))
             }
+        }
+    }
+
+    /// Refuses to replace the image that a diff builds on by the diff.
+    fn check_keeps_parent(&self, image: &Image) -> anyhow::Result<()> {
+        let parent = image.footer().and_then(Footer::parent);
+        match self.sends() {
+            true => Ok(()),
+            false => Ok(save::check_replaces_no(parent, &self.output.path)?),
         }
     }
 
@@ -336,6 +346,9 @@ impl Convert {
         layout: Layout,
         extras: ReadExtras,
     ) -> anyhow::Result<MemoryWriterOptions> {
+        if let Some(image) = chain.images().next() {
+            self.check_keeps_parent(image)?;
+        }
         let mut seal = chain.seal();
         if let Some(id) = self.id {
             if chain.id().is_some() {

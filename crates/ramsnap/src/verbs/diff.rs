@@ -17,6 +17,7 @@ use crate::args::{
     self, Extras, Format, Formats, FromDir, ImageFile, InProcess, Output, RawImages, kept_seal,
     layouts,
 };
+use crate::chain_lock::ChainLock;
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::numbers::text_of;
@@ -113,9 +114,9 @@ impl Diff {
             let images = [input::paths(old_files), input::paths(new_files)].concat();
             let files = images.into_iter().chain(self.ram.clone());
             save::check_output(output, &self.extras.and_inputs(files))?;
-            let more = !self.extras.is_empty();
-            args::check_records(self.layout, more, &output.path)?;
+            args::check_records(self.layout, !self.extras.is_empty(), &output.path)?;
         }
+        let _lock = ChainLock::of_parents(session, output.as_ref(), old_files)?;
         let old = input::full_chain(session, old_files, self.formats, &self.raw)?;
         let mut new = match (&self.ram, self.process.find()?) {
             (Some(path), _) => New::Ram(Ram::File(RamFile::open(path)?)),

@@ -7,6 +7,7 @@ use image_format::Footer;
 use memory_image::{Chain, Image, Layout};
 
 use crate::args::{Formats, FromDir, ImageFile, Output, RawImages, kept_seal, layouts};
+use crate::chain_lock::{ChainLock, Sharing};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::session::Session;
@@ -81,6 +82,13 @@ impl Merge {
 
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let output = self.checked_output()?;
+        let _lock = match self.in_place {
+            true => {
+                let files = input::paths(&self.files);
+                Some(ChainLock::take(session, &files, Sharing::Exclusive)?)
+            }
+            false => None,
+        };
         let chain = match self.raw_diffs {
             true => input::raw_diffs(session, &self.files, &self.raw)?,
             false => input::chain(session, &self.files, self.formats, &self.raw)?,

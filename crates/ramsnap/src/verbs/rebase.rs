@@ -8,6 +8,7 @@ use memory_image::{Chain, Image, compare};
 use page_reader::Touched;
 
 use crate::args::{Formats, FromDir, ImageFile, Output, RawImages, kept_seal};
+use crate::chain_lock::{ChainLock, Sharing};
 use crate::exit_status::ExitStatus;
 use crate::failure::{Failure, ImagesFailure};
 use crate::numbers::text_of;
@@ -62,6 +63,7 @@ impl Rebase {
         let path = self.files[self.files.len() - 1].path.clone();
         save::check_is_no_input(&path, &input::paths(&self.onto))?;
         memory_reserve::check_new(&path)?;
+        let _lock = ChainLock::take(session, &self.files(), Sharing::Exclusive)?;
         let state = input::full_chain(session, &self.files, self.formats, &self.raw)?;
         let diff = state.images().last().context("there is no image")?;
         if !diff.is_diff() {
@@ -70,6 +72,11 @@ impl Rebase {
         let onto = input::full_chain(session, &self.onto, self.formats, &self.raw)?;
         check_same_guest(&onto, &state)?;
         let mut seal = state.seal();
+        if let Some(id) = state.id().filter(|it| onto.ids().any(|id| id == *it))
+            && onto.id() != Some(id)
+        {
+            return Err(ImagesFailure::OntoItself { id }.into());
+        }
         match onto.id() {
             Some(id) if state.id() == Some(id) => return Err(Failure::SameState { id }.into()),
             Some(parent) => seal = seal.parent(parent),

@@ -25,7 +25,7 @@ pub(super) fn links(catalog: &Catalog) -> Vec<Vec<Link>> {
     let full = catalog.entries.iter().filter(|entry| !entry.is_diff);
     let chains = full.map(|root| {
         let (mut chain, mut seen, mut at) = (vec![link(root)], BTreeSet::new(), root);
-        while seen.insert(at.id) && catalog.with_id(at.id).count() == 1 {
+        while seen.insert(at.id) && is_one_state(catalog, at) {
             let mut after = catalog.after(at.id);
             match (after.next(), after.next()) {
                 (Some(only), None) if only.is_diff && only.ram_bytes == at.ram_bytes => at = only,
@@ -36,6 +36,13 @@ pub(super) fn links(catalog: &Catalog) -> Vec<Vec<Link>> {
         chain
     });
     chains.collect()
+}
+
+/// Returns whether `entry` is the only image of its state. The state of a full image is also in a
+/// diff that was merged into it and not removed.
+fn is_one_state(catalog: &Catalog, entry: &Entry) -> bool {
+    let mut others = catalog.with_id(entry.id).filter(|it| it.path != entry.path);
+    others.all(|other| !entry.is_diff && other.is_diff)
 }
 
 /// Returns how many diffs are merged, so that `keep` files are left.

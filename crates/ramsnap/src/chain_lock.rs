@@ -1,0 +1,93 @@
+//! The locks that keep two runs of the tool from changing the images of a directory at once.
+//!
+//! A verb that replaces or removes images on which others build holds the `flock` of their
+//! directories exclusively. A verb that writes a diff on them holds it shared. The kernel releases
+//! it when the process ends.
+
+use std::collections::BTreeSet;
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+
+use crate::args::{ImageFile, Output};
+use crate::input;
+use crate::save::dir_of;
+use crate::session::Session;
+
+/// Who else may use the images meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// Verbs that write diffs.
+    Shared,
+    /// No verb that changes or needs them.
+    Exclusive,
+}
+
+/// Locked directories.
+#[derive(Debug)]
+#[must_use = "the locks are released when this is dropped"]
+pub struct ChainLock {
+    _dirs: Vec<File>,
+}
+
+impl ChainLock {
+    /// Locks the directories of files, and those that links lead to. Waits for another run, and
+    /// says so. Locks nothing on a file system without locks.
+    pub fn take(session: &Session, files: &[PathBuf], sharing: Sharing) -> anyhow::Result<Self> {
+        let dirs = dirs_of(files.iter().map(PathBuf::as_path)).into_iter();
+        let dirs = dirs.map(|dir| lock(session, &dir, sharing));
+        let dirs = dirs.collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(Self {
+            _dirs: dirs.into_iter().flatten().collect(),
+        })
+    }
+
+    /// Locks the directories of the images that a diff builds on, if one is written: another run
+    /// must not replace them meanwhile.
+    pub fn of_parents(
+        session: &Session,
+        output: Option<&Output>,
+        parents: &[ImageFile],
+    ) -> anyhow::Result<Option<Self>> {
+        let lock = |_| Self::take(session, &input::paths(parents), Sharing::Shared);
+        output.map(lock).transpose()
+    }
+}
+
+/// Returns the directories of files, and those that links lead to, in the order in which all runs
+/// lock them.
+pub fn dirs_of<'p>(files: impl IntoIterator<Item = &'p Path>) -> BTreeSet<PathBuf> {
+    let of_file = |file: &Path| {
+        let target = file.canonicalize().ok();
+        let target = target.and_then(|file| Some(file.parent()?.to_owned()));
+        [dir_of(file).canonicalize().ok(), target]
+    };
+    files.into_iter().flat_map(of_file).flatten().collect()
+}
+
+/// Locks a directory, or returns `None` where that is not supported or not permitted.
+fn lock(session: &Session, dir: &Path, sharing: Sharing) -> anyhow::Result<Option<File>> {
+    let Ok(file) = File::open(dir) else {
+        return Ok(None);
+    };
+    let tried = match sharing {
+        Sharing::Shared => file.try_lock_shared(),
+        Sharing::Exclusive => file.try_lock(),
+    };
+    match tried {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::Error(_)) => Ok(None),
+        Err(TryLockError::WouldBlock) => {
+            session.warn(&format!(
+                "another run of ramsnap uses the images in {dir:?}: waiting until it has ended"
+            ));
+            let locked = match sharing {
+                Sharing::Shared => file.lock_shared(),
+                Sharing::Exclusive => file.lock(),
+            };
+            locked.with_context(|| format!("cannot lock {dir:?}"))?;
+            Ok(Some(file))
+        }
+    }
+}

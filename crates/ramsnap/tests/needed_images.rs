@@ -1,0 +1,153 @@
+//! No verb replaces or removes an image that another one needs, without being told to.
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::symlink;
+use std::process::{Command, Stdio};
+
+use support::{Ended, RAMSNAP, Work};
+
+/// Creates `shared/full.mem` with a diff beside it, and `links/full.mem`, which leads to it, with a
+/// chain.
+fn with_link() -> Work {
+    let work = Work::with_chain();
+    for dir in ["shared", "links"] {
+        fs::create_dir(work.path(dir)).unwrap();
+    }
+    fs::rename(work.path("full.mem"), work.path("shared/full.mem")).unwrap();
+    work.copy("d1.mem", "shared/of-others.mem");
+    symlink("../shared/full.mem", work.path("links/full.mem")).unwrap();
+    for diff in ["d1.mem", "d2.mem"] {
+        fs::rename(work.path(diff), work.path(&format!("links/{diff}"))).unwrap();
+    }
+    work
+}
+
+#[test]
+fn diffs_beside_the_target_of_a_link_are_found() {
+    let work = with_link();
+    let before = fs::read(work.path("shared/full.mem")).unwrap();
+    for command in [
+        "commit links/full.mem links/d1.mem links/d2.mem",
+        "compact links --keep 1",
+    ] {
+        Ended::of(&mut work.command(command)).fails(2, &["of-others.mem"]);
+        assert!(fs::read(work.path("shared/full.mem")).unwrap() == before);
+    }
+}
+
+#[test]
+fn diffs_beside_each_file_of_the_chain_are_found() {
+    let work = Work::with_chain();
+    fs::create_dir(work.path("diffs")).unwrap();
+    for diff in ["d1.mem", "d2.mem"] {
+        fs::rename(work.path(diff), work.path(&format!("diffs/{diff}"))).unwrap();
+    }
+    work.copy("diffs/d2.mem", "diffs/.branch.mem");
+    let commit = "commit full.mem diffs/d1.mem --remove";
+    Ended::of(&mut work.command(commit)).good();
+    let work = Work::with_chain();
+    work.good("diff full.mem d1.mem --ram first -o .branch.mem");
+    fs::create_dir(work.path("base")).unwrap();
+    fs::rename(work.path("full.mem"), work.path("base/full.mem")).unwrap();
+    let commit = "commit base/full.mem d1.mem d2.mem --remove";
+    Ended::of(&mut work.command(commit)).fails(2, &[".branch.mem", "--force"]);
+}
+
+#[test]
+fn images_that_cannot_be_read_may_need_a_state() {
+    let work = Work::with_chain();
+    work.copy("d2.mem", "newer.mem");
+    let len = fs::metadata(work.path("newer.mem")).unwrap().len();
+    let file = File::options().write(true).open(work.path("newer.mem"));
+    file.unwrap().set_len(len - 100).unwrap();
+    let commit = "commit full.mem d1.mem --remove";
+    work.fails(commit, 2, &["newer.mem", "--force"]);
+    fs::remove_file(work.path("newer.mem")).unwrap();
+    work.good(commit);
+}
+
+/// Nothing shows which raw image a diff was taken on.
+#[test]
+fn diffs_on_a_raw_image_prevent_a_commit_to_one() {
+    let work = Work::with_chain();
+    work.good("convert full.mem -o full.raw --layout raw");
+    for (diff, ram) in [("d1.mem", "second"), ("other.mem", "ram")] {
+        work.good(&format!("diff raw:full.raw --ram {ram} -o {diff} --force"));
+    }
+    fs::remove_file(work.path("d2.mem")).unwrap();
+    let commit = "commit raw:full.raw d1.mem";
+    work.fails(commit, 2, &["other.mem", "--force"]);
+    fs::remove_file(work.path("other.mem")).unwrap();
+    // A raw image has no id by which a diff follows it.
+    work.good("diff raw:full.raw d1.mem --ram ram -o d2.mem");
+    work.fails("commit raw:full.raw d1.mem --remove", 2, &["d2.mem"]);
+    work.good(commit);
+    work.good("restore raw:full.raw d1.mem d2.mem -o out");
+    work.assert_same("out", "ram");
+}
+
+#[test]
+fn a_conversion_does_not_replace_the_parent() {
+    let work = Work::with_chain();
+    symlink("d1.mem", work.path("link.mem")).unwrap();
+    for output in ["d1.mem", "link.mem"] {
+        let convert = format!("convert d2.mem -o {output} --force");
+        work.fails(&convert, 2, &[output]);
+    }
+    work.good("convert d2.mem -o d2.zst --zstd");
+    work.fails("convert d2.zst -o d1.mem --force", 2, &["d1.mem"]);
+    work.good("verify full.mem d1.mem d2.mem");
+}
+
+#[test]
+fn a_diff_is_not_rebased_onto_its_own_chain() {
+    let work = Work::with_chain();
+    work.copy("d1.mem", "copy.mem");
+    let onto = "--onto full.mem --onto copy.mem --onto d2.mem";
+    let rebase = format!("rebase full.mem d1.mem {onto}");
+    work.fails(&rebase, 2, &["the diff itself"]);
+}
+
+/// After a run that was killed before it removed the merged diffs.
+#[test]
+fn compact_continues_where_merged_diffs_were_left() {
+    let work = Work::with_chain();
+    work.good("commit full.mem d1.mem");
+    assert!(work.path("d1.mem").exists());
+    work.good("compact . --keep 1");
+    assert!(!work.path("d2.mem").exists());
+    work.good("diff full.mem --ram ram");
+}
+
+/// Runs in which one would replace an image that the other needs wait for each other.
+#[test]
+fn a_run_waits_while_another_one_uses_the_images() {
+    for (command, shared) in [
+        ("diff full.mem d1.mem --ram ram -o new.mem", false),
+        ("rebase full.mem d1.mem d2.mem --onto full.mem", true),
+        ("commit full.mem d1.mem d2.mem", true),
+        ("merge --in-place full.mem d1.mem", true),
+        ("compact . --keep 1", true),
+    ] {
+        let work = Work::with_chain();
+        let dir = File::open(work.path(".")).unwrap();
+        match shared {
+            true => dir.lock_shared().unwrap(),
+            false => dir.lock().unwrap(),
+        }
+        let mut waiting = Command::new(RAMSNAP);
+        waiting.args(command.split(' ')).current_dir(work.path("."));
+        waiting.stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut waiting = waiting.spawn().unwrap();
+        let mut first = String::new();
+        let mut errors = BufReader::new(waiting.stderr.take().unwrap());
+        errors.read_line(&mut first).unwrap();
+        assert!(first.contains("waiting"), "{command}: {first}");
+        assert_eq!(waiting.try_wait().unwrap(), None, "{command}");
+        drop(dir);
+        assert!(waiting.wait().unwrap().success(), "{command}");
+    }
+}
