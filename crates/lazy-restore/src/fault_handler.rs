@@ -1,14 +1,13 @@
 //! The page fault handler: fills the page that an access waits for, and its neighbors.
 
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use host_memory::SecretBuffer;
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::error::LazyError;
 use crate::ledger::{Role, locked};
@@ -18,18 +17,11 @@ use crate::target::Target;
 use crate::userfaultfd::UserfaultfdError;
 use crate::working_set::WorkingSet;
 
-/// What wakes a thread that waits for faults.
-#[derive(Clone, Copy, Debug)]
-enum Wakes {
-    Message,
-    Bell,
-    Stop,
-    Exit,
-}
-
 /// Handles page faults, in one thread or several.
 ///
-/// Each fault wakes one of the threads, so that as many faults are in flight as there are threads.
+/// One thread at a time waits for faults. If reads are slow, the next thread waits while the first
+/// one handles its fault, so that several faults are in flight. If reads are fast, such as from the
+/// page cache, one thread handles all faults: to wake another one would take longer than the read.
 #[derive(Debug)]
 pub(crate) struct PageFaultHandler {
     pages: Arc<Pages>,
@@ -37,7 +29,16 @@ pub(crate) struct PageFaultHandler {
     around: u64,
     recorded: Option<Mutex<WorkingSet>>,
     faults: AtomicU64,
+    /// Held by the thread that waits for faults.
+    waiting: Mutex<()>,
+    /// The number of faults in a row that were handled fast.
+    fast: AtomicU32,
 }
+
+/// The time that a fault takes at most if its bytes are in the page cache.
+const FAST: Duration = Duration::from_micros(100);
+/// The number of fast faults in a row after which one thread handles all.
+const FAST_FAULTS: u32 = 16;
 
 impl PageFaultHandler {
     /// Returns a handler that reads at most `around` bytes for a fault, or that records the
@@ -52,6 +53,8 @@ impl PageFaultHandler {
             },
             recorded: record.then(|| Mutex::new(WorkingSet::of(ram_size))),
             faults: AtomicU64::new(0),
+            waiting: Mutex::default(),
+            fast: AtomicU32::new(0),
             pages,
         }
     }
@@ -76,37 +79,26 @@ impl PageFaultHandler {
 
     fn handle_faults(&self) -> Result<(), LazyError> {
         let mut buffer = SecretBuffer::new();
-        let waiting = self.waiting().map_err(|errno| wait_error(errno.into()))?;
-        while let Some(address) = self.wait_for_fault(&waiting)? {
-            self.handle_and_count(address, &mut buffer)?;
+        loop {
+            let mut waiting = Some(locked(&self.waiting));
+            let Some(first) = self.wait_for_fault()? else {
+                return Ok(());
+            };
+            let mut next = Some(first);
             // Handle all faults: a fault that was read does not make the descriptor readable again.
-            while let Some(address) = self.pages.next_fault(1)? {
+            while let Some(address) = next {
+                if self.fast.load(Ordering::Relaxed) < FAST_FAULTS {
+                    waiting = None;
+                }
                 self.handle_and_count(address, &mut buffer)?;
+                next = self.pages.next_fault(1)?;
             }
+            drop(waiting);
         }
-        Ok(())
-    }
-
-    /// Returns what a thread waits for.
-    fn waiting(&self) -> nix::Result<Epoll> {
-        let waiting = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let add = |descriptor: BorrowedFd<'_>, flags, wakes: Wakes| {
-            waiting.add(descriptor, EpollEvent::new(flags, wakes as u64))
-        };
-        // A message wakes one thread.
-        let one = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
-        add(self.pages.messages(), one, Wakes::Message)?;
-        add(self.pages.bell(), one, Wakes::Bell)?;
-        let stopping = self.pages.status().stopping();
-        add(stopping, EpollFlags::EPOLLIN, Wakes::Stop)?;
-        if let Target::Peer(peer) = self.pages.target() {
-            add(peer.process.exit(), EpollFlags::EPOLLIN, Wakes::Exit)?;
-        }
-        Ok(waiting)
     }
 
     /// Waits for a fault. Returns `None` once this thread is to end.
-    fn wait_for_fault(&self, waiting: &Epoll) -> Result<Option<u64>, LazyError> {
+    fn wait_for_fault(&self) -> Result<Option<u64>, LazyError> {
         let (pages, mut is_stopping) = (&self.pages, false);
         let mut pause = Pause::default();
         loop {
@@ -120,20 +112,28 @@ impl PageFaultHandler {
                 }
                 pause.wait();
             }
-            let mut ready = [EpollEvent::empty(); 4];
-            let ready = match waiting.wait(&mut ready, EpollTimeout::NONE) {
-                Err(Errno::EINTR) => continue,
-                waited => {
-                    let count = waited.map_err(|errno| wait_error(errno.into()))?;
-                    &ready[..count]
-                }
+            let exit = match pages.target() {
+                Target::Own(_) => None,
+                Target::Peer(peer) => Some(peer.process.exit()),
             };
-            let wakes = |what: Wakes| ready.iter().any(|event| event.data() == what as u64);
-            is_stopping = wakes(Wakes::Stop);
-            if wakes(Wakes::Bell) {
+            let wakes_up = |descriptor| PollFd::new(descriptor, PollFlags::POLLIN);
+            let mut ready = [
+                wakes_up(pages.messages()),
+                wakes_up(pages.status().stopping()),
+                wakes_up(pages.bell()),
+                // Without a process, one of the others again.
+                wakes_up(exit.unwrap_or(pages.bell())),
+            ];
+            match poll(&mut ready, PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                polled => _ = polled.map_err(|errno| wait_error(errno.into()))?,
+            }
+            let [_, stop, bell, last] = ready.map(|ready| ready.any() == Some(true));
+            is_stopping = stop;
+            if bell {
                 pages.silence();
             }
-            if wakes(Wakes::Exit) {
+            if last && exit.is_some() {
                 pages.end_with_peer();
                 return Ok(None);
             }
@@ -144,7 +144,12 @@ impl PageFaultHandler {
         let started = Instant::now();
         self.faults.fetch_add(1, Ordering::Relaxed);
         self.handle_fault(address, buffer)?;
-        self.pages.counters().add_fault(started.elapsed());
+        let took = started.elapsed();
+        match took < FAST {
+            true => _ = self.fast.fetch_add(1, Ordering::Relaxed),
+            false => self.fast.store(0, Ordering::Relaxed),
+        }
+        self.pages.counters().add_fault(took);
         Ok(())
     }
 

@@ -29,7 +29,7 @@ impl Default for PageServerOptions {
             prefetch: true,
             working_set: None,
             record: false,
-            fault_around: 64 << 10,
+            fault_around: 16 << 10,
             handlers: 4,
             handshake_limit: Duration::from_secs(30),
             on_failure: OnFailure::default(),
@@ -61,7 +61,7 @@ impl PageServerOptions {
     }
 
     /// Sets the maximum number of bytes that one fault reads, or one page if that is larger. The
-    /// default is 64 KiB.
+    /// default is 16 KiB: the next fault of the VM waits while more neighbors are filled.
     pub fn fault_around(mut self, bytes: u64) -> Self {
         self.fault_around = bytes;
         self
