@@ -17,7 +17,7 @@ use crate::failure::ImagesFailure;
 use crate::numbers::{duration, size as bytes_of};
 use crate::print::{self, JsonPath, count, size};
 use crate::session::Session;
-use crate::{in_place, input, memory_reserve, save};
+use crate::{in_place, input, memory_reserve, save, words};
 use policy::{Link, links};
 
 /// Merge the oldest diffs of each chain in a directory into its full image, and remove them
@@ -97,18 +97,41 @@ impl Compact {
             dry_run: self.dry_run,
             chains: Vec::new(),
         };
+        let mut failed = None;
         for chain in links(&catalog) {
-            let merged = self.to_merge(session, &chain)?;
-            if merged > 0 {
-                let compacted = self.compact(session, &chain, merged)?;
-                report.chains.push(compacted);
+            match self.make_shorter(session, &chain) {
+                Ok(compacted) => report.chains.extend(compacted),
+                Err(error) => {
+                    // A failure does not prevent the other chains from being merged.
+                    if let Some(other) = failed.replace(error) {
+                        words::print_error(&other);
+                    }
+                    if session.is_cancelled() {
+                        break;
+                    }
+                }
             }
         }
-        match self.json {
-            true => Session::report_as_asked(&print::json_text(&report)?)?,
-            false => session.report(&report.text())?,
+        let reported = match self.json {
+            true => Session::report_as_asked(&print::json_text(&report)?),
+            false => session.report(&report.text()),
+        };
+        match (failed, reported) {
+            (None, reported) => Ok(reported.map(|()| ExitStatus::Success)?),
+            (Some(error), Ok(())) => Err(error),
+            (Some(error), Err(unreported)) => {
+                words::print_error(&error);
+                Err(unreported.into())
+            }
         }
-        Ok(ExitStatus::Success)
+    }
+
+    /// Merges as many diffs as demanded. Returns `None` if there is nothing to merge.
+    fn make_shorter(&self, session: &Session, chain: &[Link]) -> anyhow::Result<Option<Compacted>> {
+        match self.to_merge(session, chain)? {
+            0 => Ok(None),
+            merged => self.compact(session, chain, merged).map(Some),
+        }
     }
 
     /// Returns the number of diffs to merge into the full image.
