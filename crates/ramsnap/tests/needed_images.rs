@@ -1,4 +1,4 @@
-//! No verb replaces or removes an image that another one needs, without being told to.
+//! No verb replaces or removes an image that another one needs, except by `--force`.
 
 mod support;
 

@@ -211,8 +211,8 @@ impl Serve {
     }
 }
 
-/// Descriptors of a VM beside that of each thread: its connection, its userfaultfd, its process, and
-/// what its threads are woken by.
+/// Descriptors of a VM beside that of each thread: its connection, its userfaultfd, its process,
+/// and what its threads are woken by.
 const DESCRIPTORS: u64 = 6;
 
 /// Raises the limit of descriptors as far as permitted, and returns the number of VMs with this
