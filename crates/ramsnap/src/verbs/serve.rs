@@ -148,7 +148,7 @@ impl Serve {
             }
         }
         // Before images are opened, of which as many stay open as the limit permits.
-        let most = raise_limit(self.handlers.into()).min(self.max_vms.into());
+        let most = raise_limit().min(self.max_vms.into());
         let chain = input::full_chain(session, &self.files, self.formats, &self.raw)?;
         let options = self.options()?;
         let server = match self.no_verify {
@@ -204,18 +204,18 @@ impl Serve {
     }
 }
 
-/// Descriptors of a VM beside that of each thread: its connection, its userfaultfd, its process, and
-/// what its threads are woken by.
-const DESCRIPTORS: u64 = 6;
+/// Descriptors of a VM: its connection, its userfaultfd, its process, and what its threads are
+/// woken by, some of them twice for a moment.
+const DESCRIPTORS: u64 = 10;
 
-/// Raises the limit of descriptors as far as permitted, and returns the number of VMs with this
-/// number of handlers that half of it is enough for.
-fn raise_limit(handlers: u64) -> usize {
+/// Raises the limit of descriptors as far as permitted, and returns the number of VMs that half of
+/// it is enough for.
+fn raise_limit() -> usize {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return 1;
     };
     let raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_or(soft, |()| hard);
-    usize::try_from(raised / 2 / (DESCRIPTORS + handlers)).map_or(usize::MAX, |vms| vms.max(1))
+    usize::try_from(raised / 2 / DESCRIPTORS).map_or(usize::MAX, |vms| vms.max(1))
 }
 
 /// Parses the mode of a file.
