@@ -57,7 +57,13 @@ pub struct Serve {
     #[arg(short, long, value_name = "PATH")]
     socket: Option<PathBuf>,
     /// The mode of the socket: who may connect
-    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = octal, requires = "socket")]
+    #[arg(
+        long,
+        value_name = "OCTAL",
+        default_value = "600",
+        value_parser = octal,
+        requires = "socket"
+    )]
     socket_mode: u32,
     /// The pages that are filled first, or with --record the file to write them to
     #[arg(long, value_name = "FILE")]
@@ -82,14 +88,29 @@ pub struct Serve {
     #[arg(long, value_enum, default_value_t = Signalled::Complete)]
     on_signal: Signalled,
     /// How many faults of one VM are handled at the same time
-    #[arg(long, value_name = "NUMBER", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(
+        long,
+        value_name = "NUMBER",
+        default_value_t = 4,
+        value_parser = clap::value_parser!(u16).range(1..=64)
+    )]
     handlers: u16,
     /// The most VMs that are served at the same time; further ones wait. The limit of descriptors
     /// is raised as far as permitted, and may permit fewer
-    #[arg(long, value_name = "NUMBER", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(
+        long,
+        value_name = "NUMBER",
+        default_value_t = 256,
+        value_parser = clap::value_parser!(u16).range(1..)
+    )]
     max_vms: u16,
     /// How long to wait for the message of a VMM that has connected, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 30,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
     message_timeout: u32,
     /// Accept no more VMs once one has connected, and end with it
     #[arg(long)]
