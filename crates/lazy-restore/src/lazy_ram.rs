@@ -119,6 +119,9 @@ use crate::working_set::WorkingSet;
 /// ram.wait()?; // until all pages are in memory
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// [`UserfaultfdError::Unmapped`]: crate::UserfaultfdError::Unmapped
+/// [`UserfaultfdError::Occupied`]: crate::UserfaultfdError::Occupied
 #[derive(Debug)]
 #[must_use = "the restore ends when this is dropped"]
 pub struct LazyRam {

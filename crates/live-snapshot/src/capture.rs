@@ -168,11 +168,13 @@ impl Capture {
     }
 
     /// Returns whether all of the RAM is written in the pause.
+    #[cfg(target_os = "linux")]
     pub(crate) fn is_held(&self) -> bool {
         *self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits while all of the RAM is written in the pause.
+    #[cfg(target_os = "linux")]
     pub(crate) fn wait_while_held(&self) {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         while *held {

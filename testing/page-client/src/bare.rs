@@ -24,9 +24,8 @@ pub fn serve_bare(listener: &UnixListener, file: &File) {
     let socket = connection.as_raw_fd();
     let received = recvmsg::<UnixAddr>(socket, &mut slices, Some(&mut space), flags).unwrap();
     let descriptor = received.cmsgs().unwrap().find_map(|message| match message {
-        // SAFETY: the kernel has just opened the descriptor for this process.
         ControlMessageOwned::ScmRights(numbers) => {
-            // SAFETY: the kernel has opened it for the receiver of this message.
+            // SAFETY: the kernel has just opened the descriptor for this process.
             Some(unsafe { OwnedFd::from_raw_fd(numbers[0]) })
         }
         _ => None,

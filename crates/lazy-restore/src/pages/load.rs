@@ -27,8 +27,8 @@ impl Pages {
         Ok(())
     }
 
-    /// Reads the missing pages of the range, and fills `page` of them first, for which an access
-    /// waits.
+    /// Reads the missing pages of the range, and fills `page` of them first, which an access waits
+    /// for.
     pub(crate) fn load_around(
         &self,
         page: &Range<u64>,

@@ -59,7 +59,13 @@ pub struct Serve {
     #[arg(short, long, value_name = "PATH")]
     socket: Option<PathBuf>,
     /// The mode of the socket: who may connect
-    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = octal, requires = "socket")]
+    #[arg(
+        long,
+        value_name = "OCTAL",
+        default_value = "600",
+        value_parser = octal,
+        requires = "socket"
+    )]
     socket_mode: u32,
     /// The pages that are filled first, or with --record the file to write them to
     #[arg(long, value_name = "FILE")]
@@ -84,14 +90,29 @@ pub struct Serve {
     #[arg(long, value_enum, default_value_t = Signalled::Complete)]
     on_signal: Signalled,
     /// How many faults of one VM are handled at the same time
-    #[arg(long, value_name = "NUMBER", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(
+        long,
+        value_name = "NUMBER",
+        default_value_t = 4,
+        value_parser = clap::value_parser!(u16).range(1..=64)
+    )]
     handlers: u16,
     /// The most VMs that are served at the same time; further ones wait. The limit of descriptors
     /// is raised as far as permitted, and may permit fewer
-    #[arg(long, value_name = "NUMBER", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(
+        long,
+        value_name = "NUMBER",
+        default_value_t = 256,
+        value_parser = clap::value_parser!(u16).range(1..)
+    )]
     max_vms: u16,
     /// How long to wait for the message of a VMM that has connected, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 30,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
     message_timeout: u32,
     /// Accept no more VMs once one has connected, and end with it
     #[arg(long)]
@@ -155,7 +176,7 @@ impl Serve {
             }
         }
         // Before images are opened, of which as many stay open as the limit permits.
-        let most = raise_limit(self.handlers.into()).min(self.max_vms.into());
+        let most = raise_limit().min(self.max_vms.into());
         let chain = input::full_chain(session, &self.files, self.formats, &self.raw)?;
         let options = self.options()?;
         let server = match self.no_verify {
@@ -211,18 +232,18 @@ impl Serve {
     }
 }
 
-/// Descriptors of a VM beside that of each thread: its connection, its userfaultfd, its process,
-/// and what its threads are woken by.
-const DESCRIPTORS: u64 = 6;
+/// Descriptors of a VM: its connection, its userfaultfd, its process, and what its threads are
+/// woken by, some of them twice for a moment.
+const DESCRIPTORS: u64 = 10;
 
-/// Raises the limit of descriptors as far as permitted, and returns the number of VMs with this
-/// number of handlers that half of it is enough for.
-fn raise_limit(handlers: u64) -> usize {
+/// Raises the limit of descriptors as far as permitted, and returns the number of VMs that half of
+/// it is enough for.
+fn raise_limit() -> usize {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return 1;
     };
     let raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_or(soft, |()| hard);
-    usize::try_from(raised / 2 / (DESCRIPTORS + handlers)).map_or(usize::MAX, |vms| vms.max(1))
+    usize::try_from(raised / 2 / DESCRIPTORS).map_or(usize::MAX, |vms| vms.max(1))
 }
 
 /// Parses the mode of a file.

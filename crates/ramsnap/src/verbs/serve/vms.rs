@@ -180,7 +180,8 @@ impl Vms<'_> {
         }
         if self.on_signal == Signalled::Refuse {
             stderr::line(&format!(
-                "{vms} still being served: end the VMs first, or start ramsnap with --on-signal complete"
+                "{vms} still being served: end the VMs first, or start ramsnap with --on-signal \
+                 complete"
             ));
             return false;
         }
