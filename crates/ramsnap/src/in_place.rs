@@ -2,7 +2,9 @@
 
 mod shared;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -107,38 +109,43 @@ pub fn check_not_needed(chain: &Chain, removes: bool) -> anyhow::Result<()> {
 /// Removes the files of `chain` after the first one, which has all of their state now and is
 /// durable. The oldest is removed first, so that what is left after a crash is not linked to an
 /// image that it does not follow. Returns the paths.
-pub fn remove_merged(session: &Session, chain: &Chain) -> anyhow::Result<Vec<PathBuf>> {
+pub fn remove_merged(session: &Session, chain: Chain) -> anyhow::Result<Vec<PathBuf>> {
     let first = chain.paths().next().unwrap_or(Path::new("")).to_owned();
-    let mut removed = Vec::new();
+    let mut merged = Vec::new();
     for image in chain.images().skip(1) {
-        let left = image.path().to_owned();
-        if !is_still_at(image, &left) {
-            session.warn(&format!(
-                "{left:?} was replaced meanwhile, and is not removed"
-            ));
-            continue;
+        let path = image.path();
+        match is_still_at(image, path) {
+            Ok(true) => merged.push(path.to_owned()),
+            Ok(false) => session.warn(&format!(
+                "{path:?} was replaced meanwhile, and is not removed"
+            )),
+            Err(error) => session.warn(&format!("{path:?} is not removed: {error:#}")),
         }
-        fs::remove_file(&left).map_err(|source| ImagesFailure::NotRemoved {
+    }
+    // A removed file that is open cannot be closed and opened again, so each takes a descriptor.
+    drop(chain);
+    for left in &merged {
+        fs::remove_file(left).map_err(|source| ImagesFailure::NotRemoved {
             path: first.clone(),
             left: left.clone(),
             source,
         })?;
-        removed.push(left);
     }
-    for dir in removed.iter().map(|path| save::dir_of(path)) {
+    let dirs: BTreeSet<_> = merged.iter().map(|path| save::dir_of(path)).collect();
+    for dir in dirs {
         let synced = File::open(dir).and_then(|dir| dir.sync_all());
         synced.with_context(|| format!("cannot bring the removals in {dir:?} to the disk"))?;
     }
-    Ok(removed)
+    Ok(merged)
 }
 
-fn is_still_at(image: &Image, path: &Path) -> bool {
-    let Ok(version) = image.version() else {
-        return false;
-    };
-    let identities =
-        FileIdentity::of(version.file()).and_then(|of| Ok((of, FileIdentity::at(path)?)));
-    identities.is_ok_and(|(of, at)| of.may_be(&at))
+fn is_still_at(image: &Image, path: &Path) -> anyhow::Result<bool> {
+    let of = FileIdentity::of(image.version()?.file())?;
+    match FileIdentity::at(path) {
+        Ok(at) => Ok(of.may_be(&at)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Returns the names of files, for a report.

@@ -151,3 +151,29 @@ fn a_run_waits_while_another_one_uses_the_images() {
         assert!(waiting.wait().unwrap().success(), "{command}");
     }
 }
+
+/// Each removed file that is still open would take a descriptor.
+#[test]
+fn more_diffs_than_descriptors_are_merged_and_removed() {
+    let work = Work::with_ram();
+    work.good("dump ram -o full.mem");
+    for number in 0..50 {
+        work.change(number * 7, 1);
+        let newest = match number {
+            0 => "full.mem".to_owned(),
+            _ => format!("d{}.mem", number - 1),
+        };
+        work.good(&format!(
+            "diff --chain . {newest} --ram ram -o d{number}.mem"
+        ));
+    }
+    let mut compact = Command::new("sh");
+    compact.args([
+        "-c",
+        "ulimit -n 40; exec \"$0\" compact . --keep 1",
+        RAMSNAP,
+    ]);
+    Ended::of(compact.current_dir(work.path("."))).good();
+    assert_eq!(work.files(), ["full.mem", "ram"]);
+    work.good("diff full.mem --ram ram");
+}

@@ -75,7 +75,7 @@ impl Commit {
         let staged = in_place::stage(session, &chain, !self.no_verify)?;
         save::put_image_in_place(session, staged, raw)?;
         if self.remove {
-            let removed = in_place::remove_merged(session, &chain)?;
+            let removed = in_place::remove_merged(session, chain)?;
             session.report(&format!("removed {}", in_place::names(&removed)))?;
         }
         Ok(ExitStatus::Success)

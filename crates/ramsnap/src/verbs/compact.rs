@@ -171,7 +171,7 @@ impl Compact {
         let staged = in_place::stage(session, &chain, !self.no_verify)?;
         session.check("nothing more was merged")?;
         save::put_in_place(session, staged, || Ok(()))?;
-        in_place::remove_merged(session, &chain)?;
+        in_place::remove_merged(session, chain)?;
         compacted.bytes_after = links[0].path.metadata().ok().map(|it| it.len());
         Ok(compacted)
     }
