@@ -14,6 +14,7 @@ pub use options::PageServerOptions;
 pub use served_vm::{ServedVm, VmEnd};
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -150,8 +151,9 @@ impl PageServer {
         let served = self.receive_and_start(&mut client);
         served.inspect_err(|error| {
             self.vms.failed.fetch_add(1, Ordering::Relaxed);
-            // A client without a descriptor waits for nothing.
-            if let Some(_kept_open) = client.received.descriptor.take() {
+            // A client without a userfaultfd waits for nothing.
+            let passed = client.received.descriptor.take();
+            if let Some(_kept_open) = passed.filter(may_be_userfaultfd) {
                 let Client {
                     process,
                     connection,
@@ -219,6 +221,11 @@ impl PageServer {
         let id = client.process.id();
         Ok(ServedVm::new(filling, id, Arc::clone(&self.vms)))
     }
+}
+
+fn may_be_userfaultfd(descriptor: &OwnedFd) -> bool {
+    let cloned = descriptor.try_clone();
+    cloned.map_or(true, |it| uffd::Userfaultfd::from_fd(it).is_ok())
 }
 
 impl fmt::Debug for PageServer {

@@ -112,6 +112,9 @@ pub struct Output {
     pub force: bool,
 }
 
+/// The size of the smallest page of a guest in bytes.
+const SMALLEST_PAGE: u64 = 4096;
+
 /// Data that the image records beside its pages.
 #[derive(Clone, Debug, Default, Args)]
 pub struct Extras {
@@ -144,6 +147,14 @@ impl Extras {
         let metadata = self.metadata.as_deref().map(read_metadata).transpose()?;
         if !self.region_at.is_sorted_by(|a, b| a.end <= b.start) {
             return Err(Failure::RegionsOverlap.into());
+        }
+        if let Some(region) = self
+            .region_at
+            .iter()
+            .find(|it| it.start % SMALLEST_PAGE != 0)
+        {
+            let start = region.start;
+            return Err(Failure::RegionInsidePage { start }.into());
         }
         Ok(ReadExtras {
             metadata,

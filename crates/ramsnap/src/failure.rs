@@ -64,6 +64,10 @@ pub enum Failure {
     #[error("the regions overlap, or don't ascend: give them by ascending address and apart")]
     RegionsOverlap,
     #[error(
+        "a region starts at {start:#x}, which is not a multiple of the page size, 4 KiB: give its first address"
+    )]
+    RegionInsidePage { start: u64 },
+    #[error(
         "the regions have {sum} bytes in all, the RAM has {ram_bytes}: give all of them, ascending and apart"
     )]
     NoLayout { ram_bytes: u64, sum: u128 },
@@ -140,7 +144,8 @@ pub enum Failure {
     #[error("name the guest's RAM, once: its file, or a process by --pid")]
     NoRam,
     #[error(
-        "the image's guest has its RAM at {regions}, and the image would not fit with other regions: leave out --region-at"
+        "the image's guest has its RAM at {regions}, and the image would not fit with other regions: leave out --region-at and \
+         --guest"
     )]
     OtherRegionsGiven { regions: String },
     #[error(

@@ -29,6 +29,7 @@ use test_machine::needs;
     "dump ram -o out --region-at 8388608:4MiB --region-at 0:4MiB",
     "ascending"
 )]
+#[case::region_inside_a_page("dump ram -o out --region-at 0x800:8MiB", "first address")]
 #[case::stream_not_compressed("convert full.mem -o -", "add --zstd")]
 #[case::no_stream("convert full.mem -o out --zstd", "name `-`")]
 #[case::stream_of_other_layout("convert full.mem -o - --zstd --layout raw", "packed")]

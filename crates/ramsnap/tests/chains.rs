@@ -307,3 +307,17 @@ fn bytes_are_not_printed_to_a_terminal() {
         ended.fails(2, &["terminal", "redirect"]);
     }
 }
+
+#[test]
+fn damage_is_no_difference_of_two_states() {
+    let work = Work::with_chain();
+    work.copy("full.mem", "copy.mem");
+    work.rot("copy.mem", 5000);
+    work.fails("compare full.mem copy.mem", 1, &["copy.mem", "damaged"]);
+    let found = work.run("compare full.mem copy.mem --no-verify");
+    assert!(found.out.starts_with("1 page differs"), "{found:?}");
+    let work = Work::with_chain();
+    work.rot("d1.mem", 5000);
+    let compacted = work.run("compact . --keep 1");
+    assert_eq!((compacted.code, &*compacted.out), (Some(1), ""));
+}

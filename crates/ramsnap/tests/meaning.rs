@@ -96,7 +96,7 @@ fn regions_are_those_of_any_image_that_is_not_raw(#[case] command: &str) {
         work.good("verify two.mem out");
         work.good("diff two.mem out --to raw:changed --raw-full");
     }
-    work.good("merge --in-place two.mem raw:diff.raw");
+    work.good("merge --in-place --force two.mem raw:diff.raw");
     assert_eq!(regions(&work, "two.mem"), regions(&work, "out"));
 }
 

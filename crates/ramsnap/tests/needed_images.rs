@@ -177,3 +177,13 @@ fn more_diffs_than_descriptors_are_merged_and_removed() {
     assert_eq!(work.files(), ["full.mem", "ram"]);
     work.good("diff full.mem --ram ram");
 }
+
+#[test]
+fn a_merge_in_place_keeps_what_others_need() {
+    let work = Work::with_chain();
+    work.good("diff full.mem d1.mem --ram first -o branch.mem");
+    let merge = "merge --in-place full.mem d1.mem d2.mem";
+    work.fails(merge, 2, &["branch.mem", "--force"]);
+    work.good(&format!("{merge} --force"));
+    work.good("diff full.mem --ram ram");
+}

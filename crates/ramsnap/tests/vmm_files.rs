@@ -96,6 +96,10 @@ fn machines_and_regions_exclude_each_other() {
         &["leave out --region-at"],
     );
     work.good("diff full.mem --ram ram -o d1.mem --guest qemu-virt");
+    for convert in ["convert full.mem -o x", "convert full.mem -o x --to elf"] {
+        let convert = format!("{convert} --guest qemu-pc");
+        work.fails(&convert, 2, &["0x40000000", "--guest"]);
+    }
 }
 
 #[test]

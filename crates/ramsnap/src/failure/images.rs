@@ -35,18 +35,18 @@ pub enum ImagesFailure {
     #[error("the images to rebase onto build on the diff itself, {id}: name images that do not")]
     OntoItself { id: ImageId },
     #[error(
-        "the diff {path:?} was taken after the image {parent}, which the commit would replace: merge to another file \
+        "the diff {path:?} was taken after the image {parent}, which would be replaced: merge to another file \
          by `ramsnap merge -o`, or add --force to give that diff up"
     )]
     NeededByOther { path: PathBuf, parent: ImageId },
     #[error(
-        "the diff {path:?} was taken on a raw image, which may be the one that the commit would change: merge to another \
+        "the diff {path:?} was taken on a raw image, which may be the one that would be changed: merge to another \
          file by `ramsnap merge -o`, or add --force if it was another image"
     )]
     MayFollowRaw { path: PathBuf },
     #[error(
-        "{path:?} may need a state that the commit would replace, and cannot be read: make it readable, move it to \
-         another directory, or add --force to `ramsnap commit` to give it up: {why}"
+        "{path:?} may need a state that would be replaced, and cannot be read: make it readable, move it to another \
+         directory, or add --force to give it up: {why}"
     )]
     MayNeedLost { path: PathBuf, why: String },
     #[error("say what to compact: add --keep N, --older-than AGE or --max-size SIZE")]

@@ -28,6 +28,7 @@ impl Failure {
             | Self::ParentIsRaw { .. }
             | Self::TooMuchMetadata { .. }
             | Self::RegionsOverlap
+            | Self::RegionInsidePage { .. }
             | Self::NoLayout { .. }
             | Self::OtherRegionsGiven { .. }
             | Self::RawNewState { .. }

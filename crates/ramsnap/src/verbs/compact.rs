@@ -114,6 +114,7 @@ impl Compact {
         }
         let reported = match self.json {
             true => Session::report_as_asked(&print::json_text(&report)?),
+            false if failed.is_some() && report.chains.is_empty() => Ok(()),
             false => session.report(&report.text()),
         };
         match (failed, reported) {

@@ -43,6 +43,9 @@ pub struct Compare {
     /// Print at most so many runs of pages
     #[arg(long, value_name = "N", default_value_t = LISTED, conflicts_with = "json")]
     most: usize,
+    /// Do not compare the images with their checksums first
+    #[arg(long)]
+    no_verify: bool,
     /// As JSON: an object with all runs, sizes and offsets in bytes
     #[arg(long)]
     json: bool,
@@ -96,6 +99,13 @@ impl Compare {
         };
         let one = input::full_chain(session, one, self.formats, &self.raw)?;
         let other = input::full_chain(session, other, self.formats, &self.raw)?;
+        if !self.no_verify {
+            // Damage is not a difference of the guests.
+            let beside = other
+                .images()
+                .filter(|it| !one.paths().any(|path| path == it.path()));
+            input::check_sums(session, one.images().chain(beside))?;
+        }
         let found = differences(session, &one, &other)?;
         if self.json {
             print::json(&found)?;
@@ -110,7 +120,12 @@ impl Compare {
         if found.pages > 0 {
             let runs = count(found.runs.len() as u64, "run");
             let (pages, bytes) = (count(found.pages, "page"), size(found.bytes));
-            lines.push(format!("{pages} differ: {bytes} in {runs}"));
+            let differ = if found.pages == 1 {
+                "differs"
+            } else {
+                "differ"
+            };
+            lines.push(format!("{pages} {differ}: {bytes} in {runs}"));
         }
         for run in found.runs.iter().take(self.most) {
             let (start, bytes) = (run.guest_address, size(run.bytes));

@@ -376,6 +376,7 @@ impl Convert {
                 .parent(id)
                 .regions(regions.unwrap_or_default().iter().cloned());
         }
+        self.extras.check_regions(input::regions(chain))?;
         let seal = extras.add_to(seal, chain.ram_size())?;
         Ok(session
             .options("converting")

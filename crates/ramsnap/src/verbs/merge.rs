@@ -11,7 +11,7 @@ use crate::chain_lock::{ChainLock, Sharing};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::session::Session;
-use crate::{input, memory_reserve, save};
+use crate::{in_place, input, memory_reserve, save};
 
 /// Make one image of a full image and its diffs, or one diff of diffs
 ///
@@ -46,11 +46,13 @@ pub struct Merge {
     /// At every instant, also after a crash, the file is the complete old one or the complete new
     /// one. The new file has the old one's owner, group, mode, access control list and extended
     /// attributes, as far as that is permitted. If another writer replaces the first file while it
-    /// is merged, the merge fails, and that writer's file stays.
+    /// is merged, the merge fails, and that writer's file stays. A diff that was taken after a state
+    /// which would be lost prevents the merge, as it does `ramsnap commit`.
     #[arg(long)]
     in_place: bool,
-    /// Replace the output if it exists
-    #[arg(long, requires = "output")]
+    /// Replace the output if it exists; with --in-place, merge though a diff was taken after a state
+    /// that is lost
+    #[arg(long)]
     force: bool,
     /// The layout of the result; by default that of the first file
     #[arg(long, value_parser = layouts())]
@@ -93,6 +95,9 @@ impl Merge {
             true => input::raw_diffs(session, &self.files, &self.raw)?,
             false => input::chain(session, &self.files, self.formats, &self.raw)?,
         };
+        if self.in_place && !self.force {
+            in_place::check_not_needed(&chain, false)?;
+        }
         let first = chain.images().next().and_then(Image::footer);
         let below = first.filter(|_| !chain.is_full()).and_then(Footer::parent);
         save::check_replaces_no(below, &output.path)?;

@@ -130,7 +130,7 @@ pub struct Serve {
 /// What happens to a VMM that can no longer be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Failing {
-    /// It is killed
+    /// It is killed, also if it sent a userfaultfd with a message that is refused
     Kill,
     /// Its connection gets a line of JSON, and its missing pages are poisoned (SIGBUS)
     Notify,

@@ -94,6 +94,11 @@ impl Convert {
         let ram_size = source
             .known_size()
             .context("the size of the RAM is not known")?;
+        let recorded: Vec<_> = known.map_or_else(Vec::new, |it| it.addresses().collect());
+        // An image of RAM whose addresses were not given records those from 0 on.
+        if !recorded.is_empty() && recorded != [0..ram_size] {
+            self.extras.check_regions(Some(&recorded))?;
+        }
         let given = self.extras.regions_of(ram_size)?;
         let layout = match (given.is_empty(), known) {
             (false, _) => layout_of(&given)?,
