@@ -19,6 +19,8 @@ const PACKAGES: &[Package] = &[
     Package::new("qemu-system-arm", "qemu-system-aarch64"),
     Package::new("qemu-system-x86", "qemu-system-x86_64"),
     Package::new("qemu-system-common", "qemu-storage-daemon"),
+    Package::new("gdb", "gdb"),
+    Package::new("python3-drgn", "drgn"),
 ];
 
 pub(super) const SUITE: Suite = Suite {

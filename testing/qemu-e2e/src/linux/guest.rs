@@ -22,7 +22,11 @@ use super::console::{Console, Fault, Place};
 use super::qmp::Qmp;
 
 /// What this machine needs to run guests.
-pub(super) const PACKAGES: &[Package] = &[Package::new("qemu-system-x86", "qemu-system-x86_64")];
+pub(super) const PACKAGES: &[Package] = &[
+    Package::new("qemu-system-x86", "qemu-system-x86_64"),
+    Package::new("gdb", "gdb"),
+    Package::new("python3-drgn", "drgn"),
+];
 
 /// What is unpacked and not installed. This kernel has all that the guest needs built in.
 const UNPACKED: [&str; 2] = ["linux-image-cloud-amd64", "busybox-static"];
