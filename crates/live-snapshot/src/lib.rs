@@ -91,8 +91,8 @@
 //! - Writes that do not fault are not seen: those of other processes to shared memory, and DMA.
 //!   See [`UffdTracker`].
 //! - Memory is discarded by [`UffdTracker::discard`]. Anonymous memory that is discarded in another
-//!   way ends a snapshot with [`LiveError::Discarded`]. In memory of files, memfds included, this is
-//!   not noticed.
+//!   way ends a snapshot with [`LiveError::Discarded`]. In memory of files, memfds included, this
+//!   is not noticed.
 //! - The thread that calls [`Frozen::write`] must not write the guest's RAM.
 //! - A guest has one live snapshot at a time.
 //!
