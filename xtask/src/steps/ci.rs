@@ -43,7 +43,7 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "macos",
-            proves: "everything is linted for Apple silicon, and hvf-backend's examples link into valid Mach-O executables",
+            proves: "all libraries and programs are linted for Apple silicon, and hvf-backend's examples link into valid Mach-O executables",
             paths: &[],
             run: macos,
         },
