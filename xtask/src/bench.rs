@@ -3,17 +3,19 @@
 mod page;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use figures::report::Report;
+use figures::report::{Part, Report};
 use xshell::{Shell, cmd};
 
-/// Compare writing and marking with other programs and a bare writer, in one run
+/// Compare with other programs and with what the disk or a bare program can do, in one run
 ///
-/// Prints the ratios as they are found, and writes docs/benchmarks.md and its charts. It takes
-/// about ten minutes and up to 40 GiB of space on the measured disk. `cargo bench` runs the same
-/// contenders under criterion.
+/// Prints the ratios as they are found. Writes docs/benchmarks.md and its charts (writing and
+/// marking, about ten minutes and up to 40 GiB of space on the measured disk),
+/// docs/benchmarks-live.md (live snapshots of a KVM guest) and docs/benchmarks-serving.md (the page
+/// server). Nothing else should run beside it. `cargo bench` runs the same contenders under
+/// criterion.
 #[derive(clap::Args)]
 pub(crate) struct Bench {
     /// The directory to write to: chooses the file system, which must not be tmpfs [default:
@@ -23,6 +25,9 @@ pub(crate) struct Bench {
     /// The number of runs of each contender, at least 5
     #[arg(long, default_value_t = 7)]
     rounds: u32,
+    /// Run only this part, and write its page: writing, live or serving [default: all]
+    #[arg(long)]
+    part: Option<Part>,
     /// Run only the cases whose name contains this text, and do not change docs/
     #[arg(long)]
     only: Option<String>,
@@ -31,14 +36,24 @@ pub(crate) struct Bench {
 impl Bench {
     pub(crate) fn run(self, sh: &Shell) -> anyhow::Result<()> {
         let target = sh.current_dir().join("target/bench");
-        let dir = self.dir.as_ref().unwrap_or(&target);
         fs::create_dir_all(&target)?;
-        let json = target.join("ratios.json");
+        for part in Part::ALL {
+            if self.part.is_none_or(|only| only == part) {
+                self.run_part(sh, part, &target)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn run_part(&self, sh: &Shell, part: Part, target: &Path) -> anyhow::Result<()> {
+        let name = part.name();
+        let json = target.join(format!("{name}.json"));
+        let dir = self.dir.as_deref().unwrap_or(target);
         let rounds = self.rounds.to_string();
         let only = self.only.iter().flat_map(|name| ["--only", name.as_str()]);
         cmd!(
             sh,
-            "cargo bench --locked --package benches --bench ratios -- --dir {dir} --rounds {rounds} --json {json} {only...}"
+            "cargo bench --locked --package benches --bench ratios -- --part {name} --dir {dir} --rounds {rounds} --json {json} {only...}"
         )
         .run()?;
         if self.only.is_some() {
@@ -46,6 +61,6 @@ impl Bench {
         }
         let text = fs::read(&json).with_context(|| format!("can't read {}", json.display()))?;
         let report: Report = serde_json::from_slice(&text)?;
-        page::save(&report, &sh.current_dir().join("docs"))
+        page::save(part, &report, &sh.current_dir().join("docs"))
     }
 }

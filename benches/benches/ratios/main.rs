@@ -31,7 +31,7 @@ use cases::{
     Case, Contender, Dirty, LIMIT, OURS, Pattern, SQUIB, contender, diff, full, raw, recycled,
 };
 use clap::Parser;
-use figures::report::{self, Report};
+use figures::report::{self, Part, Report};
 use memory_writer::MemoryWriter;
 use page_reader::PageReader;
 
@@ -48,6 +48,9 @@ struct Arguments {
     /// Write the results to this file
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Run only this part: writing, live or serving [default: all]
+    #[arg(long)]
+    part: Option<Part>,
     /// Run only the cases whose name contains this
     #[arg(long, default_value = "")]
     only: String,
@@ -82,18 +85,11 @@ fn main() -> anyhow::Result<()> {
     };
     comparison.report.rounds = comparison.rounds;
     comparison.report.machine = machine(&file_system);
-    comparison.full();
-    comparison.diff();
-    comparison.images();
-    comparison.chains();
-    comparison.start();
-    comparison.bitmap();
-    comparison.memory();
-    comparison.growth();
-    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-    comparison.live();
-    #[cfg(target_os = "linux")]
-    comparison.serve();
+    for part in Part::ALL {
+        if arguments.part.is_none_or(|only| only == part) {
+            comparison.part(part);
+        }
+    }
     if let Some(path) = &arguments.json {
         let json = serde_json::to_string_pretty(&comparison.report)?;
         fs::write(path, json).with_context(|| format!("failed to write {}", path.display()))?;
@@ -126,6 +122,27 @@ struct Comparison<'a> {
 }
 
 impl Comparison<'_> {
+    fn part(&mut self, part: Part) {
+        match part {
+            Part::Writing => {
+                self.full();
+                self.diff();
+                self.images();
+                self.chains();
+                self.start();
+                self.bitmap();
+                self.memory();
+                self.growth();
+            }
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            Part::Live => self.live(),
+            #[cfg(target_os = "linux")]
+            Part::Serving => self.serve(),
+            #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+            _ => println!("not run here: the part {part}"),
+        }
+    }
+
     fn wants(&self, name: &str) -> bool {
         name.contains(self.only)
     }

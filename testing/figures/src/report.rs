@@ -1,6 +1,55 @@
 //! What a run of the comparison found, as data.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
+
+/// A part of the comparison, which runs by itself and has a page of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Dumps, diffs, images, chains and bitmaps.
+    Writing,
+    /// Live snapshots of a KVM guest.
+    Live,
+    /// The page server.
+    Serving,
+}
+
+impl Part {
+    /// Every part, in the order in which they run.
+    pub const ALL: [Self; 3] = [Self::Writing, Self::Live, Self::Serving];
+
+    /// The name of the part on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Writing => "writing",
+            Self::Live => "live",
+            Self::Serving => "serving",
+        }
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Part {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|part| part.name() == name);
+        found.ok_or_else(|| {
+            format!(
+                "the parts are {}",
+                Self::ALL.map(Self::name).join(", ")
+            )
+        })
+    }
+}
 
 /// One call of the comparison.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

@@ -1,24 +1,39 @@
-//! The comparison as a page and as charts.
+//! The comparison as pages and as charts.
 
 use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
 use figures::chart::{Bars, Group};
-use figures::report::{Case, Report};
+use figures::report::{Case, Part, Report};
 
 /// The peer that charts compare with.
 const PEER: &str = "squib-snapshot";
 const LIMIT: &str = "raw limit";
 
-/// Writes `benchmarks.md` and its charts to `dir`.
-pub(super) fn save(report: &Report, dir: &Path) -> anyhow::Result<()> {
-    for group in ["full", "diff"] {
-        let chart = chart(report, group).svg()?;
-        fs::write(dir.join(format!("benchmarks-{group}.svg")), chart)?;
+/// Writes the page of a part, and its charts, to `dir`.
+pub(super) fn save(part: Part, report: &Report, dir: &Path) -> anyhow::Result<()> {
+    let (name, head) = match part {
+        Part::Writing => ("benchmarks.md", WRITING),
+        Part::Live => ("benchmarks-live.md", LIVE),
+        Part::Serving => ("benchmarks-serving.md", SERVING),
+    };
+    let mut page = format!("<!-- Written by `cargo xtask bench --part {part}`. -->\n{head}");
+    page += &machine(report);
+    if !report.cases.is_empty() {
+        page += &cases(report);
     }
-    fs::write(dir.join("benchmarks.md"), page(report))?;
-    println!("wrote {}", dir.join("benchmarks.md").display());
+    if part == Part::Writing {
+        for group in ["full", "diff"] {
+            let chart = chart(report, group).svg()?;
+            fs::write(dir.join(format!("benchmarks-{group}.svg")), chart)?;
+        }
+        page += "\n![full dumps](benchmarks-full.svg)\n\n![diffs](benchmarks-diff.svg)\n";
+    }
+    page += &figures(report);
+    let path = dir.join(name);
+    fs::write(&path, page)?;
+    println!("wrote {}", path.display());
     Ok(())
 }
 
@@ -52,12 +67,16 @@ fn lines(name: &str) -> String {
     name.replacen(", ", "\n", 1)
 }
 
-fn page(report: &Report) -> String {
-    let mut page = String::from(HEAD);
+fn machine(report: &Report) -> String {
+    let mut page = String::new();
     for (what, value) in &report.machine {
         _ = writeln!(page, "- {what}: {value}");
     }
-    _ = writeln!(page, "- medians of {} rounds\n", report.rounds);
+    page
+}
+
+fn cases(report: &Report) -> String {
+    let mut page = format!("- medians of {} rounds\n\n", report.rounds);
     page += "| case | ramsnap | times as fast as | goal |\n|---|---:|---|---|\n";
     for case in &report.cases {
         let ours = case
@@ -80,8 +99,11 @@ fn page(report: &Report) -> String {
             goals.join(", ")
         );
     }
-    page += "\n![full dumps](benchmarks-full.svg)\n\n![diffs](benchmarks-diff.svg)\n\n";
-    page += "| measurement | result | limit |\n|---|---|---|\n";
+    page
+}
+
+fn figures(report: &Report) -> String {
+    let mut page = String::from("\n| measurement | result | limit |\n|---|---|---|\n");
     for (what, value, limit) in &report.figures {
         _ = writeln!(page, "| {what} | {value} | {limit} |");
     }
@@ -118,9 +140,11 @@ fn time(seconds: f64) -> String {
     }
 }
 
-const HEAD: &str = "\
-<!-- Written by `cargo xtask bench`. -->
+const WRITING: &str = "\
 # Benchmarks
+
+[Live snapshots](benchmarks-live.md) and the [page server](benchmarks-serving.md) have pages of
+their own.
 
 Each case is the same work, done by several programs in turns:
 
@@ -134,5 +158,29 @@ Each case is the same work, done by several programs in turns:
 Every result is made durable and renamed. A ratio above 1 means that ramsnap is faster. Full dumps
 are of 1 GiB in pages of 16 KiB. The pages of a diff are at their offsets in a sparse file (raw
 layout), unless the case names another layout.
+
+";
+
+const LIVE: &str = "\
+# Benchmarks of live snapshots
+
+A KVM guest rewrites a tenth of its RAM in each second, and snapshots of it are taken in turns:
+stop-and-copy, copy-on-write, stop-and-copy again, pre-copy. The pause includes saving the state of
+the vCPU. The speed of the guest is the number of pages that it writes in a second, in relation to
+the same guest that nothing tracks. The dump at rest is the stop-and-copy before and after each
+write in the background, because the speed of a disk changes within minutes.
+
+";
+
+const SERVING: &str = "\
+# Benchmarks of the page server
+
+The VMM is another process, which maps its RAM, passes a userfaultfd, and touches pages. Each case is
+compared with a bare program in the same run:
+
+- `pread and UFFDIO_COPY`: a fault handler that reads a page from the file, copies it into the RAM
+  and checks nothing;
+- `raw limit`: a program that reads the file with direct I/O;
+- `on demand`: the same server without a recorded working set.
 
 ";
