@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use host_memory::SecretBuffer;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::error::LazyError;
 use crate::ledger::{Role, locked};
+use crate::page_buffer::PageBuffer;
 use crate::pages::{Pages, wait_error};
 use crate::pause::Pause;
 use crate::target::Target;
@@ -31,14 +31,39 @@ pub(crate) struct PageFaultHandler {
     faults: AtomicU64,
     /// Held by the thread that waits for faults.
     waiting: Mutex<()>,
-    /// The number of faults in a row that were handled fast.
-    fast: AtomicU32,
+    reads: ReadSpeed,
 }
 
-/// The time that a fault takes at most if its bytes are in the page cache.
-const FAST: Duration = Duration::from_micros(100);
-/// The number of fast faults in a row after which one thread handles all.
-const FAST_FAULTS: u32 = 16;
+/// Whether the bytes of recent faults were in the page cache.
+///
+/// Only the reads count. Where several threads handle faults that need no disk, they wait for each
+/// other longer than they read.
+#[derive(Debug, Default)]
+struct ReadSpeed(AtomicU32);
+
+impl ReadSpeed {
+    /// The time that a read takes at most if its bytes are in the page cache.
+    const FAST: Duration = Duration::from_micros(100);
+    /// Reads are fast from this score on. Each fast read adds 1.
+    const ENOUGH: u32 = 16;
+    const MAX: u32 = 64;
+    /// What a slow read subtracts: a thread that was not scheduled for a moment changes nothing.
+    const SLOW: u32 = 8;
+
+    fn add(&self, took: Duration) {
+        let score = self.0.load(Ordering::Relaxed);
+        let next = match took < Self::FAST {
+            true => Self::MAX.min(score + 1),
+            false => score.saturating_sub(Self::SLOW),
+        };
+        // An update that is lost changes little.
+        self.0.store(next, Ordering::Relaxed);
+    }
+
+    fn is_fast(&self) -> bool {
+        self.0.load(Ordering::Relaxed) >= Self::ENOUGH
+    }
+}
 
 impl PageFaultHandler {
     /// Returns a handler that reads at most `around` bytes for a fault, or that records the
@@ -54,7 +79,7 @@ impl PageFaultHandler {
             recorded: record.then(|| Mutex::new(WorkingSet::of(ram_size))),
             faults: AtomicU64::new(0),
             waiting: Mutex::default(),
-            fast: AtomicU32::new(0),
+            reads: ReadSpeed::default(),
             pages,
         }
     }
@@ -78,7 +103,7 @@ impl PageFaultHandler {
     }
 
     fn handle_faults(&self) -> Result<(), LazyError> {
-        let mut buffer = SecretBuffer::new();
+        let mut buffer = PageBuffer::new();
         loop {
             let mut waiting = Some(locked(&self.waiting));
             let Some(first) = self.wait_for_fault()? else {
@@ -87,7 +112,7 @@ impl PageFaultHandler {
             let mut next = Some(first);
             // Handle all faults: a fault that was read does not make the descriptor readable again.
             while let Some(address) = next {
-                if self.fast.load(Ordering::Relaxed) < FAST_FAULTS {
+                if !self.reads.is_fast() {
                     waiting = None;
                 }
                 self.handle_and_count(address, &mut buffer)?;
@@ -140,16 +165,12 @@ impl PageFaultHandler {
         }
     }
 
-    fn handle_and_count(&self, address: u64, buffer: &mut SecretBuffer) -> Result<(), LazyError> {
+    fn handle_and_count(&self, address: u64, buffer: &mut PageBuffer) -> Result<(), LazyError> {
         let started = Instant::now();
         self.faults.fetch_add(1, Ordering::Relaxed);
         self.handle_fault(address, buffer)?;
-        let took = started.elapsed();
-        match took < FAST {
-            true => _ = self.fast.fetch_add(1, Ordering::Relaxed),
-            false => self.fast.store(0, Ordering::Relaxed),
-        }
-        self.pages.counters().add_fault(took);
+        self.reads.add(buffer.take_read_time());
+        self.pages.counters().add_fault(started.elapsed());
         Ok(())
     }
 
@@ -158,7 +179,7 @@ impl PageFaultHandler {
     ///
     /// # Errors
     /// Fails if the page can be neither filled nor poisoned.
-    fn handle_fault(&self, address: u64, buffer: &mut SecretBuffer) -> Result<(), LazyError> {
+    fn handle_fault(&self, address: u64, buffer: &mut PageBuffer) -> Result<(), LazyError> {
         let Some(page) = self.pages.offset_of(address) else {
             return match self.pages.target() {
                 Target::Own(_) => self.pages.handle_settled(address, None),
@@ -188,7 +209,7 @@ impl PageFaultHandler {
         }
     }
 
-    fn fill_around(&self, page: &Range<u64>, buffer: &mut SecretBuffer) -> Result<(), LazyError> {
+    fn fill_around(&self, page: &Range<u64>, buffer: &mut PageBuffer) -> Result<(), LazyError> {
         let (pages, page_size) = (&self.pages, self.pages.page_size());
         let start = page.start - page.start % self.around;
         let around = start..pages.clip(start + self.around);
@@ -209,5 +230,27 @@ impl PageFaultHandler {
             false => pages.load_around(page, whole, buffer),
             true => pages.zero(whole, Role::Handler),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_are_fast_after_some_and_slow_after_several_slow_ones() {
+        let (fast, slow) = (Duration::from_micros(20), Duration::from_millis(1));
+        let reads = ReadSpeed::default();
+        (0..15).for_each(|_| reads.add(fast));
+        assert!(!reads.is_fast());
+        (0..100).for_each(|_| reads.add(fast));
+        assert!(reads.is_fast());
+        reads.add(slow);
+        assert!(reads.is_fast());
+        (0..6).for_each(|_| reads.add(slow));
+        assert!(!reads.is_fast());
+        (0..100).for_each(|_| reads.add(slow));
+        (0..16).for_each(|_| reads.add(fast));
+        assert!(reads.is_fast());
     }
 }

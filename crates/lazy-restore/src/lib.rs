@@ -112,6 +112,7 @@ mod ledger;
 mod memory;
 mod options;
 mod page_bits;
+mod page_buffer;
 mod pages;
 mod pause;
 mod peer;

@@ -4,10 +4,9 @@ use std::io;
 use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, OnceLock};
 
-use host_memory::SecretBuffer;
-
 use crate::error::LazyError;
 use crate::ledger::Role;
+use crate::page_buffer::PageBuffer;
 use crate::pages::Pages;
 use crate::read_ahead::ReadAhead;
 use crate::working_set::WorkingSet;
@@ -105,7 +104,7 @@ impl Prefetcher {
         };
         let page_size = self.pages.page_size();
         let mut zeros_left = self.stored_bytes();
-        let mut buffer = SecretBuffer::new();
+        let mut buffer = PageBuffer::new();
         let (mut advised, mut ahead) = (0, working_set.runs());
         for (index, run) in working_set.runs().enumerate() {
             if self.is_stopped() {
@@ -137,7 +136,7 @@ impl Prefetcher {
     }
 
     fn fill_stored(&self, report: Report<'_>) -> Result<(), Ended> {
-        let mut buffer = SecretBuffer::new();
+        let mut buffer = PageBuffer::new();
         let mut ahead = ReadAhead::new(READ_SIZE);
         let mut advised = 0;
         let mut at = 0;

@@ -3,12 +3,11 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use host_memory::SecretBuffer;
-
 use super::Pages;
 use crate::counters::FillReason;
 use crate::error::LazyError;
 use crate::ledger::Role;
+use crate::page_buffer::PageBuffer;
 use crate::target::Target;
 
 impl Pages {
@@ -16,7 +15,7 @@ impl Pages {
     pub(crate) fn load(
         &self,
         pages: Range<u64>,
-        buffer: &mut SecretBuffer,
+        buffer: &mut PageBuffer,
         by: Role,
     ) -> Result<(), LazyError> {
         let mut rest = pages;
@@ -33,7 +32,7 @@ impl Pages {
         &self,
         page: &Range<u64>,
         pages: Range<u64>,
-        buffer: &mut SecretBuffer,
+        buffer: &mut PageBuffer,
     ) -> Result<(), LazyError> {
         let mut rest = pages.clone();
         while let Some(missing) = self.settled.first_missing(rest.clone()) {
@@ -51,7 +50,7 @@ impl Pages {
     pub(crate) fn prefetch(
         &self,
         pages: Range<u64>,
-        buffer: &mut SecretBuffer,
+        buffer: &mut PageBuffer,
         by: Role,
     ) -> Result<(), LazyError> {
         let loaded = self.load(pages.clone(), buffer, by);
@@ -84,15 +83,12 @@ impl Pages {
         &self,
         pages: &Range<u64>,
         first: &Range<u64>,
-        buffer: &mut SecretBuffer,
+        buffer: &mut PageBuffer,
         by: Role,
     ) -> Result<(), LazyError> {
-        let bytes = buffer.sized((pages.end - pages.start) as usize);
-        let in_the_ram = (self.clip(pages.end) - pages.start) as usize;
-        let (stored, past_the_ram) = bytes.split_at_mut(in_the_ram);
-        past_the_ram.fill(0);
-        let read = self.source.read_at(pages.start, stored);
-        read.map_err(|error| LazyError::of_read(pages.start, error))?;
+        let ram_end = self.clip(pages.end);
+        let read = buffer.read(self.source(), pages.clone(), ram_end);
+        let bytes = read.map_err(|error| LazyError::of_read(pages.start, error))?;
         let fill = |address, part: &Range<u64>| {
             let from = (part.start - pages.start) as usize..(part.end - pages.start) as usize;
             let filled = self.fault.copy(address, &bytes[from]);

@@ -2,7 +2,6 @@
 
 use std::thread;
 
-use host_memory::SecretBuffer;
 use memory_image::Chain;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -11,6 +10,7 @@ use test_machine::needs;
 
 use super::*;
 use crate::memory::Memory;
+use crate::page_buffer::PageBuffer;
 use crate::region::{Region, host_page};
 
 /// Pages that are stored in an image, with neither a handler nor a prefetcher.
@@ -87,7 +87,7 @@ fn waiting_prefetcher_gets_its_turn_before_the_next_fault() {
     drop(ledger);
     let (next, is_filled) = thread::scope(|scope| {
         scope.spawn(|| {
-            let mut buffer = SecretBuffer::new();
+            let mut buffer = PageBuffer::new();
             pages.load(0..page, &mut buffer, Role::Prefetcher).unwrap();
         });
         while !pages.ledger.prefetcher_waits() {
