@@ -55,6 +55,8 @@ impl Comparison<'_> {
         let mut checks = [Vec::new(), Vec::new()];
         let on_demand = || PageServer::options().prefetch(false);
         for _ in 0..self.rounds {
+            // Neither contender reads for the other.
+            keep(&image);
             let measure = |client: &mut Client| client.measure(0, faults, STEP);
             let ours = self.served(&image, &on_demand(), measure);
             let bare = self.served_bare(&image, measure);
@@ -211,6 +213,11 @@ fn write_image(path: &Path, len: u64) {
         file.write_all(&piece).unwrap();
     }
     file.sync_all().unwrap();
+}
+
+/// Reads a file into the page cache.
+fn keep(path: &Path) {
+    std::io::copy(&mut File::open(path).unwrap(), &mut std::io::sink()).unwrap();
 }
 
 /// Removes a file from the page cache.

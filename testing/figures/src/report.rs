@@ -42,12 +42,7 @@ impl FromStr for Part {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|part| part.name() == name);
-        found.ok_or_else(|| {
-            format!(
-                "the parts are {}",
-                Self::ALL.map(Self::name).join(", ")
-            )
-        })
+        found.ok_or_else(|| format!("the parts are {}", Self::ALL.map(Self::name).join(", ")))
     }
 }
 
