@@ -50,6 +50,9 @@ const JSON: &str = "--message-format=json-render-diagnostics";
 struct FakeHvf {
     #[command(flatten)]
     install: Install,
+    /// Omit the tests with the fewest features
+    #[arg(long)]
+    quick: bool,
 }
 
 fn main() -> ExitCode {
@@ -82,8 +85,64 @@ impl FakeHvf {
             sh.push_env("CARGO_PROFILE_DEV_DEBUG", "0"),
             coverage.push_env(sh),
         ];
-        let programs = run_all(sh)?;
+        let programs = self.run_all(sh)?;
         coverage.report(sh, &programs)
+    }
+
+    /// Builds and runs everything. Returns the programs.
+    fn run_all(&self, sh: &Shell) -> anyhow::Result<BTreeSet<PathBuf>> {
+        let backend = tests(sh, "crates/hvf-backend")?;
+        let fake = tests(sh, "testing/fake-hvf")?;
+        let live = ["--test", "hvf"].map(String::from).to_vec();
+        // All builds select `demo` or `adaptive`: with either, cargo selects the same features of all
+        // dependencies, and builds each once. `adaptive` selects no feature of hvf-backend.
+        let backend_only = ["-p", "ramsnap-hvf-backend", "-p", "adaptive"];
+        let all = [
+            "-p",
+            "ramsnap-hvf-backend",
+            "-p",
+            "fake-hvf",
+            "-p",
+            "ramsnap-live-snapshot",
+            "-p",
+            "demo",
+            "--all-features",
+        ];
+        let mut programs = BTreeSet::new();
+        // The fewest features first: without `macos-15`, another module replaces that of the
+        // interrupt controller.
+        let passes = [
+            (&backend_only[..], backend.clone()),
+            (&all[..], [backend, fake, live].concat()),
+        ];
+        for (packages, tests) in passes.into_iter().skip(usize::from(self.quick)) {
+            let tests = &tests;
+            let build = cmd!(sh, "cargo test --locked {packages...} --lib {tests...}");
+            let built = build.args(["--no-run", JSON]).read()?;
+            programs.extend(executables(&built)?);
+            let test = cmd!(sh, "cargo test --locked {packages...} --lib {tests...}");
+            test.arg("--no-fail-fast").run()?;
+        }
+        let built = cmd!(
+            sh,
+            "cargo build --locked {all...} --bin demo --examples {JSON}"
+        );
+        let built = executables(&built.read()?)?;
+        let program = |name: &str| {
+            let found = built.iter().find(|path| path.ends_with(name));
+            found.with_context(|| format!("cargo built no program {name}"))
+        };
+        let dir = tempfile::tempdir()?;
+        let dir = dir.path();
+        for example in ["snapshot", "resume", "own_memory"] {
+            let example = program(example)?;
+            cmd!(sh, "{example} {dir}").run()?;
+        }
+        selftest(sh, program("selftest")?)?;
+        let demo = program("demo")?;
+        cmd!(sh, "{demo} --guest hvf --ram 64M --rounds 2").run()?;
+        programs.extend(built);
+        Ok(programs)
     }
 }
 
@@ -93,61 +152,6 @@ fn unavailable(why: &str) -> anyhow::Result<()> {
         return harness::leave_out("fake-hvf", why);
     }
     bail!("nothing can be run over fake-hvf: {why}")
-}
-
-/// Builds and runs everything. Returns the programs.
-fn run_all(sh: &Shell) -> anyhow::Result<BTreeSet<PathBuf>> {
-    let backend = tests(sh, "crates/hvf-backend")?;
-    let fake = tests(sh, "testing/fake-hvf")?;
-    let live = ["--test", "hvf"].map(String::from).to_vec();
-    // All builds select `demo` or `adaptive`: with either, cargo selects the same features of all
-    // dependencies, and builds each once. `adaptive` selects no feature of hvf-backend.
-    let backend_only = ["-p", "ramsnap-hvf-backend", "-p", "adaptive"];
-    let all = [
-        "-p",
-        "ramsnap-hvf-backend",
-        "-p",
-        "fake-hvf",
-        "-p",
-        "ramsnap-live-snapshot",
-        "-p",
-        "demo",
-        "--all-features",
-    ];
-    let mut programs = BTreeSet::new();
-    // The fewest features first: without `macos-15`, another module replaces that of the
-    // interrupt controller.
-    for (packages, tests) in [
-        (&backend_only[..], backend.clone()),
-        (&all[..], [backend, fake, live].concat()),
-    ] {
-        let tests = &tests;
-        let build = cmd!(sh, "cargo test --locked {packages...} --lib {tests...}");
-        let built = build.args(["--no-run", JSON]).read()?;
-        programs.extend(executables(&built)?);
-        let test = cmd!(sh, "cargo test --locked {packages...} --lib {tests...}");
-        test.arg("--no-fail-fast").run()?;
-    }
-    let built = cmd!(
-        sh,
-        "cargo build --locked {all...} --bin demo --examples {JSON}"
-    );
-    let built = executables(&built.read()?)?;
-    let program = |name: &str| {
-        let found = built.iter().find(|path| path.ends_with(name));
-        found.with_context(|| format!("cargo built no program {name}"))
-    };
-    let dir = tempfile::tempdir()?;
-    let dir = dir.path();
-    for example in ["snapshot", "resume", "own_memory"] {
-        let example = program(example)?;
-        cmd!(sh, "{example} {dir}").run()?;
-    }
-    selftest(sh, program("selftest")?)?;
-    let demo = program("demo")?;
-    cmd!(sh, "{demo} --guest hvf --ram 64M --rounds 2").run()?;
-    programs.extend(built);
-    Ok(programs)
 }
 
 /// Runs the self-test for Macs: every step passes, and steps that fail do not end the others.

@@ -192,7 +192,7 @@ fn macos(context: &Context<'_>) -> anyhow::Result<()> {
 }
 
 fn fake_hvf(context: &Context<'_>) -> anyhow::Result<()> {
-    Ok(context.xtask("fake-hvf").run()?)
+    Ok(context.xtask("fake-hvf --quick").run()?)
 }
 
 fn interleavings(context: &Context<'_>) -> anyhow::Result<()> {

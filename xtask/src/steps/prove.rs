@@ -34,9 +34,20 @@ pub(super) const SUITE: Suite = Suite {
         },
         Step {
             name: "macos",
-            proves: "as in ci; and the tool, the programs of xtask, and the examples with all features link for macOS 11",
+            proves: "as in ci; and tests are linted for Apple silicon too, and the tool, the programs of xtask, and the examples with all features link for macOS 11",
             paths: &["crates", "testing", "testing/check-macos"],
             run: macos,
+        },
+        Step {
+            name: "fake-hvf",
+            proves: "as in ci, and with the fewest features of hvf-backend",
+            paths: &[
+                "crates/hvf-backend",
+                "crates/live-snapshot",
+                "testing/check-hvf",
+                "testing/fake-hvf",
+            ],
+            run: fake_hvf,
         },
         Step {
             name: "syndromes",
@@ -258,6 +269,10 @@ fn interleavings(context: &Context<'_>) -> anyhow::Result<()> {
 
 fn macos(context: &Context<'_>) -> anyhow::Result<()> {
     Ok(context.xtask("check-macos").run()?)
+}
+
+fn fake_hvf(context: &Context<'_>) -> anyhow::Result<()> {
+    Ok(context.xtask("fake-hvf").run()?)
 }
 
 fn syndromes(context: &Context<'_>) -> anyhow::Result<()> {
