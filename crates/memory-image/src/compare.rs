@@ -4,7 +4,8 @@ use std::io;
 use std::ops::Range;
 
 use dirty_bitmap::{DirtyBitmap, GeometryError, coalesce};
-use page_reader::{PageReader, SecretBuffer, Touched};
+use memory_writer::{MemoryWriter, SnapshotError};
+use page_reader::{PageReader, SecretBuffer, Touched, ZeroRuns, is_zeros};
 use sparse_file::{Progress, ProgressFn};
 use thiserror::Error;
 
@@ -103,13 +104,109 @@ where
     A: PageReader + Sync + ?Sized,
     B: PageReader + Sync + ?Sized,
 {
+    let found = find_difference(older, newer, ram_size, page_size, progress)?;
+    Ok(found.changed)
+}
+
+/// The pages in which two states of RAM differ, as [`find_difference`] finds them.
+#[derive(Debug)]
+pub struct Difference {
+    /// The pages that differ.
+    pub changed: DirtyBitmap,
+    /// Those of them that are zeros in the newer state. Pages of more than 1 MiB are left out.
+    pub zeros: DirtyBitmap,
+}
+
+impl Difference {
+    /// Writes the pages that differ to a diff that was just opened. `newer` is the newer state.
+    ///
+    /// If the writer [skips zeros](memory_writer::MemoryWriterOptions::skip_zeros), pages of zeros
+    /// are recorded as such in a sealed or packed diff, as by
+    /// [`Chain::write_to`](crate::Chain::write_to). They were
+    /// zeros when they were compared. A raw diff stores them, because its holes are clean pages.
+    ///
+    /// # Errors
+    /// As [`MemoryWriter::write_diff`] and [`MemoryWriter::write_zeros`].
+    pub fn write_to<R: PageReader + ?Sized>(
+        &self,
+        writer: &mut MemoryWriter,
+        newer: &R,
+    ) -> Result<(), SnapshotError> {
+        // A larger page may hold other bytes too.
+        let pages_fit = writer.page_size() <= self.changed.page_size();
+        if writer.image_id().is_none() || !writer.skips_zeros() || !pages_fit {
+            return writer.write_diff(newer, &self.changed).map(drop);
+        }
+        let zeros = self.zeros.page_set();
+        let runs = self.changed.runs();
+        let found = ZeroRuns::known(runs, |run| zeros.gaps_in(run));
+        writer.write_zeros(|| found.zeros().iter().cloned())?;
+        let written = writer.write_runs(newer, || found.data().iter().cloned());
+        written.map(drop)
+    }
+
+    /// Marks the pages of a piece of the RAM in which its bytes differ.
+    fn mark(&self, start: u64, before: &[u8], after: &[u8]) {
+        if before == after {
+            return;
+        }
+        let page_size = self.changed.page_size();
+        let page = usize::try_from(page_size).map_or(before.len(), |page| page.min(before.len()));
+        let pages = before.chunks(page).zip(after.chunks(page));
+        for (index, (before, after)) in pages.enumerate() {
+            if before == after {
+                continue;
+            }
+            let at = start + (index * page) as u64;
+            self.changed.mark(at).expect("a page of the RAM");
+            // A larger page is in several pieces.
+            if page_size <= READ_SIZE && is_zeros(after) {
+                self.zeros.mark(at).expect("a page of the RAM");
+            }
+        }
+    }
+}
+
+/// Compares two sources as [`compare`] does, and finds the pages that became zeros, at little cost:
+/// the bytes of a page that differs are in the caches of the processor.
+///
+/// # Errors
+/// Returns a [`CompareError`].
+///
+/// # Examples
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use memory_image::find_difference;
+///
+/// let (mut older, mut newer) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+/// (older[0], newer[8195]) = (1, 1);
+/// let found = find_difference(&older, &newer, 1 << 20, 4096, &mut |_| ControlFlow::Continue(()))?;
+/// assert_eq!(found.changed.runs().collect::<Vec<_>>(), [0..4096, 8192..12288]);
+/// assert_eq!(found.zeros.runs().collect::<Vec<_>>(), [0..4096]);
+/// # Ok::<(), memory_image::CompareError>(())
+/// ```
+pub fn find_difference<A, B>(
+    older: &A,
+    newer: &B,
+    ram_size: u64,
+    page_size: u64,
+    progress: &mut ProgressFn<'_>,
+) -> Result<Difference, CompareError>
+where
+    A: PageReader + Sync + ?Sized,
+    B: PageReader + Sync + ?Sized,
+{
     if ram_size / page_size.max(1) > MAX_PAGES {
         return Err(CompareError::TooManyPages {
             ram_size,
             page_size,
         });
     }
-    let changed = DirtyBitmap::new(0, ram_size, page_size)?;
+    let found = Difference {
+        changed: DirtyBitmap::new(0, ram_size, page_size)?,
+        zeros: DirtyBitmap::new(0, ram_size, page_size)?,
+    };
     // Where one source has data, the other may have none, and a read would allocate memory.
     let (older, newer) = (
         &Touched::new(older, ram_size),
@@ -133,7 +230,7 @@ where
             let len = (range.end - range.start) as usize;
             let (before, after) = (before.sized(len), after.sized(len));
             read_both(older, newer, range.start, before, after)?;
-            mark(&changed, page_size, range.start, before, after);
+            found.mark(range.start, before, after);
             Ok(range.end - range.start)
         },
         |bytes: Result<u64, CompareError>| {
@@ -147,7 +244,7 @@ where
     let changed_by = |which| move |source| CompareError::Changed { which, source };
     older.check_source().map_err(changed_by("older"))?;
     newer.check_source().map_err(changed_by("newer"))?;
-    Ok(changed)
+    Ok(found)
 }
 
 fn read_both<A: PageReader + ?Sized, B: PageReader + ?Sized>(
@@ -166,21 +263,6 @@ fn read_both<A: PageReader + ?Sized, B: PageReader + ?Sized>(
     };
     older.read_at(offset, before).map_err(failed("older"))?;
     newer.read_at(offset, after).map_err(failed("newer"))
-}
-
-fn mark(changed: &DirtyBitmap, page_size: u64, start: u64, before: &[u8], after: &[u8]) {
-    if before == after {
-        return;
-    }
-    let page = usize::try_from(page_size).map_or(before.len(), |page| page.min(before.len()));
-    let pages = before.chunks(page).zip(after.chunks(page));
-    for (index, (before, after)) in pages.enumerate() {
-        if before != after {
-            changed
-                .mark(start + (index * page) as u64)
-                .expect("a page of the RAM");
-        }
-    }
 }
 
 /// Returns the chunks in which either source has data, joined to runs. The number of runs depends

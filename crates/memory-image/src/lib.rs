@@ -131,7 +131,6 @@ mod merge;
 mod parallel;
 mod raw;
 mod restore;
-mod stored_zeros;
 mod trace;
 mod verified;
 mod verify;
@@ -148,7 +147,7 @@ pub use vm_memory;
 
 pub use chain::Chain;
 pub use chain::segment::{Segment, SegmentSource};
-pub use compare::{CompareError, compare};
+pub use compare::{CompareError, Difference, compare, find_difference};
 pub use damage::{Damage, VerifyReport};
 pub use error::{
     ChainError, LinkError, MapError, MergeError, NotFullError, OpenImageError, ReadAmbiguity,

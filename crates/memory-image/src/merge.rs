@@ -5,12 +5,12 @@ use std::path::Path;
 
 use image_format::RAW_UNIT;
 use memory_writer::{MemoryWriter, MemoryWriterOptions, Seal, SnapshotError};
+use page_reader::ZeroRuns;
 use sparse_file::{Pass, Progress, ProgressFn};
 
 use crate::chain::Chain;
 use crate::error::{MergeError, ReadImageError, VerifyError};
 use crate::image::Image;
-use crate::stored_zeros::StoredZeros;
 
 impl Chain {
     /// [Verifies](Self::verify) the chain, and writes it as one full raw image, staged beside
@@ -135,11 +135,11 @@ impl Chain {
         let total = self.stored_runs().map(|run| run.end - run.start).sum();
         let report = |done| {
             let progress = Progress::new(done, total).in_pass(Pass::FindZeros);
-            Ok(writer.report(progress)?)
+            writer.report(progress)
         };
-        let found = StoredZeros::find(self, writer.page_size(), report)?;
-        writer.write_zeros(|| found.zeros.iter().cloned())?;
-        self.check_write(writer.write_runs(self, || found.data.iter().cloned()))
+        let found = ZeroRuns::find(self, self.stored_runs(), writer.page_size(), report)?;
+        writer.write_zeros(|| found.zeros().iter().cloned())?;
+        self.check_write(writer.write_runs(self, || found.data().iter().cloned()))
     }
 
     /// Verifies the sealed and packed images by [`Image::verify`], oldest first. Raw images have no

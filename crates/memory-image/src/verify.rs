@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 
 use image_format::{Chunk, ChunkSum, Footer, HEADER_PAGE, Placement};
-use page_reader::{HostMemory, SecretBuffer};
+use page_reader::{SecretBuffer, is_zeros};
 use sparse_file::{ExtentKind, Progress, ProgressFn, extents};
 
 use crate::damage::{Damage, VerifyReport};
@@ -202,7 +202,7 @@ impl Image {
                             reason,
                         })
                     }
-                    Ok(()) if HostMemory::from(&gap[..]).is_zero() => None,
+                    Ok(()) if is_zeros(gap) => None,
                     Ok(()) => {
                         let at = gap.iter().position(|byte| *byte != 0);
                         at.map(|at| Damage::NotZero {

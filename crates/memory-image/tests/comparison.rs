@@ -5,8 +5,8 @@ mod support;
 use std::io;
 use std::ops::{ControlFlow, Range};
 
-use memory_image::{Chain, CompareError, compare};
-use memory_writer::Layout;
+use memory_image::{Chain, CompareError, compare, find_difference};
+use memory_writer::{Layout, MemoryWriter, Seal};
 use page_reader::{PageReader, PopulatedRanges};
 use support::sealed_guest::{Guest, PAGE, SIZE};
 
@@ -115,5 +115,64 @@ fn ranges_of_either_source_are_compared_once() {
         let runs: Vec<_> = changed.runs().collect();
         assert_eq!(runs, [0..2 * MIB, 3 * MIB..5 * MIB]);
         assert_eq!(last, 6 * MIB);
+    }
+}
+
+/// Pages of zeros that did not change are no difference, and a page that is in two pieces of 1 MiB
+/// is never known to be zeros.
+#[test]
+fn pages_that_became_zeros_are_found() {
+    let proceed = &mut |_| ControlFlow::Continue(());
+    let size = 8 << 20;
+    let (mut older, mut newer) = (vec![1; size], vec![1; size]);
+    newer[PAGE as usize..9 * PAGE as usize].fill(0);
+    newer[40 * PAGE as usize] = 7;
+    (older[100 * PAGE as usize..]).fill(0);
+    (newer[100 * PAGE as usize..]).fill(0);
+    let found = find_difference(&older, &newer, size as u64, PAGE, proceed).unwrap();
+    let changed: Vec<_> = found.changed.runs().collect();
+    assert_eq!(changed, [PAGE..9 * PAGE, 40 * PAGE..41 * PAGE]);
+    assert!(found.zeros.runs().eq([PAGE..9 * PAGE]));
+    older.fill(1);
+    newer.fill(1);
+    newer[..1 << 20].fill(0);
+    let found = find_difference(&older, &newer, size as u64, 2 << 20, proceed).unwrap();
+    assert!(found.changed.runs().eq([0..2 << 20]));
+    assert!(found.zeros.is_clean());
+}
+
+/// The bytes of a diff are right, in pages of any size that a writer has.
+#[test]
+fn a_difference_is_written_as_a_diff() {
+    let proceed = &mut |_| ControlFlow::Continue(());
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let older = vec![1; SIZE as usize];
+    let mut newer = older.clone();
+    newer[PAGE as usize..20 * PAGE as usize].fill(0);
+    newer[300 * PAGE as usize] = 7;
+    let options = |seal| MemoryWriter::options().layout(Layout::Packed).seal(seal);
+    let mut full = options(Seal::new()).open(path("full"), SIZE, PAGE).unwrap();
+    full.write_full(&older).unwrap();
+    let parent = full.image_id().unwrap();
+    full.commit().unwrap();
+    let found = find_difference(&older, &newer, SIZE, PAGE, proceed).unwrap();
+    for (page, skips, stored) in [
+        (PAGE, true, PAGE),
+        (PAGE / 2, true, PAGE),
+        (PAGE, false, 20 * PAGE),
+        (2 * PAGE, true, 22 * PAGE),
+    ] {
+        let diff = path("diff");
+        let options = options(Seal::new().parent(parent)).skip_zeros(skips);
+        let mut writer = options.open(&diff, SIZE, page).unwrap();
+        found.write_to(&mut writer, &newer).unwrap();
+        writer.commit().unwrap();
+        let chain = Chain::open_sealed(&[path("full"), diff]).unwrap();
+        let mut ram = vec![9; SIZE as usize];
+        chain.read(0, &mut ram).unwrap();
+        assert!(ram == newer, "{page} {skips}");
+        let footer = chain.images().last().unwrap().footer().unwrap();
+        assert_eq!(footer.present_bytes(), stored, "{page} {skips}");
     }
 }

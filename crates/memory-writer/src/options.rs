@@ -108,7 +108,8 @@ impl MemoryWriterOptions {
 
     /// Sets the metadata in the footer of a sealed or packed file. The default is [`Seal::new`]. A
     /// raw file has no footer: it stores no id, parent and regions, and a seal with
-    /// [metadata](Seal::metadata) is refused.
+    /// [metadata](Seal::metadata) is refused. A raw diff replaces no image that its seal names as
+    /// needed.
     pub fn seal(mut self, seal: Seal) -> Self {
         self.seal = seal;
         self

@@ -107,6 +107,15 @@ impl Seal {
         self
     }
 
+    /// Returns the images that a diff needs, as far as the seal names them.
+    pub(crate) fn needed(&self) -> impl Iterator<Item = ImageId> {
+        let parent = match self.parent {
+            Parent::Image(parent) => Some(parent),
+            Parent::Unnamed | Parent::Raw => None,
+        };
+        parent.into_iter().chain(self.ancestors.iter().copied())
+    }
+
     /// Sets the guest-physical address ranges of the RAM to those of `layout`.
     ///
     /// The default is the [layout of the reader](PageReader::ram_layout). For a reader that does

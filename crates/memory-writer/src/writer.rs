@@ -54,6 +54,8 @@ pub struct MemoryWriter {
     keeps_parent: bool,
     /// The image that the marks in a raw file build on, if it is known. A full image needs none.
     raw_parent: Option<ImageId>,
+    /// The images that the seal of a raw file names. A full image needs none.
+    raw_needed: Vec<ImageId>,
     /// Bytes that are wiped before the commit: in a recycled file, and where a full dump skipped
     /// pages that an earlier write had written.
     stale_pages: Option<StalePages>,

@@ -89,3 +89,41 @@ fn parent_is_looked_for_where_the_commit_renames(
     }
     assert!(fs::read(&at).unwrap() == before);
 }
+
+/// A raw file records no parent, and a raw diff needs it nevertheless.
+#[rstest]
+fn raw_diff_does_not_replace_an_image_that_its_seal_names(#[values(true, false)] ancestor: bool) {
+    let dir = tempfile::tempdir().unwrap();
+    let dest = dir.path().join("parent.mem");
+    let parent = full(&dest);
+    let seal = match ancestor {
+        true => Seal::new().on_raw_image().ancestors([parent]),
+        false => Seal::new().parent(parent),
+    };
+    let before = fs::read(&dest).unwrap();
+    let ram = pattern(SIZE as usize, 2);
+    let raw = options(Layout::Raw, seal);
+    let is_refused = |error: &SnapshotError| matches!(error, SnapshotError::ReplacesParent { parent: named, .. } if *named == parent);
+    let mut writer = raw.open(&dest, SIZE, PAGE).unwrap();
+    let runs = || std::iter::once(0..PAGE);
+    let error = writer.write_runs(&ram, runs).unwrap_err();
+    assert!(is_refused(&error), "{error:?}");
+    let error = writer.write_zeros(runs).unwrap_err();
+    assert!(is_refused(&error), "{error:?}");
+    drop(writer);
+    // As it is written without a writer.
+    let stage = raw.stage(&dest).unwrap();
+    let error = raw.check_replaced(&stage).unwrap_err();
+    assert!(is_refused(&error), "{error:?}");
+    let permitted = raw.clone().allow_replacing_parent(true);
+    permitted.check_replaced(&stage).unwrap();
+    let elsewhere = raw.stage(dir.path().join("other")).unwrap();
+    raw.check_replaced(&elsewhere).unwrap();
+    drop((stage, elsewhere));
+    assert!(fs::read(&dest).unwrap() == before);
+    // A full image needs no other.
+    let mut writer = raw.open(&dest, SIZE, PAGE).unwrap();
+    writer.write_full(&ram).unwrap();
+    writer.commit().unwrap();
+    assert!(fs::read(&dest).unwrap() == ram);
+}

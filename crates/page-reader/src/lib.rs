@@ -180,6 +180,7 @@ mod reader;
 #[cfg(target_os = "linux")]
 mod sys;
 mod touched;
+mod zeros;
 
 #[cfg(target_os = "linux")]
 pub use address_space::{AddressSpace, MemoryFiles};
@@ -203,6 +204,7 @@ pub use nonzero_runs::NonzeroRuns;
 pub use populated::PopulatedRanges;
 pub use reader::PageReader;
 pub use touched::Touched;
+pub use zeros::{MIN_ZEROS, ZeroRuns, is_zeros, reads_as_zeros};
 
 /// Compiles the README's example as a test.
 #[cfg(doctest)]

@@ -3,15 +3,13 @@
 use std::fmt;
 use std::ops::{ControlFlow, Range};
 
-use host_memory::{HostMemory, SecretBuffer};
+use host_memory::SecretBuffer;
 
 use crate::populated::PopulatedRanges;
 use crate::reader::PageReader;
 use crate::touched::Touched;
+use crate::zeros::{MIN_ZEROS, is_zeros};
 
-/// Minimum length of zeros to skip. Shorter ones are written with the data around them: another
-/// extent in the file takes longer.
-const MIN_SKIP: u64 = 32 << 10;
 /// Minimum size of the pages that are compared with zeros: the page size of most hosts, and the
 /// block size of most file systems.
 const MIN_PAGE_SIZE: u64 = 4 << 10;
@@ -181,7 +179,7 @@ impl<R: PageReader + ?Sized> Iterator for NonzeroRuns<'_, R> {
                     None => return Some(self.take_run()),
                 }
             }
-            let long_enough = self.left.start - self.run.end >= MIN_SKIP;
+            let long_enough = self.left.start - self.run.end >= MIN_ZEROS;
             if long_enough && !self.run.is_empty() {
                 return Some(self.take_run());
             }
@@ -250,7 +248,7 @@ impl Window {
             self.range = range.start..range.start + len;
         }
         let bytes = self.buffer.sized((range.end - self.range.start) as usize);
-        HostMemory::from(&bytes[(range.start - self.range.start) as usize..]).is_zero()
+        is_zeros(&bytes[(range.start - self.range.start) as usize..])
     }
 }
 

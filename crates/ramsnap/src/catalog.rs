@@ -1,8 +1,10 @@
 //! The images in a directory, found by the ids that they record.
 
 use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
+use std::mem;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -49,28 +51,68 @@ impl Catalog {
     /// Reads the footers of all files in `dir`. Hidden files are left out: writers stage theirs
     /// under such names.
     pub fn of(dir: &Path) -> anyhow::Result<Self> {
-        Self::of_names(dir, |name| !name.starts_with(b"."))
+        Self::of_names(dir, |name| !is_hidden(name))
     }
 
     /// Reads the footers of all files in `dir` that are not staged.
     pub fn with_hidden(dir: &Path) -> anyhow::Result<Self> {
-        Self::of_names(dir, |name| !name.starts_with(b".atomic-file-"))
+        Self::of_names(dir, |name| {
+            !name.as_encoded_bytes().starts_with(b".atomic-file-")
+        })
     }
 
-    fn of_names(dir: &Path, is_listed: impl Fn(&[u8]) -> bool) -> anyhow::Result<Self> {
-        let failed = || format!("cannot list the directory {dir:?}");
-        let entries = fs::read_dir(dir).with_context(failed)?;
-        let names = entries.map(|entry| Ok(entry?.file_name()));
-        let mut names = names.collect::<io::Result<Vec<_>>>().with_context(failed)?;
-        names.sort();
+    /// Returns the paths of the files in `dir` that [`of`](Self::of) would read.
+    pub fn paths(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+        let names = names(dir)?.into_iter();
+        let visible = names.filter(|name| !is_hidden(name));
+        Ok(visible.map(|name| dir.join(name)).collect())
+    }
+
+    /// Returns the files that are not hidden, with paths in `dir`, which leads to this directory.
+    pub fn visible_by(&self, dir: &Path) -> Self {
+        let at = |path: &Path| {
+            let name = path.file_name().filter(|name| !is_hidden(name))?;
+            Some(dir.join(name))
+        };
+        let entries = self.entries.iter().filter_map(|entry| {
+            let path = at(&entry.path)?;
+            Some(Entry {
+                path,
+                ..entry.clone()
+            })
+        });
+        let unusable = self.unusable.iter().filter_map(|file| {
+            let (path, why) = (at(&file.path)?, file.why.clone());
+            Some(Unusable { path, why })
+        });
+        Self {
+            dir: dir.to_owned(),
+            entries: entries.collect(),
+            unusable: unusable.collect(),
+            others: self.others,
+        }
+    }
+
+    /// Reads the images that had one of `ids` again.
+    pub fn read_again(&mut self, ids: &[ImageId]) {
+        let entries = mem::take(&mut self.entries);
+        for entry in entries {
+            match ids.contains(&entry.id) {
+                true => self.add(entry.path),
+                false => self.entries.push(entry),
+            }
+        }
+    }
+
+    fn of_names(dir: &Path, is_listed: impl Fn(&OsStr) -> bool) -> anyhow::Result<Self> {
         let mut catalog = Self {
             dir: dir.to_owned(),
             entries: Vec::new(),
             unusable: Vec::new(),
             others: 0,
         };
-        for name in names {
-            if is_listed(name.as_encoded_bytes()) {
+        for name in names(dir)? {
+            if is_listed(&name) {
                 catalog.add(dir.join(name));
             }
         }
@@ -185,6 +227,20 @@ impl Catalog {
         let entry = Entry::at(&path)?;
         entry.ok_or_else(|| ImagesFailure::RawNewest { path }.into())
     }
+}
+
+/// Returns the names in a directory, in order.
+fn names(dir: &Path) -> anyhow::Result<Vec<OsString>> {
+    let failed = || format!("cannot list the directory {dir:?}");
+    let entries = fs::read_dir(dir).with_context(failed)?;
+    let names = entries.map(|entry| Ok(entry?.file_name()));
+    let mut names = names.collect::<io::Result<Vec<_>>>().with_context(failed)?;
+    names.sort();
+    Ok(names)
+}
+
+fn is_hidden(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(b".")
 }
 
 impl Entry {

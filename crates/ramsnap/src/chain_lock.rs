@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{File, TryLockError};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -71,23 +72,19 @@ fn lock(session: &Session, dir: &Path, sharing: Sharing) -> anyhow::Result<Optio
     let Ok(file) = File::open(dir) else {
         return Ok(None);
     };
-    let tried = match sharing {
-        Sharing::Shared => file.try_lock_shared(),
-        Sharing::Exclusive => file.try_lock(),
+    let (tried, wait): (_, fn(&File) -> io::Result<()>) = match sharing {
+        Sharing::Shared => (file.try_lock_shared(), File::lock_shared),
+        Sharing::Exclusive => (file.try_lock(), File::lock),
     };
     match tried {
-        Ok(()) => Ok(Some(file)),
-        Err(TryLockError::Error(_)) => Ok(None),
+        Ok(()) => {}
+        Err(TryLockError::Error(_)) => return Ok(None),
         Err(TryLockError::WouldBlock) => {
             session.warn(&format!(
                 "another run of ramsnap uses the images in {dir:?}: waiting until it has ended"
             ));
-            let locked = match sharing {
-                Sharing::Shared => file.lock_shared(),
-                Sharing::Exclusive => file.lock(),
-            };
-            locked.with_context(|| format!("cannot lock {dir:?}"))?;
-            Ok(Some(file))
+            wait(&file).with_context(|| format!("cannot lock {dir:?}"))?;
         }
     }
+    Ok(Some(file))
 }

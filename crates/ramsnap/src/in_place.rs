@@ -1,5 +1,6 @@
 //! Merging a chain into its first file.
 
+mod needed;
 mod shared;
 
 use std::collections::BTreeSet;
@@ -9,101 +10,93 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use atomic_file::AtomicWriter;
-use image_format::{Footer, ImageId};
-use memory_image::{Chain, Image};
+use memory_image::{Chain, Image, Layout};
+use memory_writer::{MemoryWriter, MemoryWriterOptions};
 use sparse_file::FileIdentity;
 
 use crate::args::{Output, kept_seal};
-use crate::catalog::{Catalog, Entry, Unusable};
-use crate::chain_lock::dirs_of;
 use crate::failure::ImagesFailure;
 use crate::print;
 use crate::session::Session;
 use crate::{input, save};
+pub use needed::Neighbors;
 use shared::Changes;
+
+/// How a chain is merged.
+#[derive(Clone, Copy, Debug)]
+pub struct Merging {
+    /// The layout of the result.
+    pub layout: Layout,
+    /// Whether stored pages of zeros take no space in the result.
+    pub skip_zeros: bool,
+    /// Whether the images are compared with their checksums first.
+    pub verify: bool,
+}
+
+impl Merging {
+    /// Returns the options of the writer of the result.
+    pub fn options(self, session: &Session, chain: &Chain) -> MemoryWriterOptions {
+        if self.layout.has_footer() {
+            input::warn_of_old_metadata(session, chain);
+        }
+        session
+            .options("merging")
+            .layout(self.layout)
+            .seal(kept_seal(self.layout, chain.seal()))
+            .skip_untouched(true)
+            .skip_zeros(self.skip_zeros)
+            .ram_start(0)
+    }
+
+    /// Writes the chain, and checks it once there is a place for the result.
+    pub fn write(
+        self,
+        session: &Session,
+        chain: &Chain,
+        mut writer: MemoryWriter,
+    ) -> anyhow::Result<AtomicWriter> {
+        save::check_room_for(session, &writer, chain)?;
+        self.check(session, chain)?;
+        save::write_chain(&mut writer, chain)?;
+        Ok(writer.finish()?)
+    }
+
+    fn check(self, session: &Session, chain: &Chain) -> anyhow::Result<()> {
+        match self.verify {
+            true => input::check_sums(session, chain.images()),
+            false => Ok(()),
+        }
+    }
+}
 
 /// Writes the state of `chain` to a file that is staged beside its first one, for the caller to
 /// commit by [`save::put_in_place`] or [`save::put_image_in_place`]. The first file stays as it is
 /// until then. Only pages that changed are written where the file system can share blocks (btrfs,
-/// XFS) and the first file is sealed or raw.
-pub fn stage(session: &Session, chain: &Chain, verify: bool) -> anyhow::Result<AtomicWriter> {
+/// XFS), the first file is sealed or raw, and the result is of the same layout. Zeros that the
+/// first file stores are kept then.
+pub fn stage(session: &Session, chain: &Chain, merging: Merging) -> anyhow::Result<AtomicWriter> {
     let first = chain.images().next().context("there is no image")?;
-    let path = first.path().to_owned();
-    let below = first.footer().and_then(Footer::parent);
-    save::check_replaces_no(below.filter(|_| !chain.is_full()), &path)?;
-    let layout = first.layout();
-    let options = session
-        .options("merging")
-        .layout(layout)
-        .seal(kept_seal(layout, chain.seal()))
-        .skip_untouched(true)
-        .ram_start(0)
-        // A file that another writer puts there in the meantime stays.
-        .replace_only(first.version()?);
-    if layout.has_footer() {
-        input::warn_of_old_metadata(session, chain);
-    }
+    let options = merging.options(session, chain);
+    // A file that another writer puts there in the meantime stays.
+    let options = options.replace_only(first.version()?);
     let (size, page_size) = (chain.ram_size(), save::page_size(chain)?);
+    let path = first.path().to_owned();
     let output = Output { path, force: true };
     let staged = save::stage_for(session, &output, &options, size, page_size)?;
-    let check = || match verify {
-        true => input::check_sums(session, chain.images()),
-        false => Ok(()),
-    };
-    if let Some(changes) = Changes::of(chain)
+    if let Some(changes) = Changes::of(chain, merging.layout)
         && changes.share(first, staged.file())?
     {
-        check()?;
-        changes.write(session, staged.file())?;
+        merging.check(session, chain)?;
+        changes.write(session, staged.file(), merging.skip_zeros)?;
         return Ok(staged);
     }
-    let mut writer = options.open_on(staged, size, page_size)?;
-    save::check_room_for(session, &writer, chain)?;
-    check()?;
-    save::write_chain(&mut writer, chain)?;
-    Ok(writer.finish()?)
+    let writer = options.open_on(staged, size, page_size)?;
+    merging.write(session, chain, writer)
 }
 
-/// Refuses to replace a state that a diff outside of `chain` was taken after, in the directories of
-/// its files and of those that links lead to. `removes` states whether the diffs of the chain are
-/// removed.
+/// Refuses to replace a state that other images need, as [`Neighbors::check_not_needed`] does.
 pub fn check_not_needed(chain: &Chain, removes: bool) -> anyhow::Result<()> {
-    let paths: Vec<PathBuf> = chain.paths().map(Path::to_owned).collect();
-    let is_raw = chain
-        .images()
-        .next()
-        .is_some_and(|it| it.footer().is_none());
-    // A raw image gets no id, by which later diffs would follow it.
-    let followed = chain.id().filter(|_| !is_raw || !removes);
-    let is_lost = |id: ImageId| Some(id) != followed && chain.ids().any(|it| it == id);
-    let (mut entries, mut unusable) = (Vec::new(), Vec::new());
-    for dir in dirs_of(chain.paths()) {
-        let catalog = Catalog::with_hidden(&dir)?;
-        entries.extend(catalog.entries);
-        unusable.extend(catalog.unusable);
-    }
-    let is_other = |path: &Path| !input::is_one_of(path, &paths);
-    for entry in entries.iter().filter(|entry| entry.is_diff) {
-        let path = || entry.path.clone();
-        match entry.parent {
-            Some(parent) if is_lost(parent) && is_other(&entry.path) => {
-                // Another full image may have the same state.
-                let has_state = |it: &Entry| !it.is_diff && it.id == parent && is_other(&it.path);
-                if !entries.iter().any(has_state) {
-                    let path = path();
-                    return Err(ImagesFailure::NeededByOther { path, parent }.into());
-                }
-            }
-            None if is_raw && is_other(&entry.path) => {
-                return Err(ImagesFailure::MayFollowRaw { path: path() }.into());
-            }
-            Some(_) | None => {}
-        }
-    }
-    match unusable.into_iter().find(|it| is_other(&it.path)) {
-        Some(Unusable { path, why }) => Err(ImagesFailure::MayNeedLost { path, why }.into()),
-        None => Ok(()),
-    }
+    Neighbors::default().check_not_needed(chain, removes)
 }
 
 /// Removes the files of `chain` after the first one, which has all of their state now and is

@@ -31,6 +31,7 @@ mod ram_lock;
 mod save;
 mod session;
 mod stack;
+mod staged_dir;
 mod stderr;
 mod stream;
 mod sys;

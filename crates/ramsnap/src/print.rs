@@ -131,7 +131,7 @@ pub fn json_text(value: &impl Serialize) -> anyhow::Result<String> {
 
 /// A path in JSON: a string or, where it is not UTF-8, an object: `text`, in which U+FFFD stands
 /// for what is not, and `bytes_hex`, all of its bytes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JsonPath(PathBuf);
 
 impl From<PathBuf> for JsonPath {

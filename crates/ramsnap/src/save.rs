@@ -1,17 +1,14 @@
 //! Staging and committing an image.
 
 use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use atomic_file::{AtomicWriter, Symlinks, check_destination};
-use image_format::{Footer, ImageId};
 use memory_image::{Chain, Image, Layout, MergeError};
 use memory_writer::{
     MemoryWriter, MemoryWriterOptions, NotPreserved, OpenError, Preserve, SnapshotError,
 };
-use nix::fcntl::OFlag;
 
 use crate::args::Output;
 use crate::failure::Failure;
@@ -55,22 +52,6 @@ pub fn check_is_no_input(path: &Path, inputs: &[PathBuf]) -> Result<(), Failure>
     }
 }
 
-/// Refuses an output that is the image which the inputs build on, and no input itself: the result
-/// is a diff that needs it.
-pub fn check_replaces_no(image: Option<ImageId>, output: &Path) -> Result<(), SnapshotError> {
-    let is_file = output.metadata().is_ok_and(|metadata| metadata.is_file());
-    let mut open = File::options();
-    open.read(true).custom_flags(OFlag::O_NONBLOCK.bits());
-    let replaced = || Footer::read_id(&open.open(output).ok()?).ok();
-    match image.filter(|image| is_file && replaced() == Some(*image)) {
-        Some(parent) => Err(SnapshotError::ReplacesParent {
-            dest: output.to_owned(),
-            parent,
-        }),
-        None => Ok(()),
-    }
-}
-
 /// Stages an image of `ram_size` bytes of RAM at the output. The owner, group, mode, access control
 /// list and extended attributes of a replaced file are kept as far as permitted.
 pub fn stage(
@@ -97,7 +78,8 @@ pub fn stage_for(
 }
 
 /// Stages a file at the output, for an image whose RAM size is not known yet. Errors of the commit
-/// that can be foreseen are returned here.
+/// that can be foreseen are returned here, except that a diff would replace an image which it
+/// needs: [`MemoryWriterOptions::open_on`] and [`MemoryWriterOptions::check_replaced`] find that.
 pub fn stage_early(session: &Session, output: &Output) -> anyhow::Result<AtomicWriter> {
     let options = for_output(MemoryWriter::options(), output);
     stage_with(session, output, &options)

@@ -74,10 +74,7 @@ impl Session {
     /// signals do not end the process at once.
     pub fn options(&self, what: &str) -> MemoryWriterOptions {
         self.hold();
-        // The verbs compare the output with the files of the images, and may replace a copy.
-        MemoryWriter::options()
-            .allow_replacing_parent(true)
-            .progress(self.progress(what))
+        MemoryWriter::options().progress(self.progress(what))
     }
 
     /// Keeps signals from ending the process. The caller must call [`Self::check`] regularly.

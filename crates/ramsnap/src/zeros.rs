@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 
 use memory_image::Chain;
-use page_reader::{HostMemory, PageReader, SecretBuffer};
+use page_reader::{PageReader, SecretBuffer, is_zeros};
 
 use crate::session::Session;
 
@@ -47,7 +47,7 @@ pub fn without_zeros(
 }
 
 /// Returns the error that a chain wraps in an I/O error.
-fn unwrapped(error: io::Error) -> anyhow::Error {
+pub fn unwrapped(error: io::Error) -> anyhow::Error {
     match error.downcast::<memory_image::ReadImageError>() {
         Ok(error) => error.into(),
         Err(error) => error.into(),
@@ -68,7 +68,7 @@ pub fn blocks(offset: u64, bytes: &[u8]) -> impl Iterator<Item = Block> {
         let start = at;
         at = end.min((start / BLOCK + 1) * BLOCK);
         let block = bytes.get((start - offset) as usize..(at - offset) as usize)?;
-        let is_zero = HostMemory::from(block).is_zero();
+        let is_zero = is_zeros(block);
         (start < end).then_some(Block {
             range: start..at,
             is_zero,

@@ -1,4 +1,4 @@
-//! A commit writes only what changed, where the file system can share blocks.
+//! A commit or a merge in place writes only what changed, where the file system can share blocks.
 
 #![cfg(target_os = "linux")]
 
@@ -37,7 +37,10 @@ fn change(ram: &File) {
 }
 
 #[rstest]
-fn only_changed_pages_are_written(#[values("sealed", "raw")] layout: &str) {
+fn only_changed_pages_are_written(
+    #[values("sealed", "raw")] layout: &str,
+    #[values("commit", "merge --in-place")] verb: &str,
+) {
     needs!(Root, Mount(FileSystem::XFS));
     let disk = LoopMount::new(FileSystem::XFS).unwrap();
     let dir = disk.path();
@@ -63,7 +66,7 @@ fn only_changed_pages_are_written(#[values("sealed", "raw")] layout: &str) {
         .status();
     assert!(copied.unwrap().success());
     let before = free(dir);
-    run(dir, &format!("commit {base} d1.mem --remove"));
+    run(dir, &format!("{verb} {base} d1.mem"));
     let taken = before.saturating_sub(free(dir));
     assert!(taken < 2 * MIB, "{taken}");
     run(dir, &format!("diff {base} --ram ram"));
@@ -93,8 +96,10 @@ fn only_changed_pages_are_written(#[values("sealed", "raw")] layout: &str) {
 }
 
 /// The result is the same as that of a merge to another file, which shares nothing.
-#[test]
-fn a_sealed_image_is_what_a_merge_makes() {
+#[rstest]
+fn a_sealed_image_is_what_a_merge_makes(
+    #[values("commit", "merge --keep-zeros --in-place")] verb: &str,
+) {
     needs!(Root, Mount(FileSystem::XFS));
     let disk = LoopMount::new(FileSystem::XFS).unwrap();
     let dir = disk.path();
@@ -108,10 +113,33 @@ fn a_sealed_image_is_what_a_merge_makes() {
             .unwrap();
         ram.write_all_at(&[0; 64 << 10], (200 + number * 100) * PAGE)
             .unwrap();
-        run(dir, &format!("diff {files} --ram ram -o d{number}.mem"));
+        let diff = format!("diff {files} --ram ram -o d{number}.mem --keep-zeros");
+        run(dir, &diff);
         files += &format!(" d{number}.mem");
     }
     run(dir, &format!("merge {files} -o merged.mem --keep-zeros"));
-    run(dir, &format!("commit {files}"));
+    run(dir, &format!("{verb} {files}"));
     assert!(fs::read(dir.join("base.mem")).unwrap() == fs::read(dir.join("merged.mem")).unwrap());
+}
+
+#[rstest]
+#[case::skipped("", 216)]
+#[case::stored(" --keep-zeros", 256)]
+fn zeros_of_a_diff_are_not_stored(#[case] flags: &str, #[case] present: u64) {
+    needs!(Root, Mount(FileSystem::XFS));
+    let disk = LoopMount::new(FileSystem::XFS).unwrap();
+    let dir = disk.path();
+    let ram = File::create_new(dir.join("ram")).unwrap();
+    ram.set_len(RAM).unwrap();
+    ram.write_all_at(&noise(1, 256 * PAGE), 0).unwrap();
+    run(dir, "dump ram -o base.mem --layout sealed");
+    ram.write_all_at(&vec![0; 40 * PAGE as usize], 10 * PAGE)
+        .unwrap();
+    run(dir, "diff base.mem --ram ram -o d1.mem --keep-zeros");
+    let merge = format!("merge --in-place base.mem d1.mem{flags}");
+    run(dir, &merge);
+    run(dir, "verify base.mem");
+    run(dir, "diff base.mem --ram ram");
+    let info = run(dir, "info base.mem --json").json();
+    assert_eq!(info[0]["present"]["bytes"], present * PAGE);
 }

@@ -6,7 +6,9 @@ use std::fs::{self, File, FileTimes};
 use std::time::{Duration, SystemTime};
 
 use rstest::rstest;
-use support::Work;
+use support::{Ended, Work};
+#[cfg(target_os = "linux")]
+use test_machine::needs;
 
 fn id(work: &Work, name: &str) -> String {
     let info = work.good(&format!("info {name} --json")).json();
@@ -281,6 +283,83 @@ fn branches_and_other_files_are_kept() {
     work.fails("compact .", 2, &["--keep"]);
     work.fails("compact . --keep 0", 2, &["--keep"]);
     work.fails("compact none --keep 1", 3, &["none"]);
+}
+
+/// What was not merged, and why, is on stderr and in the JSON.
+#[test]
+fn compact_reports_diffs_that_it_does_not_merge() {
+    let work = with_long_chain();
+    assert_eq!(work.good("compact . --keep 4 --dry-run").err, "");
+    work.good("diff full.mem d1.mem d2.mem --ram state0 -o branch.mem");
+    let expected = |diffs: &[&str], reason: &str| {
+        let ended = work.good("compact . --keep 1 --dry-run --json");
+        let left = &ended.json()["not_merged"];
+        assert_eq!(left.as_array().unwrap().len(), 1, "{left}");
+        let paths: Vec<_> = diffs.iter().map(|name| format!("./{name}")).collect();
+        assert_eq!(left[0]["diffs"], serde_json::json!(paths));
+        assert!(left[0]["reason"].as_str().unwrap().contains(reason));
+        ended.warns(&["./full.mem", diffs[0], reason]);
+    };
+    expected(&["branch.mem", "d3.mem"], "after the same state");
+    fs::remove_file(work.path("branch.mem")).unwrap();
+    work.copy("full.mem", "same.mem");
+    expected(&["d1.mem"], "several files have the state");
+    fs::remove_file(work.path("same.mem")).unwrap();
+    fs::remove_file(work.path("d1.mem")).unwrap();
+    let ended = work.good("compact . --keep 1");
+    let ended = ended.warns(&[
+        "d2.mem",
+        "d3.mem",
+        "d4.mem",
+        "no sealed or packed full image",
+    ]);
+    assert_eq!(ended.out, "nothing to merge\n");
+}
+
+/// Under the lock, and not once more for each chain.
+#[cfg(target_os = "linux")]
+#[test]
+fn compact_reads_each_footer_once() {
+    needs!(Strace);
+    let work = with_long_chain();
+    work.good("dump state0 -o other.mem");
+    work.good("diff other.mem --ram ram -o other1.mem");
+    let log = work.path("log");
+    let mut strace = std::process::Command::new("strace");
+    strace.args(["-f", "-qq", "-e", "trace=openat,flock", "-o"]);
+    strace.arg(&log).arg(support::RAMSNAP);
+    strace.args(["compact", ".", "--keep", "1", "--dry-run"]);
+    Ended::of(strace.current_dir(work.path(""))).good();
+    let log = fs::read_to_string(log).unwrap();
+    let locked = log.find("flock(").unwrap();
+    for name in ["full.mem", "d4.mem", "other.mem", "other1.mem"] {
+        let opened = format!("/{name}\"");
+        assert_eq!(log.matches(&opened).count(), 1, "{name}: {log}");
+        assert!(log.find(&opened).unwrap() > locked, "{name}");
+    }
+}
+
+#[test]
+fn files_of_the_same_state_are_listed_as_such() {
+    let work = Work::with_chain();
+    assert!(!work.good("list .").out.contains("the same as"));
+    work.good("commit full.mem d1.mem");
+    work.copy("d2.mem", "copy.mem");
+    // No file has the state before d1.
+    let out = work.run("list .").out;
+    for (name, other) in [
+        ("full.mem", "d1.mem"),
+        ("d1.mem", "full.mem"),
+        ("copy.mem", "d2.mem"),
+    ] {
+        let line = out.lines().find(|line| line.contains(&format!("{name}: ")));
+        let line = line.unwrap_or_else(|| panic!("no {name} in {out}"));
+        assert!(line.contains(&format!("the same as {other}")), "{line}");
+    }
+    let json = work.run("list . --json").json();
+    let images = json[0]["images"].as_array().unwrap();
+    let full = images.iter().find(|image| image["file"] == "./full.mem");
+    assert_eq!(full.unwrap()["same_id"], serde_json::json!(["./d1.mem"]));
 }
 
 #[test]

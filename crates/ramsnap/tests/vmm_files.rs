@@ -8,6 +8,8 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use rstest::rstest;
 use serde_json::Value;
 use support::{PAGE, RAM, Work, noise};
+#[cfg(target_os = "linux")]
+use test_machine::needs;
 
 fn info(work: &Work, image: &str) -> Value {
     work.good(&format!("info {image} --json")).json()[0].clone()
@@ -249,6 +251,48 @@ fn snapshots_of_cloud_hypervisor_are_read_and_written() {
         &["state.json"],
     );
     refused("convert cloud-hypervisor:new.mem -o x", 3, &["state.json"]);
+}
+
+/// A second signal, or a kill, leaves the directory that was being written.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_sweep_removes_the_directory_of_a_killed_conversion() {
+    use nix::sys::signal::Signal;
+    use support::held::Held;
+    needs!(Strace);
+    let work = Work::empty();
+    snapshot(&work, "snapshot", 6 << 20, 2 << 20);
+    work.good("convert snapshot -o full.mem");
+    let line = "convert full.mem -o new --to cloud-hypervisor --snapshot snapshot";
+    let held = Held::before(&work.command(line), &("fsync".to_owned(), 2)).expect("held");
+    let staged = || {
+        work.files()
+            .into_iter()
+            .find(|name| name.starts_with(".ramsnap-"))
+    };
+    let name = staged().expect("staged");
+    let found = work.good("sweep . --json").json();
+    assert_eq!(found["in_use"], serde_json::json!([format!("./{name}")]));
+    assert_eq!(staged().as_ref(), Some(&name));
+    held.send(Signal::SIGKILL);
+    held.release();
+    assert_eq!(staged().as_ref(), Some(&name));
+    let listed = work.good("sweep . --dry-run").out;
+    assert!(
+        listed.contains(&format!("{name}: would be removed")),
+        "{listed}"
+    );
+    assert_eq!(staged().as_ref(), Some(&name));
+    // Files that no conversion has written are kept.
+    let notes = work.path(&name).join("notes");
+    fs::write(&notes, "mine").unwrap();
+    let kept = work.good("sweep .").out;
+    assert!(kept.contains(&format!("{name}: kept: ")), "{kept}");
+    fs::remove_file(&notes).unwrap();
+    let removed = work.good("sweep .").out;
+    assert!(removed.contains(&format!("{name}: removed")), "{removed}");
+    assert_eq!(work.files(), ["full.mem", "snapshot"]);
+    work.good(line);
 }
 
 #[test]

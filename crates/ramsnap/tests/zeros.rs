@@ -77,7 +77,7 @@ fn zeros_of_a_diff_are_recorded_as_zeros(#[values("sealed", "packed")] layout: &
     ram.write_all_at(&noise(7, PAGE), 50 * PAGE).unwrap();
     ram.write_all_at(&vec![0; PAGE as usize], 701 * PAGE)
         .unwrap();
-    work.good("diff full.mem --ram ram -o d1.mem --layout sealed");
+    work.good("diff full.mem --ram ram -o d1.mem --layout sealed --keep-zeros");
     work.good(&format!("convert d1.mem -o d2.mem --layout {layout}"));
     work.good(&format!(
         "convert d1.mem -o d3.mem --layout {layout} --keep-zeros"
@@ -94,6 +94,82 @@ fn zeros_of_a_diff_are_recorded_as_zeros(#[values("sealed", "packed")] layout: &
         work.good(&format!("restore full.mem {diff} -o {diff}.raw"));
         work.assert_same(&format!("{diff}.raw"), "ram");
     }
+}
+
+/// The RAM of a guest whose pages 10 to 49 and 701 became zeros, and page 52 changed.
+fn with_zeroed_ram() -> Work {
+    let work = Work::with_ram();
+    work.good("dump ram -o full.mem");
+    let ram = File::options().write(true).open(work.path("ram")).unwrap();
+    ram.write_all_at(&vec![0; 40 * PAGE as usize], 10 * PAGE)
+        .unwrap();
+    ram.write_all_at(&noise(7, PAGE), 52 * PAGE).unwrap();
+    ram.write_all_at(&vec![0; PAGE as usize], 701 * PAGE)
+        .unwrap();
+    work
+}
+
+#[rstest]
+fn a_diff_records_pages_that_became_zeros(
+    #[values("sealed", "packed", "raw")] layout: &str,
+    #[values("--ram ram", "--to new.mem")] new: &str,
+) {
+    let work = with_zeroed_ram();
+    work.good("dump ram -o new.mem");
+    let diff = |flags: &str, name: &str| {
+        let line = format!("diff full.mem {new} -o {name} --layout {layout}{flags}");
+        (work.run(&line).code == Some(0)).then(|| match layout {
+            "raw" => format!("raw:{name}"),
+            _ => name.to_owned(),
+        })
+    };
+    let (Some(small), Some(large)) = (diff("", "small"), diff(" --keep-zeros", "large")) else {
+        assert_eq!(layout, "raw");
+        return;
+    };
+    let (stored, in_footer) = if layout == "raw" { (42, 0) } else { (1, 41) };
+    for (name, expected) in [(&small, (stored, in_footer)), (&large, (42, 0))] {
+        assert_eq!(pages(&work, name, "present"), expected.0, "{name}");
+        // Alone, a raw diff is read as a full image.
+        if layout != "raw" {
+            assert_eq!(pages(&work, name, "zero"), expected.1, "{name}");
+            assert_eq!(pages(&work, name, "clean"), RAM / PAGE - 42);
+        }
+        work.good(&format!("restore full.mem {name} -o out"));
+        work.assert_same("out", "ram");
+        fs::remove_file(work.path("out")).unwrap();
+    }
+}
+
+#[test]
+fn a_rebased_diff_records_pages_of_zeros() {
+    for (flags, expected) in [("", (1, 41)), (" --keep-zeros", (42, 0))] {
+        let work = with_zeroed_ram();
+        work.good("diff full.mem --ram ram -o d1.mem");
+        work.good("diff full.mem d1.mem --ram ram -o d2.mem");
+        work.good(&format!(
+            "rebase full.mem d1.mem d2.mem --onto full.mem{flags}"
+        ));
+        let found = ["present", "zero"].map(|kind| pages(&work, "d2.mem", kind));
+        assert_eq!((found[0], found[1]), expected);
+        work.good("restore full.mem d2.mem -o out");
+        work.assert_same("out", "ram");
+    }
+}
+
+/// A footer would list each of them: they are stored with the pages around them.
+#[test]
+fn single_pages_of_zeros_between_others_are_stored() {
+    let work = Work::with_ram();
+    work.good("dump ram -o full.mem");
+    work.change(0, 20);
+    for page in (0..20).step_by(2) {
+        work.zero(page);
+    }
+    work.good("diff full.mem --ram ram -o d1.mem");
+    assert_eq!(pages(&work, "d1.mem", "present"), 20);
+    work.good("restore full.mem d1.mem -o out");
+    work.assert_same("out", "ram");
 }
 
 #[test]
@@ -121,7 +197,7 @@ fn a_raw_diff_stores_its_zeros() {
     let ram = File::options().write(true).open(work.path("ram")).unwrap();
     ram.write_all_at(&vec![0; 40 * PAGE as usize], 10 * PAGE)
         .unwrap();
-    work.good("diff full.mem --ram ram -o d1.mem");
+    work.good("diff full.mem --ram ram -o d1.mem --keep-zeros");
     let converted = work.run("convert d1.mem -o d1.raw --layout raw");
     if converted.code != Some(0) {
         // On this file system, no raw diff can be written.

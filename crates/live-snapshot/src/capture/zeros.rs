@@ -3,14 +3,11 @@
 use std::ops::Range;
 
 use host_memory::SecretBuffer;
+use page_reader::{MIN_ZEROS, is_zeros};
 
 use super::reading::Held;
 use super::{Capture, Failure};
 use crate::page_states::PageState;
-
-/// The minimum number of bytes of zeros that are not stored, as in full images of a paused guest:
-/// below it, a run in the image takes longer than its bytes.
-const MIN_ZEROS: u64 = 32 << 10;
 
 /// The number of bytes of a page that are looked at before the page is claimed. Most pages that are
 /// not zeros differ here.
@@ -71,9 +68,4 @@ impl Capture {
         }
         Ok(zeros)
     }
-}
-
-fn is_zeros(bytes: &[u8]) -> bool {
-    // Without a branch for each byte, so that the compiler uses vectors.
-    bytes.iter().fold(0, |any, byte| any | byte) == 0
 }

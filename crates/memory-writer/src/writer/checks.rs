@@ -9,6 +9,7 @@ use crate::error::{SnapshotError, WriteAmbiguity};
 use crate::page_record::PageRecord;
 use crate::raw_diff::RawDiff;
 use crate::replaced::check_replaced;
+use crate::target::Target;
 use crate::write_pass::Plan;
 
 impl MemoryWriter {
@@ -41,14 +42,31 @@ impl MemoryWriter {
         }
     }
 
-    /// Checks that a diff does not replace an image that it needs: those of its seal, or
+    /// Checks that a diff does not replace an image that it needs: those of its seal, and
     /// `raw_parent` if it is raw.
     pub(super) fn check_replaced(&self, raw_parent: Option<ImageId>) -> Result<(), SnapshotError> {
-        let footer = self.pages.footer();
-        let needs = |id| Some(id) == raw_parent || footer.is_some_and(|footer| footer.needs(id));
-        match self.keeps_parent {
-            true => check_replaced(&self.staged, needs),
-            false => Ok(()),
+        let needs = |id| match &self.pages {
+            PageRecord::Footer(footer) => footer.needs(id),
+            PageRecord::All => false,
+            PageRecord::Empty | PageRecord::Holes(_) | PageRecord::Caller => {
+                Some(id) == raw_parent || self.raw_needed.contains(&id)
+            }
+        };
+        match &self.staged {
+            Target::Staged(staged) if self.keeps_parent => check_replaced(staged, needs),
+            Target::Staged(_) | Target::Open(..) => Ok(()),
+        }
+    }
+
+    /// Checks the same for a raw diff before its pages are written. Other images are checked when
+    /// they are opened.
+    pub(super) fn check_raw_replaced(
+        &self,
+        raw_parent: Option<ImageId>,
+    ) -> Result<(), SnapshotError> {
+        match raw_parent.is_none() && self.raw_needed.is_empty() {
+            true => Ok(()),
+            false => self.check_replaced(raw_parent),
         }
     }
 

@@ -190,8 +190,7 @@ impl MemoryWriter {
                 .map_err(|error| SnapshotError::wipe_failed(dest(), error))?;
         }
         // Another writer may have put it there.
-        let is_full = matches!(self.pages, PageRecord::All);
-        self.check_replaced(self.raw_parent.filter(|_| !is_full))?;
+        self.check_replaced(self.raw_parent)?;
         match self.pages {
             PageRecord::Holes(diff) => {
                 diff.check_written(file)

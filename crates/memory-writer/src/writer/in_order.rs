@@ -59,9 +59,7 @@ impl MemoryWriter {
         self.check_bitmap(dirty)?;
         self.check_marks(dirty)?;
         let raw_parent = self.raw_parent_of(dirty);
-        if raw_parent.is_some() {
-            self.check_replaced(raw_parent)?;
-        }
+        self.check_raw_replaced(raw_parent)?;
         check_bitmap_start(dirty.ram_start(), reader_start(reader))?;
         self.check_parent()?;
         self.check_layout(reader)?;
@@ -184,9 +182,7 @@ impl MemoryWriter {
             State::Complete => {
                 self.check_marks(dirty)?;
                 let raw_parent = self.raw_parent_of(dirty);
-                if raw_parent.is_some() {
-                    self.check_replaced(raw_parent)?;
-                }
+                self.check_raw_replaced(raw_parent)?;
                 self.raw_parent = raw_parent.or(self.raw_parent);
                 self.written.add_diff(dirty);
                 Ok(())

@@ -32,7 +32,7 @@ impl MemoryWriterOptions {
     /// - [`SnapshotError::Seal`] if regions or metadata do not fit the footer.
     /// - [`SnapshotError::ReplacesParent`] if the file at `dest` is the image that the
     ///   [seal](crate::Seal::parent) names as the parent, or one of its
-    ///   [ancestors](crate::Seal::ancestors).
+    ///   [ancestors](crate::Seal::ancestors). A raw diff is refused by its first write.
     ///
     /// No file is left behind.
     pub fn open(
@@ -134,6 +134,21 @@ impl MemoryWriterOptions {
         self.open_target(Target::open(file, self.durability)?, geometry)
     }
 
+    /// Checks that a file which was [staged](Self::stage) does not replace an image that the
+    /// [seal](Self::seal) names as needed. [`open_on`](Self::open_on) and the commit check this
+    /// too: call it for a diff that is written to the file without a [`MemoryWriter`], such as one
+    /// that was received.
+    ///
+    /// # Errors
+    /// Returns [`SnapshotError::ReplacesParent`], unless
+    /// [`allow_replacing_parent`](Self::allow_replacing_parent) is set.
+    pub fn check_replaced(&self, stage: &AtomicWriter) -> Result<(), SnapshotError> {
+        match self.allow_replacing_parent {
+            true => Ok(()),
+            false => check_replaced(stage, |id| self.seal.needed().any(|needed| needed == id)),
+        }
+    }
+
     fn open_target(
         &self,
         staged: Target,
@@ -159,9 +174,13 @@ impl MemoryWriterOptions {
             .transpose()
             .map_err(|error| error.of_snapshot(dest()))?;
         let keeps_parent = !self.allow_replacing_parent && matches!(staged, Target::Staged(_));
-        if let (Some(footer), true) = (&footer, keeps_parent) {
-            check_replaced(&staged, |id| footer.needs(id))?;
+        if let (Some(footer), Target::Staged(staged), true) = (&footer, &staged, keeps_parent) {
+            check_replaced(staged, |id| footer.needs(id))?;
         }
+        let raw_needed = match &footer {
+            None => self.seal.needed().collect(),
+            Some(_) => Vec::new(),
+        };
         let pages = match footer {
             Some(footer) => PageRecord::Footer(footer),
             None if self.allow_ambiguous => PageRecord::Caller,
@@ -211,6 +230,7 @@ impl MemoryWriterOptions {
             state: State::Empty,
             keeps_parent,
             raw_parent: None,
+            raw_needed,
             stale_pages,
             pages,
             written: Coverage::new(),

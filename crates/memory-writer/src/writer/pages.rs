@@ -53,7 +53,7 @@ impl MemoryWriter {
     ///   image and the marks build on one with an id, and [`SnapshotError::ParentNotRaw`] in the
     ///   reverse case.
     /// - [`SnapshotError::ReplacesParent`] for a raw diff whose destination is the image that the
-    ///   marks build on. A raw image is not recognized.
+    ///   marks build on, or one that its seal names. A raw image is not recognized.
     /// - [`SnapshotError::Seal`] for more runs than a footer can list.
     /// - [`SnapshotError::MemoryIo`] of the step [`SetSize`](crate::MemoryIoStep::SetSize) if the
     ///   pages of a packed file end past `RLIMIT_FSIZE`.
@@ -68,9 +68,7 @@ impl MemoryWriter {
         self.check_bitmap(dirty)?;
         self.check_marks(dirty)?;
         let raw_parent = self.raw_parent_of(dirty);
-        if raw_parent.is_some() {
-            self.check_replaced(raw_parent)?;
-        }
+        self.check_raw_replaced(raw_parent)?;
         check_bitmap_start(dirty.ram_start(), reader_start(reader))?;
         let ram = dirty.ram_start();
         let pages = self.write_pages(reader, dirty.runs(), Some(ram), Pass::Pages)?;
@@ -113,6 +111,7 @@ impl MemoryWriter {
         runs: impl Fn() -> I,
     ) -> Result<u64, SnapshotError> {
         self.geometry.check_runs(runs(), 1)?;
+        self.check_raw_replaced(self.raw_parent)?;
         self.write_pages(reader, runs(), None, Pass::Pages)
     }
 
@@ -135,9 +134,11 @@ impl MemoryWriter {
         match &self.pages {
             PageRecord::Footer(_) => self.list_zeros(&runs),
             PageRecord::All => self.punch_zeros(&runs),
-            PageRecord::Empty | PageRecord::Holes(_) | PageRecord::Caller => self
-                .write_pages(&Zeros, runs(), None, Pass::Zeros)
-                .map(drop),
+            PageRecord::Empty | PageRecord::Holes(_) | PageRecord::Caller => {
+                self.check_raw_replaced(self.raw_parent)?;
+                let written = self.write_pages(&Zeros, runs(), None, Pass::Zeros);
+                written.map(drop)
+            }
         }
     }
 

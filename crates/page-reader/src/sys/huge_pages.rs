@@ -9,10 +9,11 @@ use std::iter;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use host_memory::{HostMemory, SecretBuffer};
+use host_memory::SecretBuffer;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
 use crate::populated::PopulatedRanges;
+use crate::zeros::is_zeros;
 
 /// The granularity of the result in bytes: the smallest huge page of common machines.
 const BLOCK_SIZE: u64 = 2 << 20;
@@ -46,7 +47,7 @@ fn is_zero(file: &File, block: Range<u64>, buffer: &mut SecretBuffer) -> bool {
     let mut at = block.start;
     while at < block.end {
         let bytes = buffer.sized((block.end - at).min(READ_SIZE) as usize);
-        if file.read_exact_at(bytes, at).is_err() || !HostMemory::from(&*bytes).is_zero() {
+        if file.read_exact_at(bytes, at).is_err() || !is_zeros(bytes) {
             return false;
         }
         at += bytes.len() as u64;

@@ -35,11 +35,12 @@ pub fn check_records(layout: Layout, more: bool, output: &Path) -> Result<(), Fa
     }
 }
 
-/// Returns `seal`, or the default one for a layout that stores none.
+/// Returns `seal`, without metadata for a layout that stores none. A raw image records nothing
+/// else, and a raw diff needs the images that the seal names nevertheless.
 pub fn kept_seal(layout: Layout, seal: Seal) -> Seal {
     match layout.has_footer() {
         true => seal,
-        false => Seal::new(),
+        false => seal.metadata(Vec::new()),
     }
 }
 

@@ -14,7 +14,7 @@ use anyhow::Context;
 use dirty_bitmap::PageSet;
 use image_format::{CHUNK_SIZE, Checksum, ChunkSum, Footer, ImageKind, Run, Version};
 use memory_image::{Chain, Image, Layout};
-use page_reader::SecretBuffer;
+use page_reader::{SecretBuffer, ZeroRuns};
 use sparse_file::{SpaceError, WriteOptions, grow, share_blocks, zero_range};
 
 use crate::session::Session;
@@ -35,11 +35,12 @@ pub(super) struct Changes<'c> {
 
 impl<'c> Changes<'c> {
     /// Returns the changes, or `None` if the first image cannot become the new one by them: it is
-    /// not sealed and full, its pages are of another size, or an image is raw.
-    pub(super) fn of(chain: &'c Chain) -> Option<Self> {
+    /// not sealed and full, its pages are of another size, an image is raw, or the result has
+    /// another layout.
+    pub(super) fn of(chain: &'c Chain, layout: Layout) -> Option<Self> {
         let old = chain.images().next()?.footer()?;
         let new = chain.images().last()?.footer()?;
-        let fits = old.layout == Layout::Sealed
+        let fits = (old.layout, layout) == (Layout::Sealed, Layout::Sealed)
             && old.version == Version::CURRENT
             && old.kind == ImageKind::Full
             && old.page_size == chain.page_size();
@@ -78,7 +79,16 @@ impl<'c> Changes<'c> {
     }
 
     /// Writes the changed pages and the footer of the new state to the file that shares the blocks.
-    pub(super) fn write(&self, session: &Session, staged: &File) -> anyhow::Result<()> {
+    /// With `skip_zeros`, changed pages of zeros are not stored.
+    pub(super) fn write(
+        mut self,
+        session: &Session,
+        staged: &File,
+        skip_zeros: bool,
+    ) -> anyhow::Result<()> {
+        if skip_zeros {
+            self.skip_zeros(session)?;
+        }
         let bar = session.bar("merging");
         bar.set_length(self.changed.page_count() * self.chain.page_size());
         let mut buffer = SecretBuffer::new();
@@ -102,6 +112,15 @@ impl<'c> Changes<'c> {
         let footer = self.footer(session)?;
         footer.write(staged).context("cannot write the footer")?;
         Ok(self.chain.check_unchanged()?)
+    }
+
+    fn skip_zeros(&mut self, session: &Session) -> anyhow::Result<()> {
+        let runs = self.changed.runs();
+        let runs = runs.flat_map(|run| self.stored.runs_in(run));
+        let report = |_| session.check("nothing was written");
+        let found = ZeroRuns::find(self.chain, runs, self.chain.page_size(), report)?;
+        found.zeros().iter().for_each(|run| self.stored.remove(run));
+        Ok(())
     }
 
     fn footer(&self, session: &Session) -> anyhow::Result<Footer> {

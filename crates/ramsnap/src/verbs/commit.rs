@@ -3,12 +3,15 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use memory_image::Layout;
 
 use crate::args::{Formats, FromDir, ImageFile, RawImages};
 use crate::chain_lock::{ChainLock, Sharing};
 use crate::exit_status::ExitStatus;
 use crate::failure::ImagesFailure;
+use crate::in_place::Merging;
 use crate::session::Session;
+use crate::verbs::merge::layout_of_first;
 use crate::{in_place, input, memory_reserve, save};
 
 /// Merge diffs into the first image, in place
@@ -68,12 +71,13 @@ impl Commit {
         if !self.force {
             in_place::check_not_needed(&chain, self.remove)?;
         }
-        let raw = chain
-            .images()
-            .next()
-            .is_some_and(|image| image.footer().is_none());
-        let staged = in_place::stage(session, &chain, !self.no_verify)?;
-        save::put_image_in_place(session, staged, raw)?;
+        let merging = Merging {
+            layout: layout_of_first(&chain),
+            skip_zeros: false,
+            verify: !self.no_verify,
+        };
+        let staged = in_place::stage(session, &chain, merging)?;
+        save::put_image_in_place(session, staged, merging.layout == Layout::Raw)?;
         if self.remove {
             let removed = in_place::remove_merged(session, chain)?;
             session.report(&format!("removed {}", in_place::names(&removed)))?;

@@ -1,5 +1,6 @@
 //! `ramsnap compact`: shorter chains in a directory.
 
+mod left;
 mod policy;
 
 use std::path::{Path, PathBuf};
@@ -14,11 +15,14 @@ use crate::catalog::Catalog;
 use crate::chain_lock::{ChainLock, Sharing};
 use crate::exit_status::ExitStatus;
 use crate::failure::ImagesFailure;
+use crate::in_place::{Merging, Neighbors};
 use crate::numbers::{duration, size as bytes_of};
 use crate::print::{self, JsonPath, count, size};
 use crate::session::Session;
+use crate::verbs::merge::layout_of_first;
 use crate::{in_place, input, memory_reserve, save, words};
-use policy::{Link, links};
+use left::Left;
+use policy::{Chains, Link};
 
 /// Merge the oldest diffs of each chain in a directory into its full image, and remove them
 ///
@@ -27,7 +31,7 @@ use policy::{Link, links};
 /// of them demands. The full image becomes the state of the last merged diff, as by `ramsnap
 /// commit`: at every instant, also after a crash, the states that are kept can be read. A state
 /// that several diffs were taken after is kept, and so are raw images and diffs without a full
-/// image.
+/// image. A warning names the diffs that are not merged for such a reason.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap compact /var/lib/snapshots --keep 7\n  \
@@ -62,6 +66,8 @@ pub struct Compact {
 struct Report {
     dry_run: bool,
     chains: Vec<Compacted>,
+    /// Diffs that no policy merges.
+    not_merged: Vec<Left>,
 }
 
 /// A chain that was made shorter, or would be.
@@ -85,21 +91,22 @@ impl Compact {
         }
         memory_reserve::check_new(&self.dir)?;
         // The directory itself, and those that links in it lead to.
-        let mut files: Vec<_> = Catalog::of(&self.dir)?
-            .entries
-            .into_iter()
-            .map(|it| it.path)
-            .collect();
+        let mut files = Catalog::paths(&self.dir)?;
         files.push(self.dir.join("images"));
         let _lock = ChainLock::take(session, &files, Sharing::Exclusive)?;
-        let catalog = Catalog::of(&self.dir)?;
+        let mut neighbors = Neighbors::default();
+        let chains = Chains::of(&neighbors.visible_in(&self.dir)?);
+        for left in &chains.left {
+            session.warn(&left.to_string());
+        }
         let mut report = Report {
             dry_run: self.dry_run,
             chains: Vec::new(),
+            not_merged: chains.left,
         };
         let mut failed = None;
-        for chain in links(&catalog) {
-            match self.make_shorter(session, &chain) {
+        for chain in chains.chains {
+            match self.make_shorter(session, &mut neighbors, &chain) {
                 Ok(compacted) => report.chains.extend(compacted),
                 Err(error) => {
                     // A failure does not prevent the other chains from being merged.
@@ -128,10 +135,15 @@ impl Compact {
     }
 
     /// Merges as many diffs as demanded. Returns `None` if there is nothing to merge.
-    fn make_shorter(&self, session: &Session, chain: &[Link]) -> anyhow::Result<Option<Compacted>> {
+    fn make_shorter(
+        &self,
+        session: &Session,
+        neighbors: &mut Neighbors,
+        chain: &[Link],
+    ) -> anyhow::Result<Option<Compacted>> {
         match self.to_merge(session, chain)? {
             0 => Ok(None),
-            merged => self.compact(session, chain, merged).map(Some),
+            merged => self.compact(session, neighbors, chain, merged).map(Some),
         }
     }
 
@@ -152,6 +164,7 @@ impl Compact {
     fn compact(
         &self,
         session: &Session,
+        neighbors: &mut Neighbors,
         links: &[Link],
         merged: usize,
     ) -> anyhow::Result<Compacted> {
@@ -168,13 +181,27 @@ impl Compact {
         }
         session.check("nothing more was merged")?;
         let chain = open(session, &links[..=merged])?;
-        in_place::check_not_needed(&chain, true)?;
-        let staged = in_place::stage(session, &chain, !self.no_verify)?;
+        neighbors.check_not_needed(&chain, true)?;
+        let ids: Vec<_> = chain.ids().collect();
+        let replaced = self.replace(session, chain);
+        neighbors.read_again(&ids);
+        replaced?;
+        compacted.bytes_after = links[0].path.metadata().ok().map(|it| it.len());
+        Ok(compacted)
+    }
+
+    /// Puts the merged image in the place of the first file, and removes the others.
+    fn replace(&self, session: &Session, chain: Chain) -> anyhow::Result<()> {
+        let merging = Merging {
+            layout: layout_of_first(&chain),
+            skip_zeros: false,
+            verify: !self.no_verify,
+        };
+        let staged = in_place::stage(session, &chain, merging)?;
         session.check("nothing more was merged")?;
         save::put_in_place(session, staged, || Ok(()))?;
         in_place::remove_merged(session, chain)?;
-        compacted.bytes_after = links[0].path.metadata().ok().map(|it| it.len());
-        Ok(compacted)
+        Ok(())
     }
 }
 

@@ -12,7 +12,7 @@ use atomic_file::AtomicWriter;
 use clap::Args;
 use image_format::{Footer, Header, Version};
 use memory_image::{Chain, Image, Layout};
-use memory_writer::{ImageId, MemoryWriterOptions, SnapshotError};
+use memory_writer::{ImageId, MemoryWriter, MemoryWriterOptions, Seal, SnapshotError};
 use sparse_file::PageHoles;
 
 use crate::args::{
@@ -124,12 +124,13 @@ impl Convert {
         let packed = layout_of_first(&chain) == Layout::Packed;
         let as_it_is = packed && chain.images().filter_map(Image::footer).all(is_current);
         if as_it_is && self.keeps_pages() {
+            let image = chain.images().next().context("there is no image")?;
+            let staged = self.stage_compressed(session, &needs_of(image))?;
             check()?;
             // Not opened by its path, which may lead to another file now.
-            let image = chain.images().next().context("there is no image")?;
             let file = image.version()?.file().try_clone();
             let file = file.with_context(|| format!("cannot send {:?}", self.input.path))?;
-            self.send(session, file)?;
+            self.send(session, file, staged)?;
             // The receiver finds the damage by the checksums; the sender fails too.
             chain.check_unchanged()?;
             return Ok(ExitStatus::Success);
@@ -173,15 +174,16 @@ impl Convert {
         if found > 0 {
             return Err(Failure::StreamDamaged { found }.into());
         }
-        self.check_keeps_parent(&image)?;
         match staged {
             Some(staged) if as_it_is => {
+                needs_of(&image).check_replaced(&staged)?;
                 drop((image, file));
                 save::commit_staged(session, staged)?;
                 Ok(ExitStatus::Success)
             }
             None if as_it_is => {
-                self.send(session, file)?;
+                let staged = self.stage_compressed(session, &needs_of(&image))?;
+                self.send(session, file, staged)?;
                 Ok(ExitStatus::Success)
             }
             Some(_) => {
@@ -192,15 +194,6 @@ impl Convert {
                 let chain = self.open(session, image)?;
                 self.pack_and_send(session, &chain, extras, || Ok(()))
             }
-        }
-    }
-
-    /// Refuses to replace the image that a diff builds on by the diff.
-    fn check_keeps_parent(&self, image: &Image) -> anyhow::Result<()> {
-        let parent = image.footer().and_then(Footer::parent);
-        match self.sends() {
-            true => Ok(()),
-            false => Ok(save::check_replaces_no(parent, &self.output.path)?),
         }
     }
 
@@ -346,9 +339,6 @@ impl Convert {
         layout: Layout,
         extras: ReadExtras,
     ) -> anyhow::Result<MemoryWriterOptions> {
-        if let Some(image) = chain.images().next() {
-            self.check_keeps_parent(image)?;
-        }
         let mut seal = chain.seal();
         if let Some(id) = self.id {
             if chain.id().is_some() {
@@ -370,10 +360,9 @@ impl Convert {
             // The regions of the guest, which a raw diff does not record.
             let regions = parent.footer().map(|footer| &footer.regions[..]);
             self.extras.check_regions(regions)?;
-            let below = parent.footer().and_then(Footer::parent);
-            save::check_replaces_no(below, &self.output.path)?;
             seal = seal
                 .parent(id)
+                .ancestors(parent.footer().and_then(Footer::parent))
                 .regions(regions.unwrap_or_default().iter().cloned());
         }
         self.extras.check_regions(input::regions(chain))?;
@@ -392,4 +381,10 @@ impl Convert {
     fn keeps_pages(&self) -> bool {
         self.page_size.is_none() && self.extras.is_empty() && self.id.is_none()
     }
+}
+
+/// Returns the options of a writer of the same image. It is written without one.
+fn needs_of(image: &Image) -> MemoryWriterOptions {
+    let parent = image.footer().and_then(Footer::parent);
+    MemoryWriter::options().seal(parent.map_or_else(Seal::new, |it| Seal::new().parent(it)))
 }

@@ -1,17 +1,15 @@
 //! `ramsnap diff`: the changes between two states.
 
 mod difference;
+mod new_state;
 
-use std::collections::BTreeSet;
-use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use dirty_bitmap::DirtyBitmap;
-use memory_image::{Chain, Image, Layout, compare};
-use memory_writer::{ImageId, MemoryWriter, Seal, SnapshotError};
-use page_reader::{PageReader, Touched};
+use memory_image::{Chain, Difference, Layout, find_difference};
+use memory_writer::MemoryWriter;
+use page_reader::Touched;
 
 use crate::args::{
     self, Extras, Format, Formats, FromDir, ImageFile, InProcess, Output, RawImages, kept_seal,
@@ -25,7 +23,8 @@ use crate::print::{self, count, size};
 use crate::ram::{Ram, RamFile};
 use crate::session::Session;
 use crate::{input, save};
-use difference::Difference;
+use difference::Printed;
+use new_state::New;
 
 /// Take a diff: the pages of a new state of the RAM that differ from an old one
 ///
@@ -35,7 +34,8 @@ use difference::Difference;
 /// image or a diff: add --raw-full or --raw-diff where the new state begins with one.
 ///
 /// The diff names the old state as its parent, and has the id of the new one; RAM gets a new id.
-/// Without --output nothing is written, and the exit status is 1 if the states differ.
+/// Pages that became zeros take no space in it, except in a raw diff: they are recorded as zeros,
+/// which are not clean pages. Without --output nothing is written, and the exit status is 1 if the states differ.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap diff full.mem --ram /dev/shm/guest -o d1.mem\n  \
@@ -80,6 +80,9 @@ pub struct Diff {
     /// Do not compare the images with their checksums first
     #[arg(long)]
     no_verify: bool,
+    /// Store the pages that became zeros
+    #[arg(long, requires = "output")]
+    keep_zeros: bool,
     /// Print the differences as JSON: sizes and offsets in bytes
     #[arg(long, conflicts_with = "output")]
     json: bool,
@@ -222,15 +225,16 @@ impl Diff {
         input::full_chain(session, &files, self.formats, &self.raw)
     }
 
-    fn changed(&self, session: &Session, old: &Chain, new: &New) -> anyhow::Result<DirtyBitmap> {
+    fn changed(&self, session: &Session, old: &Chain, new: &New) -> anyhow::Result<Difference> {
         let page_size = self.page_size(old);
         let progress = &mut session.progress("comparing");
-        let compared = compare(old, &new.reader(), old.ram_size(), page_size, progress);
+        let (new, size) = (&new.reader(), old.ram_size());
+        let compared = find_difference(old, new, size, page_size, progress);
         compared.context("the two states can't be compared")
     }
 
-    fn tell(&self, changed: &DirtyBitmap) -> anyhow::Result<ExitStatus> {
-        let found = Difference::of(changed);
+    fn tell(&self, found: &Difference) -> anyhow::Result<ExitStatus> {
+        let found = Printed::of(&found.changed);
         if self.json {
             print::json(&found)?;
         } else if found.pages == 0 {
@@ -281,6 +285,9 @@ impl Diff {
             .options("saving")
             .layout(self.layout)
             .seal(kept_seal(self.layout, seal))
+            // All images that it needs are inputs, and none is the output. That may be a copy.
+            .allow_replacing_parent(true)
+            .skip_zeros(!self.keep_zeros)
             .ram_start(0);
         save::stage(
             session,
@@ -297,11 +304,11 @@ impl Diff {
         mut writer: MemoryWriter,
         old: &Chain,
         new: New,
-        changed: &DirtyBitmap,
+        changed: &Difference,
     ) -> anyhow::Result<ExitStatus> {
         let reader = new.reader();
         // A page may differ because the guest gave it back: reading it would allocate it again.
-        let written = writer.write_diff(&Touched::new(&reader, new.size()), changed);
+        let written = changed.write_to(&mut writer, &Touched::new(&reader, new.size()));
         drop(reader);
         written.map_err(|error| new.explain(error))?;
         old.check_unchanged()?;
@@ -310,91 +317,5 @@ impl Diff {
         drop(new);
         save::commit(session, writer)?;
         Ok(ExitStatus::Success)
-    }
-}
-
-/// The new state.
-enum New {
-    Ram(Ram),
-    Images(Chain),
-}
-
-impl New {
-    fn size(&self) -> u64 {
-        match self {
-            Self::Ram(ram) => ram.size(),
-            Self::Images(chain) => chain.ram_size(),
-        }
-    }
-
-    /// Returns the error for an old state that has `old` bytes of RAM, and not as many as this.
-    fn other_size(&self, old: u64) -> Failure {
-        let new = self.size();
-        match self {
-            Self::Ram(ram) => ram.other_size(old),
-            Self::Images(_) => Failure::OtherGuest { old, new },
-        }
-    }
-
-    fn reader(&self) -> Box<dyn PageReader + Sync + '_> {
-        match self {
-            Self::Ram(ram) => ram.reader(),
-            Self::Images(chain) => Box::new(chain),
-        }
-    }
-
-    fn regions(&self) -> Option<&[Range<u64>]> {
-        match self {
-            Self::Ram(_) => None,
-            Self::Images(chain) => input::regions(chain),
-        }
-    }
-
-    fn id(&self) -> Option<ImageId> {
-        match self {
-            Self::Ram(_) => None,
-            Self::Images(chain) => chain.id(),
-        }
-    }
-
-    /// Returns the seal of the new state, before the old state is set as its parent.
-    fn seal(&self) -> Seal {
-        match self {
-            Self::Ram(_) => Seal::new(),
-            Self::Images(chain) => chain.seal(),
-        }
-    }
-
-    /// Returns the images of both states, each once.
-    fn images_beside<'i>(&'i self, old: &'i Chain) -> impl Iterator<Item = &'i Image> {
-        let new = match self {
-            Self::Ram(_) => None,
-            Self::Images(chain) => Some(chain),
-        };
-        let known: BTreeSet<&Path> = old.paths().collect();
-        let new = new.into_iter().flat_map(Chain::images);
-        let beside = new.filter(move |image| !known.contains(image.path()));
-        old.images().chain(beside)
-    }
-
-    fn hold(&mut self, session: &Session) -> anyhow::Result<()> {
-        match self {
-            Self::Ram(ram) => ram.hold(session),
-            Self::Images(_) => Ok(()),
-        }
-    }
-
-    fn check(&self) -> anyhow::Result<()> {
-        match self {
-            Self::Ram(ram) => ram.check(),
-            Self::Images(chain) => Ok(chain.check_unchanged()?),
-        }
-    }
-
-    fn explain(&self, error: SnapshotError) -> anyhow::Error {
-        match self {
-            Self::Ram(ram) => ram.explain(error),
-            Self::Images(_) => error.into(),
-        }
     }
 }

@@ -18,7 +18,8 @@ const WIDEST: usize = 40;
 ///
 /// Each diff is below the image that it was taken after, which is found by its id. The exit status
 /// is 1 if an image is not usable, or if the parent of a diff is in no file. Files without a footer
-/// may be raw images, and are only counted. `--chain DIR NEWEST` of the other verbs finds a chain
+/// may be raw images, and are only counted. Files with equal ids have the same state, and name each
+/// other. `--chain DIR NEWEST` of the other verbs finds a chain
 /// in the same way.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
@@ -53,6 +54,8 @@ struct Listed {
     parent: Option<String>,
     /// The file of the parent.
     parent_file: Option<JsonPath>,
+    /// Other files that have the same id, and so the same state.
+    same_id: Vec<JsonPath>,
     /// The number of images below it.
     depth: u64,
     ram_bytes: u64,
@@ -146,8 +149,13 @@ impl Listed {
         let (ram, file) = (size(self.ram_bytes), size(self.file_bytes));
         let parent = self.parent.as_deref().filter(|_| !self.is_linked());
         let missing = parent.map(|id| format!(", NOT LINKED: no file here has its parent {id}"));
+        let same: Vec<_> = self.same_id.iter().map(|path| name(path)).collect();
+        let same = match same.is_empty() {
+            true => String::new(),
+            false => format!(", the same as {}", same.join(", ")),
+        };
         format!(
-            "{}{}: {layout} {kind}, {file} of {ram} of RAM, id {}{}",
+            "{}{}: {layout} {kind}, {file} of {ram} of RAM, id {}{same}{}",
             self.lines,
             name(&self.file),
             self.id,
@@ -215,13 +223,14 @@ impl<'c> Tree<'c> {
                     below,
                 });
             }
-            self.images.push(listed(&place));
+            self.images.push(listed(self.catalog, &place));
         }
     }
 }
 
-fn listed(place: &Place<'_>) -> Listed {
+fn listed(catalog: &Catalog, place: &Place<'_>) -> Listed {
     let entry = place.entry;
+    let same = catalog.with_id(entry.id).filter(|it| it.path != entry.path);
     let since = entry.modified.duration_since(UNIX_EPOCH);
     Listed {
         file: entry.path.clone().into(),
@@ -230,6 +239,7 @@ fn listed(place: &Place<'_>) -> Listed {
         id: entry.id.to_string(),
         parent: entry.parent.map(|parent| parent.to_string()),
         parent_file: place.parent.map(|parent| parent.path.clone().into()),
+        same_id: same.map(|it| it.path.clone().into()).collect(),
         depth: place.depth,
         ram_bytes: entry.ram_bytes,
         file_bytes: entry.file_bytes,

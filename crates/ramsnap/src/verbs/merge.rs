@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
-use image_format::Footer;
 use memory_image::{Chain, Image, Layout};
 
-use crate::args::{Formats, FromDir, ImageFile, Output, RawImages, kept_seal, layouts};
+use crate::args::{Formats, FromDir, ImageFile, Output, RawImages, layouts};
 use crate::chain_lock::{ChainLock, Sharing};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
+use crate::in_place::Merging;
 use crate::session::Session;
 use crate::{in_place, input, memory_reserve, save};
 
@@ -18,8 +18,8 @@ use crate::{in_place, input, memory_reserve, save};
 /// The result represents the same state as the last file, and has its id, so the next diff applies
 /// to it. If the last file is raw, the result has a new id and no metadata. The regions are those
 /// of any file that has some. A raw first file is read as a full image, unless --raw-diffs is
-/// given. Stored pages of zeros take no space in the result, except in a raw diff and where a raw
-/// result shares the blocks of a raw first file; a diff records them as zeros, which are not clean
+/// given. Stored pages of zeros take no space in the result, except in a raw diff and where the
+/// result shares the blocks of the first file; a diff records them as zeros, which are not clean
 /// pages.
 #[derive(Debug, Args)]
 #[command(
@@ -45,7 +45,8 @@ pub struct Merge {
     ///
     /// At every instant, also after a crash, the file is the complete old one or the complete new
     /// one. The new file has the old one's owner, group, mode, access control list and extended
-    /// attributes, as far as that is permitted. If another writer replaces the first file while it
+    /// attributes, as far as that is permitted. Where the file system can share blocks (btrfs, XFS),
+    /// only the pages of the diffs are written, as by `ramsnap commit`. If another writer replaces the first file while it
     /// is merged, the merge fails, and that writer's file stays. A diff that was taken after a
     /// state which would be lost prevents the merge, as it does `ramsnap commit`.
     #[arg(long)]
@@ -98,41 +99,29 @@ impl Merge {
         if self.in_place && !self.force {
             in_place::check_not_needed(&chain, false)?;
         }
-        let first = chain.images().next().and_then(Image::footer);
-        let below = first.filter(|_| !chain.is_full()).and_then(Footer::parent);
-        save::check_replaces_no(below, &output.path)?;
-        let layout = self.layout.unwrap_or_else(|| layout_of_first(&chain));
-        let mut options = session
-            .options("merging")
-            .layout(layout)
-            .seal(kept_seal(layout, chain.seal()))
-            .skip_untouched(true)
-            .skip_zeros(!self.keep_zeros)
-            .ram_start(0);
-        if let (true, Some(first)) = (self.in_place, chain.images().next()) {
-            // A file that another writer puts there in the meantime stays.
-            options = options.replace_only(first.version()?);
-        }
-        let page_size = save::page_size(&chain)?;
-        if layout.has_footer() {
-            input::warn_of_old_metadata(session, &chain);
-        }
-        let mut writer = save::stage(session, &output, options, chain.ram_size(), page_size)?;
-        save::check_room_for(session, &writer, &chain)?;
-        // Once there is a place for the result: this takes as long as the rest.
-        if !self.no_verify {
-            input::check_sums(session, chain.images())?;
-        }
-        save::write_chain(&mut writer, &chain)?;
-        save::commit(session, writer)?;
+        let merging = Merging {
+            layout: self.layout.unwrap_or_else(|| layout_of_first(&chain)),
+            skip_zeros: !self.keep_zeros,
+            verify: !self.no_verify,
+        };
+        let staged = match output {
+            None => in_place::stage(session, &chain, merging)?,
+            Some(output) => {
+                let options = merging.options(session, &chain);
+                let (size, page_size) = (chain.ram_size(), save::page_size(&chain)?);
+                let writer = save::stage(session, &output, options, size, page_size)?;
+                merging.write(session, &chain, writer)?
+            }
+        };
+        save::put_image_in_place(session, staged, merging.layout == Layout::Raw)?;
         Ok(ExitStatus::Success)
     }
 
-    fn checked_output(&self) -> anyhow::Result<Output> {
+    /// Returns the output, unless the first file is replaced.
+    fn checked_output(&self) -> anyhow::Result<Option<Output>> {
         let Some(path) = &self.output else {
-            let path = self.files[0].path.clone();
-            memory_reserve::check_new(&path)?;
-            return Ok(Output { path, force: true });
+            memory_reserve::check_new(&self.files[0].path)?;
+            return Ok(None);
         };
         if input::is_one_of(path, &input::paths(&self.files)) {
             let path = path.clone();
@@ -143,7 +132,7 @@ impl Merge {
             force: self.force,
         };
         save::check_output(&output, &[])?;
-        Ok(output)
+        Ok(Some(output))
     }
 }
 

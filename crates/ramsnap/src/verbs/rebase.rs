@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use memory_image::{Chain, Image, compare};
+use memory_image::{Chain, Image, find_difference};
 use page_reader::Touched;
 
 use crate::args::{Formats, FromDir, ImageFile, Output, RawImages, kept_seal};
@@ -19,7 +19,8 @@ use crate::{input, memory_reserve, save};
 ///
 /// The files are the chain of the diff, which is the last one. The diff is replaced by one that has
 /// the pages in which its state differs from the new parent. It keeps its id, metadata and layout,
-/// so diffs that were taken after it still follow it. At every instant, also after a crash, the
+/// so diffs that were taken after it still follow it. Pages of zeros take no space in it, except in
+/// a raw diff: they are recorded as zeros, which are not clean pages. At every instant, also after a crash, the
 /// file is the complete old diff or the complete new one.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
@@ -37,6 +38,9 @@ pub struct Rebase {
     from: FromDir,
     #[command(flatten)]
     formats: Formats,
+    /// Store the pages that are zeros and differ from the new parent
+    #[arg(long)]
+    keep_zeros: bool,
     /// Do not compare the images with their checksums first
     #[arg(long)]
     no_verify: bool,
@@ -95,6 +99,7 @@ impl Rebase {
             .options("rebasing")
             .layout(layout)
             .seal(kept_seal(layout, seal))
+            .skip_zeros(!self.keep_zeros)
             .ram_start(0)
             // A file that another writer puts there in the meantime stays.
             .replace_only(diff.version()?);
@@ -105,8 +110,8 @@ impl Rebase {
             input::check_sums(session, state.images().chain(beside))?;
         }
         let progress = &mut session.progress("comparing");
-        let changed = compare(&onto, &state, state.ram_size(), page_size, progress)?;
-        writer.write_diff(&Touched::new(&state, state.ram_size()), &changed)?;
+        let found = find_difference(&onto, &state, state.ram_size(), page_size, progress)?;
+        found.write_to(&mut writer, &Touched::new(&state, state.ram_size()))?;
         state.check_unchanged()?;
         onto.check_unchanged()?;
         save::commit(session, writer)?;

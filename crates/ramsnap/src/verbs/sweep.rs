@@ -5,17 +5,19 @@ use std::path::{Path, PathBuf};
 use atomic_file::{RecoverError, RecoverReport, preview_sweep, recover, sweep};
 use clap::Args;
 use serde::Serialize;
+use vmm_files::CloudHypervisorSnapshot;
 
 use crate::exit_status::ExitStatus;
 use crate::print::{self, JsonPath, count};
 use crate::session::Session;
-use crate::words;
+use crate::{staged_dir, words};
 
 /// Remove the staged files that killed writers left in directories
 ///
 /// A writer stages its file beside the output, under a name such as
 /// .atomic-file-88662993-0f1e2d3c4b5a6978.stage, and locks it. A file that is not locked is
-/// orphaned, and is removed regardless of its output. Files kept for recycling are removed as well.
+/// orphaned, and is removed regardless of its output. Files kept for recycling are removed as well,
+/// and so are directories that `ramsnap convert --to cloud-hypervisor` left (.ramsnap-Ab3dE6).
 /// Other files, and files that a writer uses, are not touched.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
@@ -71,6 +73,10 @@ impl Sweep {
         };
         let mut failures = Vec::new();
         for dir in &self.dirs {
+            // The sweep of the files reports a directory that cannot be listed.
+            if let Ok(swept) = staged_dir::sweep(dir, &staged_files(), !self.dry_run) {
+                found.add_dirs(swept);
+            }
             let error = match self.sweep(dir) {
                 Ok(report) => {
                     found.add(report);
@@ -196,4 +202,21 @@ impl Found {
             reason: words::recovering(&kept.reason.to_string()),
         }));
     }
+
+    fn add_dirs(&mut self, swept: staged_dir::Swept) {
+        self.removed
+            .extend(swept.removed.into_iter().map(JsonPath::from));
+        self.in_use
+            .extend(swept.in_use.into_iter().map(JsonPath::from));
+        self.kept.extend(swept.kept.into_iter().map(|(path, why)| {
+            let (file, reason) = (path.into(), why.to_string());
+            Kept { file, reason }
+        }));
+    }
+}
+
+/// Returns the names of the files in a directory that a conversion writes.
+fn staged_files() -> Vec<&'static str> {
+    let others = CloudHypervisorSnapshot::OTHERS.into_iter();
+    others.chain([CloudHypervisorSnapshot::MEMORY]).collect()
 }

@@ -10,6 +10,7 @@ pub(crate) mod mapped;
 #[cfg(target_os = "linux")]
 #[allow(unsafe_code)]
 pub(crate) mod missing;
+pub(crate) mod oracle;
 #[cfg(target_os = "linux")]
 pub(crate) mod ram_file;
 #[cfg(target_os = "linux")]

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
+use super::left::{Left, Reason};
 use crate::catalog::{Catalog, Entry};
 
 /// A file of a chain.
@@ -14,28 +15,57 @@ pub(super) struct Link {
     pub(super) modified: SystemTime,
 }
 
-/// Returns the chains of a directory, each from a full image up to the first state after which
-/// there is no diff or more than one.
-pub(super) fn links(catalog: &Catalog) -> Vec<Vec<Link>> {
-    let link = |entry: &Entry| Link {
-        path: entry.path.clone(),
-        bytes: entry.file_bytes,
-        modified: entry.modified,
-    };
-    let full = catalog.entries.iter().filter(|entry| !entry.is_diff);
-    let chains = full.map(|root| {
-        let (mut chain, mut seen, mut at) = (vec![link(root)], BTreeSet::new(), root);
-        while seen.insert(at.id) && is_one_state(catalog, at) {
-            let mut after = catalog.after(at.id);
-            match (after.next(), after.next()) {
-                (Some(only), None) if only.is_diff && only.ram_bytes == at.ram_bytes => at = only,
-                _ => break,
-            }
-            chain.push(link(at));
+/// The chains of a directory.
+pub(super) struct Chains {
+    /// Each from a full image up to the first state after which there is no diff or more than one.
+    pub(super) chains: Vec<Vec<Link>>,
+    /// The diffs after them, and those without a full image.
+    pub(super) left: Vec<Left>,
+}
+
+impl Chains {
+    pub(super) fn of(catalog: &Catalog) -> Self {
+        let mut found = Self {
+            chains: Vec::new(),
+            left: Vec::new(),
+        };
+        for root in catalog.entries.iter().filter(|entry| !entry.is_diff) {
+            found.add(catalog, root);
         }
-        chain
-    });
-    chains.collect()
+        found.left.extend(Left::without_full_image(catalog));
+        found
+    }
+
+    /// Adds the chain from the full image `root` on.
+    fn add(&mut self, catalog: &Catalog, root: &Entry) {
+        let link = |entry: &Entry| Link {
+            path: entry.path.clone(),
+            bytes: entry.file_bytes,
+            modified: entry.modified,
+        };
+        let (mut chain, mut seen, mut at) = (vec![link(root)], BTreeSet::new(), root);
+        while seen.insert(at.id) {
+            let after: Vec<_> = catalog.after(at.id).collect();
+            let reason = match &after[..] {
+                [] => break,
+                _ if !is_one_state(catalog, at) => Reason::SameId,
+                [only] if only.is_diff && only.ram_bytes == at.ram_bytes => {
+                    at = only;
+                    chain.push(link(at));
+                    continue;
+                }
+                [_] => Reason::OtherRam,
+                [..] => Reason::SeveralDiffs,
+            };
+            let left = Left::new(Some(root), &after, reason);
+            // Several full images may have the same state.
+            if !self.left.iter().any(|it| it.diffs == left.diffs) {
+                self.left.push(left);
+            }
+            break;
+        }
+        self.chains.push(chain);
+    }
 }
 
 /// Returns whether `entry` is the only image of its state. The state of a full image is also in a

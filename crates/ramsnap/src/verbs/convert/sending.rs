@@ -3,7 +3,9 @@
 use std::fs::File;
 
 use anyhow::Context;
+use atomic_file::AtomicWriter;
 use memory_image::{Chain, Layout};
+use memory_writer::MemoryWriterOptions;
 
 use crate::args::ReadExtras;
 use crate::exit_status::ExitStatus;
@@ -13,14 +15,32 @@ use crate::verbs::convert::Convert;
 use crate::{memory_reserve, save, stream};
 
 impl Convert {
-    /// Compresses the packed image in `file` to the output.
-    pub(super) fn send(&self, session: &Session, file: File) -> anyhow::Result<()> {
-        let (input, output) = (&self.input.path, &self.output.path);
+    /// Stages a file at the output, unless that is stdout. `options` has the seal of the image.
+    pub(super) fn stage_compressed(
+        &self,
+        session: &Session,
+        options: &MemoryWriterOptions,
+    ) -> anyhow::Result<Option<AtomicWriter>> {
         if self.sends() {
-            return stream::to_stdout(session, file, input);
+            return Ok(None);
         }
-        let len = file.metadata()?.len();
         let staged = save::stage_early(session, &self.output)?;
+        options.check_replaced(&staged)?;
+        Ok(Some(staged))
+    }
+
+    /// Compresses the packed image in `file` to what is `staged` for the output, or to stdout.
+    pub(super) fn send(
+        &self,
+        session: &Session,
+        file: File,
+        staged: Option<AtomicWriter>,
+    ) -> anyhow::Result<()> {
+        let (input, output) = (&self.input.path, &self.output.path);
+        let Some(staged) = staged else {
+            return stream::to_stdout(session, file, input);
+        };
+        let len = file.metadata()?.len();
         let sent = stream::to_file(session, file, input, staged.file());
         let compressed = sent.with_context(|| format!("cannot write {output:?}"))?;
         save::put_in_place(session, staged, || {
@@ -41,6 +61,7 @@ impl Convert {
         let (size, page_size) = (chain.ram_size(), self.page_size_of(chain)?);
         memory_reserve::check_image(&self.output.path, size, page_size)?;
         let options = self.options(session, chain, Layout::Packed, extras)?;
+        let staged = self.stage_compressed(session, &options)?;
         // Another user could create a file of a fixed name first.
         let dir = tempfile::Builder::new()
             .prefix("ramsnap-stream-")
@@ -51,16 +72,18 @@ impl Convert {
         save::check_room_for(session, &writer, chain)?;
         check()?;
         save::write_chain(&mut writer, chain)?;
-        let stage = writer.finish()?;
-        let file = stage
+        let packed = writer.finish()?;
+        let file = packed
             .file()
             .try_clone()
             .context("cannot send the packed image")?;
-        stage.discard()?;
+        packed.discard()?;
         dir.close()
             .context("cannot remove the directory that the stream was packed in")?;
-        session.release()?;
-        self.send(session, file)?;
+        if staged.is_none() {
+            session.release()?;
+        }
+        self.send(session, file, staged)?;
         Ok(ExitStatus::Success)
     }
 }

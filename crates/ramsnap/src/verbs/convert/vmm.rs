@@ -20,6 +20,7 @@ use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::print::{self, size};
 use crate::session::Session;
+use crate::staged_dir::StagedDir;
 use crate::{input, save};
 
 impl Convert {
@@ -184,10 +185,7 @@ impl Convert {
         let failed = || format!("cannot write the directory {path:?}");
         let parent = save::dir_of(path);
         session.hold();
-        let staged = tempfile::Builder::new()
-            .prefix(".ramsnap-")
-            .tempdir_in(parent)
-            .with_context(failed)?;
+        let staged = StagedDir::beside(path).with_context(failed)?;
         for name in CloudHypervisorSnapshot::OTHERS {
             let from = snapshot.dir().join(name);
             let copied = fs::copy(&from, staged.path().join(name));
@@ -210,9 +208,7 @@ impl Convert {
         }
         session.check("nothing was written")?;
         let critical = session.commit(path);
-        fs::rename(staged.path(), path).with_context(failed)?;
-        // It has another name now.
-        let _ = staged.keep();
+        staged.rename(path).with_context(failed)?;
         let synced = File::open(parent).and_then(|dir| dir.sync_all());
         synced
             .with_context(|| format!("{path:?} is in place, but may not survive a power loss"))?;

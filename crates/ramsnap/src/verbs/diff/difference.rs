@@ -1,10 +1,10 @@
-//! The pages that differ between two states.
+//! The pages that differ between two states, as they are printed.
 
 use dirty_bitmap::DirtyBitmap;
 use serde::Serialize;
 
 #[derive(Debug, Serialize)]
-pub(super) struct Difference {
+pub(super) struct Printed {
     pub(super) page_bytes: u64,
     pub(super) pages: u64,
     pub(super) bytes: u64,
@@ -17,7 +17,7 @@ pub(super) struct Run {
     pub(super) bytes: u64,
 }
 
-impl Difference {
+impl Printed {
     pub(super) fn of(changed: &DirtyBitmap) -> Self {
         let runs = changed.runs().map(|run| Run {
             offset: run.start,

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use memory_image::{Chain, RamTarget};
-use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
+use page_reader::{FileReader, PageReader, SecretBuffer, is_zeros};
 #[cfg(target_os = "linux")]
 use sparse_file::punch_hole;
 use sparse_file::{Engine, WriteOptions, zero_range};
@@ -29,9 +29,6 @@ use crate::{device, stderr, target, words};
 
 /// Bytes read, or zeros written, at a time.
 const CHUNK: usize = 1 << 20;
-/// The shortest run of zeros that becomes a hole. Shorter ones are written with the data around.
-#[cfg(target_os = "linux")]
-const SHORTEST_HOLE: u64 = 32 << 10;
 
 /// The parts of the RAM to write.
 #[cfg(not(target_os = "linux"))]
@@ -168,7 +165,7 @@ impl<'s> InPlace<'s> {
                 let bytes = buffer.sized(len as usize);
                 let read = reader.read_at(offset, bytes);
                 read.with_context(|| format!("cannot read {:?}", self.path))?;
-                if !HostMemory::from(&bytes[..]).is_zero() {
+                if !is_zeros(bytes) {
                     return Ok(true);
                 }
             }
@@ -332,7 +329,7 @@ impl<'s> InPlace<'s> {
     #[cfg(target_os = "linux")]
     fn write_sparse(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         if self.mapping.is_some() {
-            return match HostMemory::from(bytes).is_zero() {
+            return match is_zeros(bytes) {
                 // Already zeros since the file was emptied.
                 true => Ok(()),
                 false => self.write(bytes, offset),
@@ -348,7 +345,7 @@ impl<'s> InPlace<'s> {
                 range.end = next.range.end;
             }
             let is_hole = first.is_zero
-                && range.end - range.start >= SHORTEST_HOLE
+                && range.end - range.start >= page_reader::MIN_ZEROS
                 && punch_hole(&self.file, range.clone()).is_ok();
             if !is_hole {
                 let piece = (range.start - offset) as usize..(range.end - offset) as usize;

@@ -29,7 +29,7 @@ use memory_image::Chain;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs};
-use page_reader::{HostMemory, SecretBuffer};
+use page_reader::{SecretBuffer, is_zeros};
 use sparse_file::{ExtentKind, extents, file_system_name, punch_hole};
 
 use crate::failure::Failure;
@@ -113,7 +113,7 @@ impl Drop for Reserved {
                 let bytes = buffer.sized((end - at) as usize);
                 let read = self.file.read_exact_at(bytes, at);
                 // Another program may have written there in the meantime.
-                if read.is_ok() && HostMemory::from(&*bytes).is_zero() {
+                if read.is_ok() && is_zeros(bytes) {
                     // Blocks that stay reserved are zeros as well.
                     let _ = punch_hole(&self.file, at..end);
                 }

@@ -9,12 +9,13 @@ use std::path::Path;
 
 use anyhow::Context;
 use memory_image::Chain;
-use page_reader::{FileReader, HostMemory, PageReader, SecretBuffer};
+use page_reader::{FileReader, PageReader, SecretBuffer, reads_as_zeros};
 use sparse_file::{ExtentKind, HolesUnknown, check_holes_are_zeros, extents};
 
 use crate::failure::Failure;
 use crate::free_space;
 use crate::session::Session;
+use crate::zeros::unwrapped;
 
 /// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
@@ -62,7 +63,7 @@ fn has_no_hole(file: &File, chain: &Chain, runs: &[Range<u64>]) -> anyhow::Resul
         {
             let both = run.start.max(hole.start)..run.end.min(hole.end);
             // Long runs of stored zeros are holes.
-            if !is_zeros(chain, both, &mut buffer)? {
+            if !reads_as_zeros(chain, both, &mut buffer).map_err(unwrapped)? {
                 return Ok(false);
             }
             if run.end > hole.end {
@@ -92,18 +93,6 @@ fn has_all_bytes(
         chain.read(piece.start, expected)?;
         reader.read_at(piece.start, found)?;
         if expected != found {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// Returns whether the RAM is zeros in `range`.
-fn is_zeros(chain: &Chain, range: Range<u64>, buffer: &mut SecretBuffer) -> anyhow::Result<bool> {
-    for piece in pieces(range) {
-        let bytes = buffer.sized((piece.end - piece.start) as usize);
-        chain.read(piece.start, bytes)?;
-        if !HostMemory::from(&*bytes).is_zero() {
             return Ok(false);
         }
     }
