@@ -226,7 +226,7 @@ impl Diff {
         let page_size = self.page_size(old);
         let progress = &mut session.progress("comparing");
         let compared = compare(old, &new.reader(), old.ram_size(), page_size, progress);
-        compared.context("the two states can't be compared")
+        compared.context("the two states cannot be compared")
     }
 
     fn tell(&self, changed: &DirtyBitmap) -> anyhow::Result<ExitStatus> {
