@@ -3,6 +3,7 @@
 mod format;
 mod from_dir;
 mod in_process;
+mod prefix;
 mod vmm;
 
 use std::ffi::{OsStr, OsString};
@@ -66,6 +67,9 @@ impl ImageFile {
 
     /// Opens the image in the format given with the path, or else in `other`.
     pub fn open(&self, other: Format) -> anyhow::Result<Image> {
+        if self.format.is_none() {
+            prefix::check(&self.path)?;
+        }
         let format = self.format(other);
         if format == Format::RAW && device::is_at(&self.path) {
             let (image, file) = device::open_raw(&self.path)?;

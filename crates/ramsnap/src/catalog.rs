@@ -155,6 +155,12 @@ impl Catalog {
             .filter(move |entry| entry.parent == Some(id))
     }
 
+    /// Returns the file of the image that `newest` stands for: a path, a name in the directory, or
+    /// an id.
+    pub fn newest(&self, newest: &Path) -> anyhow::Result<PathBuf> {
+        Ok(self.find(newest)?.path)
+    }
+
     /// Returns the files of the chain that ends with `newest`, oldest first. `newest` is a path, a
     /// name in the directory, or an id.
     pub fn chain(&self, newest: &Path) -> anyhow::Result<Vec<PathBuf>> {

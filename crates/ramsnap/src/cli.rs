@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 
 use crate::color::Color;
 use crate::exit_status::ExitStatus;
@@ -24,20 +24,31 @@ use crate::{memory_reserve, version};
 /// contents. A raw file is named as raw:FILE, or with --format raw.
 #[derive(Debug, Parser)]
 #[command(name = "ramsnap", version, long_version = version::LONG.as_str(), after_long_help = AFTER, max_term_width = 100)]
+#[command(disable_help_flag = true, disable_version_flag = true)]
 pub struct Cli {
     /// Print only errors, warnings and requested output; no progress bar
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, help_heading = GLOBAL)]
     pub quiet: bool,
     /// Print to stderr why ramsnap does what it does: the I/O engine and why no faster one, holes
-    /// that are not trusted, files that were swept; -vv prints more. RAMSNAP_LOG overrides it
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    /// that are not trusted, files that were swept; -vv prints more, such as each file that is staged.
+    /// RAMSNAP_LOG overrides it
+    #[arg(short, long, global = true, help_heading = GLOBAL, action = ArgAction::Count)]
     pub verbose: u8,
     /// Whether output has colors
-    #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "WHEN", default_value = "auto")]
     pub color: Color,
+    /// Print help (-h prints a summary)
+    #[arg(short, long, global = true, help_heading = GLOBAL, action = ArgAction::Help)]
+    help: Option<bool>,
+    /// Print the version (-V prints one line)
+    #[arg(short = 'V', long, help_heading = GLOBAL, action = ArgAction::Version)]
+    version: Option<bool>,
     #[command(subcommand)]
     pub verb: Verb,
 }
+
+/// The heading of the options of all verbs.
+const GLOBAL: &str = "Global options";
 
 #[derive(Debug, Subcommand)]
 pub enum Verb {
@@ -136,8 +147,8 @@ impl Verb {
             Self::Restore(restore) => restore.find_chain(),
             #[cfg(target_os = "linux")]
             Self::Serve(serve) => serve.find_chain(),
+            Self::Metadata(metadata) => metadata.find_chain(),
             Self::List(_)
-            | Self::Metadata(_)
             | Self::Dump(_)
             | Self::Compact(_)
             | Self::Convert(_)

@@ -1,5 +1,8 @@
 //! Prints the events of the libraries to stderr, if requested.
 
+mod plain;
+
+use std::ffi::OsString;
 use std::io::{self, Write};
 
 use console::colors_enabled_stderr;
@@ -17,17 +20,26 @@ pub fn start(verbose: u8) -> Result<bool, Failure> {
     let Some(filter) = filter(verbose)? else {
         return Ok(false);
     };
-    let set = tracing_subscriber::fmt()
+    let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(colors_enabled_stderr())
-        .with_writer(Line::default)
-        .try_init();
+        .with_writer(Line::default);
+    // The variable names modules, so its lines have them too.
+    let set = match variable().is_some() {
+        true => lines.try_init(),
+        false => lines.event_format(plain::Plain).try_init(),
+    };
     Ok(set.is_ok())
+}
+
+/// Returns the value of the variable, unless it is empty.
+fn variable() -> Option<OsString> {
+    std::env::var_os(VARIABLE).filter(|value| !value.is_empty())
 }
 
 /// Returns the events to print, or `None` if none was requested.
 fn filter(verbose: u8) -> Result<Option<EnvFilter>, Failure> {
-    let directives = match std::env::var_os(VARIABLE).filter(|value| !value.is_empty()) {
+    let directives = match variable() {
         Some(value) => value.into_string().map_err(|value| Failure::EventFilter {
             value: value.to_string_lossy().into_owned(),
         })?,

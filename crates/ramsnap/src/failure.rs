@@ -61,7 +61,7 @@ pub enum Failure {
         "{path:?} has more than 16 MiB: metadata is kept in memory, so store it in a file beside the image"
     )]
     TooMuchMetadata { path: PathBuf },
-    #[error("the regions overlap, or don't ascend: give them by ascending address and apart")]
+    #[error("the regions overlap, or do not ascend: give them by ascending address and apart")]
     RegionsOverlap,
     #[error(
         "a region starts at {start:#x}, which is not a multiple of the page size, 4 KiB: give its first address"
@@ -106,9 +106,35 @@ pub enum Failure {
         "{path:?} exists, and a snapshot directory replaces nothing: name another one, or remove it"
     )]
     DirectoryExists { path: PathBuf },
+    #[error("{path:?} is not a directory: name a directory")]
+    NotADirectory { path: PathBuf },
+    #[error(
+        "{path:?} does not exist, and {prefix:?} is not a format that is read, which are {formats}: name one of \
+         these, or if this is the name of a file, its directory too (./{prefix}:FILE)"
+    )]
+    UnknownFormat {
+        path: PathBuf,
+        prefix: String,
+        formats: String,
+    },
+    #[error(
+        "{path:?} names a LiME file, which is only written, by `ramsnap convert --to lime`, and never read: name a file \
+         of a format that is read, which are {formats}"
+    )]
+    LimeIsWritten { path: PathBuf, formats: String },
+    #[error(
+        "{path:?} names a memory file of Firecracker, which is raw: name it as raw:FILE, and add --guest firecracker to \
+         `ramsnap convert` for its addresses; the formats that are read are {formats}"
+    )]
+    FirecrackerIsRaw { path: PathBuf, formats: String },
+    #[error(
+        "--ram-block is for the files of QEMU and libvirt, and {path:?} is not named as one: name it as qemu:FILE or \
+         libvirt:FILE, or leave out --ram-block"
+    )]
+    NoRamBlocks { path: PathBuf },
     #[error(
         "{path:?} is not RAM: {size} bytes are not a whole number of pages; \
-         if it is a sealed or packed image, use `ramsnap convert`"
+         if it is a sealed or packed image, or a file of another VMM, use `ramsnap convert`"
     )]
     RamIsImage { path: PathBuf, size: u64 },
     #[error(

@@ -3,11 +3,12 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use image_format::{Footer, ImageId};
 use memory_image::{Chain, ChainError, Image, NotFullError, ReadAmbiguity, VerifyError};
 use sparse_file::FileIdentity;
 
 use crate::args::{Format, Formats, ImageFile, RawImages};
-use crate::failure::Failure;
+use crate::failure::{Failure, ImagesFailure};
 use crate::session::Session;
 use crate::{print, words};
 
@@ -68,6 +69,8 @@ pub fn put_together(
             ));
         }
     };
+    let id = |image: &Image| Some((image.id()?, image.path().to_owned()));
+    let ids: Vec<_> = images.iter().filter_map(id).collect();
     let mut images = images.into_iter();
     let first = images.next().ok_or(ChainError::NoImages)?;
     let by_holes = |image: &Image| image.footer().is_none() && raw.trust_holes;
@@ -82,6 +85,7 @@ pub fn put_together(
         false => Chain::from_image(first, page_size)?,
     };
     for image in images {
+        check_order(&chain, &image, &ids)?;
         if by_holes(&image) {
             let ambiguity = chain.push_trusting_holes(image.path())?;
             warn(image.path(), ambiguity);
@@ -90,6 +94,25 @@ pub fn put_together(
         }
     }
     Ok(chain)
+}
+
+/// Refuses a diff that is named before the image that it was taken after, one of `ids`.
+fn check_order(
+    chain: &Chain,
+    image: &Image,
+    ids: &[(ImageId, PathBuf)],
+) -> Result<(), ImagesFailure> {
+    let Some(parent) = image.footer().and_then(Footer::parent) else {
+        return Ok(());
+    };
+    let named = ids.iter().find(|(id, _)| *id == parent);
+    match named.filter(|_| chain.ids().all(|id| id != parent)) {
+        Some((_, after)) => Err(ImagesFailure::OutOfOrder {
+            path: image.path().to_owned(),
+            after: after.clone(),
+        }),
+        None => Ok(()),
+    }
 }
 
 /// Returns the guest-physical addresses of the RAM. Raw images do not record them.

@@ -1,11 +1,14 @@
 //! The exit status of a failure, by its causes.
 
+use std::io;
+
 use image_format::FooterError;
 use memory_image::{
-    ChainError, CompareError, MergeError, NotFullError, OpenImageError, ReadImageError,
+    ChainError, CompareError, LinkError, MergeError, NotFullError, OpenImageError, ReadImageError,
     RestoreError, VerifyError,
 };
 use memory_writer::{OpenError, RamError, SnapshotError};
+use nix::errno::Errno;
 
 use crate::exit_status::ExitStatus;
 use crate::failure::{Failure, ImagesFailure};
@@ -29,14 +32,15 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     if is_cancellation(cause) {
         return Some(interrupt::exit_status());
     }
+    // The full image is not on the command line.
     if cause.is::<NotFullError>() {
-        return Some(ExitStatus::CheckFailed);
+        return Some(ExitStatus::Usage);
     }
     if let Some(ReadImageError::NotInDiffs { .. }) = cause.downcast_ref() {
-        return Some(ExitStatus::CheckFailed);
+        return Some(ExitStatus::Usage);
     }
     if let Some(MergeError::NotFull(_)) = cause.downcast_ref() {
-        return Some(ExitStatus::CheckFailed);
+        return Some(ExitStatus::Usage);
     }
     if let Some(error) = cause.downcast_ref() {
         return of_opening(error);
@@ -47,7 +51,16 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     if let Some(SnapshotError::ReplacesParent { .. }) = cause.downcast_ref() {
         return Some(ExitStatus::Usage);
     }
-    if let Some(OpenError::MagicLink { .. }) = cause.downcast_ref() {
+    if let Some(
+        OpenError::MagicLink { .. }
+        | OpenError::NotAFile { .. }
+        | OpenError::NoFileName { .. }
+        | OpenError::ReservedName { .. },
+    ) = cause.downcast_ref()
+    {
+        return Some(ExitStatus::Usage);
+    }
+    if is_wrong_kind(cause) {
         return Some(ExitStatus::Usage);
     }
     #[cfg(target_os = "linux")]
@@ -59,6 +72,13 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     }
     if let Some(error) = cause.downcast_ref() {
         return match error {
+            // Not of the system: the file is a directory or a device.
+            vmm_files::OpenError::Io { source, .. }
+                if source.kind() == io::ErrorKind::InvalidInput
+                    && source.raw_os_error().is_none() =>
+            {
+                Some(ExitStatus::Usage)
+            }
             vmm_files::OpenError::Io { .. } => None,
             _ => Some(ExitStatus::CheckFailed),
         };
@@ -73,12 +93,18 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
             Some(ExitStatus::Usage)
         }
         ChainError::PageSizeDiffers { .. } => Some(ExitStatus::Usage),
+        // Of the command line: the full image is missing, or the order is another.
+        ChainError::NotFull(_) => Some(ExitStatus::Usage),
+        ChainError::Link { why, .. } => Some(match why {
+            LinkError::Repeated | LinkError::Full | LinkError::Reordered { .. } => {
+                ExitStatus::Usage
+            }
+            _ => ExitStatus::CheckFailed,
+        }),
         // Properties of an image.
-        ChainError::NotFull(_)
-        | ChainError::NotWholePages { .. }
+        ChainError::NotWholePages { .. }
         | ChainError::SizeDiffers { .. }
         | ChainError::RegionsDiffer { .. }
-        | ChainError::Link { .. }
         | ChainError::AmbiguousDiff { .. } => Some(ExitStatus::CheckFailed),
         _ => None,
     }
@@ -96,6 +122,18 @@ fn is_cancellation(cause: &(dyn std::error::Error + 'static)) -> bool {
         || matches!(cause.downcast_ref(), Some(VerifyError::Cancelled))
 }
 
+/// Returns whether a file is named where a directory must be, or the reverse.
+fn is_wrong_kind(cause: &(dyn std::error::Error + 'static)) -> bool {
+    if let Some(errno) = cause.downcast_ref() {
+        return matches!(errno, Errno::ENOTDIR | Errno::EISDIR);
+    }
+    let kind = cause.downcast_ref().map(io::Error::kind);
+    matches!(
+        kind,
+        Some(io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory)
+    )
+}
+
 /// Returns the exit status for sizes of RAM and pages that no image can have.
 fn of_sizes(error: &RamError) -> ExitStatus {
     match error {
@@ -108,6 +146,9 @@ fn of_sizes(error: &RamError) -> ExitStatus {
 /// Returns the exit status for an image that cannot be opened.
 fn of_opening(error: &OpenImageError) -> Option<ExitStatus> {
     match error {
+        OpenImageError::NotAFile { .. } | OpenImageError::NotSeekable { .. } => {
+            Some(ExitStatus::Usage)
+        }
         OpenImageError::Empty { .. } | OpenImageError::NotRaw { .. } => {
             Some(ExitStatus::CheckFailed)
         }

@@ -43,6 +43,7 @@ mod zeros;
 
 use std::process::ExitCode;
 
+use clap::error::ContextKind;
 use clap::{CommandFactory, FromArgMatches};
 
 use crate::cli::Cli;
@@ -55,7 +56,9 @@ fn run() -> anyhow::Result<ExitStatus> {
     let parsed = command.try_get_matches();
     let mut cli = match parsed.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
-        Err(other) => {
+        Err(mut other) => {
+            // "to pass '-x' as a value, use '-- -x'": no option is meant as the name of a file.
+            other.remove(ContextKind::Suggested);
             // The help and the version, or else wrong usage, whose message goes to stderr.
             if !other.use_stderr() {
                 print::check_stdout()?;

@@ -78,6 +78,7 @@ impl ProcessRam {
         let regions = find_all(named, &maps)?;
         check_apart(named, &regions)?;
         warn_of_largest(pid, named, &regions);
+        warn_of_several(&maps, named, &regions);
         let mut ram = Self {
             pid,
             memory: open(pid, &regions)?,
@@ -244,6 +245,45 @@ fn warn_of_largest(pid: u32, named: &[Region], regions: &[Range<u64>]) {
                  a part of this, give the ADDRESS:SIZE of the part"
             ));
         }
+    }
+}
+
+/// Warns of a range that spans several mappings: the kernel puts those of different files side by
+/// side, so a size that is too large takes bytes of the next one. Parts of one mapping that the
+/// kernel has split are no surprise.
+fn warn_of_several(maps: &ProcessMaps, named: &[Region], regions: &[Range<u64>]) {
+    for (named, range) in named.iter().zip(regions) {
+        let is_one = maps
+            .around(range.start)
+            .is_some_and(|whole| whole.end >= range.end);
+        if !matches!(named, Region::Range(_)) || is_one {
+            continue;
+        }
+        let mapped: Vec<_> = regions_in(maps, range).collect();
+        let line = |region: &&ProcessRegion| {
+            let (start, end) = (region.addresses.start, region.addresses.end);
+            let name = match region.name.is_empty() {
+                true => "no file".to_owned(),
+                false => printable(&region.name),
+            };
+            format!("{start:#x}..{end:#x} ({name})")
+        };
+        let more = match mapped.len().saturating_sub(PROPOSED) {
+            0 => String::new(),
+            more => format!(", and {more} more"),
+        };
+        if mapped.len() < 2 {
+            // A part of one mapping, or the error says that nothing is mapped there.
+            continue;
+        }
+        let listed: Vec<_> = mapped.iter().take(PROPOSED).map(line).collect();
+        stderr::line(&format!(
+            "warning: --region {named} spans {} mappings of process {}: {}{more}; if the RAM is in one of them, \
+             give its addresses",
+            mapped.len(),
+            maps.pid(),
+            listed.join(", ")
+        ));
     }
 }
 

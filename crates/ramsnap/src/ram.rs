@@ -1,5 +1,7 @@
 //! The RAM of a guest, as the source of a snapshot.
 
+mod contents;
+
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -121,8 +123,8 @@ pub struct RamFile {
 }
 
 impl RamFile {
-    /// Opens the file. The contents are written by the guest and are not examined. Only the size
-    /// can show that the file is not RAM.
+    /// Opens the file. The guest writes its contents, so they decide nothing: only the size can
+    /// show that the file is not RAM. A warning is printed if it looks like another file.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         // O_NONBLOCK: opening a FIFO must not wait for its writer.
         let file = File::options()
@@ -147,6 +149,7 @@ impl RamFile {
         ram_lock::check_not_restored(&file, &format!("{path:?}"))?;
         let ram = Self { path, file, size };
         ram.check_filled(true)?;
+        contents::warn_if_known(&ram.path, &ram.file);
         Ok(ram)
     }
 

@@ -120,7 +120,7 @@ pub fn preserve() -> Preserve {
 /// Warns of the attributes of a replaced file that could not be kept.
 pub fn warn_of_lost(session: &Session, path: &Path, lost: &[NotPreserved]) {
     for lost in lost {
-        session.warn(&format!("{path:?}: {lost}: {}", lost.source));
+        session.warn(&format!("{path:?}: {lost}"));
     }
 }
 
@@ -216,7 +216,7 @@ pub fn put_image_in_place(
     put_in_place(session, staged, || {
         let described = describe(&path, written, raw);
         let text =
-            described.with_context(|| format!("{path:?} is in place, but can't be described"))?;
+            described.with_context(|| format!("{path:?} is in place, but cannot be described"))?;
         Ok(session.report(&text)?)
     })
 }

@@ -19,8 +19,14 @@ pub fn text(error: &anyhow::Error) -> String {
     let causes = error
         .chain()
         .map(|cause| own_words(cause).unwrap_or_else(|| without_reason(cause)));
+    // A compressed image has a reason of its own.
+    let compressed = error.chain().find_map(of_compressed);
+    let before = error
+        .chain()
+        .take_while(|cause| of_compressed(*cause).is_none())
+        .count();
     // An I/O error that only wraps another error has the same text.
-    let mut causes: Vec<_> = causes.collect();
+    let mut causes: Vec<_> = causes.take(before).chain(compressed).collect();
     causes.dedup();
     causes.join(": ")
 }
@@ -35,12 +41,35 @@ fn without_reason(cause: &(dyn std::error::Error + 'static)) -> String {
     }
 }
 
-/// Prints to stderr what failed, and what to do about it.
+/// Prints to stderr what failed, and what to do about it, as one sentence.
 pub fn print_error(error: &anyhow::Error) {
-    stderr::line(&format!("error: {}", text(error)));
-    if let Some(advice) = advice(error) {
-        stderr::line(&format!("with ramsnap: {advice}"));
-    }
+    let text = text(error);
+    stderr::line(&match advice(error) {
+        Some(advice) => format!("error: {text}; {advice}"),
+        None => format!("error: {text}"),
+    });
+}
+
+/// Returns the message for an image that is compressed.
+fn of_compressed(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let Some(OpenImageError::Footer {
+        path,
+        source: FooterError::NotSealed,
+    }) = cause
+        .downcast_ref()
+        .or_else(|| match cause.downcast_ref()? {
+            ChainError::Open(error) => Some(error),
+            _ => None,
+        })
+    else {
+        return None;
+    };
+    stream::is_compressed(path).then(|| {
+        format!(
+            "{path:?} is named as a compressed image, which only `ramsnap convert` reads: decompress it first, by \
+             `ramsnap convert FILE.zst -o FILE`"
+        )
+    })
 }
 
 /// Returns the message that replaces that of an error that names a part of a library.
@@ -57,8 +86,8 @@ fn own_words(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
     if let Some(error) = cause.downcast_ref() {
         return of_chain(error);
     }
-    if let Some(LinkError::NoParent) = cause.downcast_ref() {
-        return Some("it names no parent".to_owned());
+    if let Some(why) = cause.downcast_ref() {
+        return of_link(why);
     }
     match cause.downcast_ref()? {
         FooterError::Version { version } => Some(format!(
@@ -105,8 +134,31 @@ fn of_snapshot(error: &SnapshotError) -> Option<String> {
     }
 }
 
+fn of_link(why: &LinkError) -> Option<String> {
+    Some(match why {
+        LinkError::NoParent => "it names no parent".to_owned(),
+        LinkError::Repeated => "it is named twice: name each image once".to_owned(),
+        LinkError::Full => {
+            "it is a full image: name it first, and its diffs after it, oldest first".to_owned()
+        }
+        LinkError::Reordered { parent } => format!(
+            "it was taken after {parent:?}: name the images of one branch, in the order in which they were taken"
+        ),
+        LinkError::Missing { parent, newest } => format!(
+            "it was taken after the image {parent}, which is not in the chain, and the one before it is {newest}: name \
+             the image {parent} too, which `ramsnap list` finds, unless it was replaced since"
+        ),
+        _ => return None,
+    })
+}
+
 fn of_chain(error: &ChainError) -> Option<String> {
     match error {
+        ChainError::Link {
+            path,
+            newest,
+            why: LinkError::Full | LinkError::Repeated,
+        } => Some(format!("{path:?} cannot follow {newest:?}")),
         ChainError::AmbiguousDiff { path, .. } => {
             Some(format!("cannot tell which pages the diff {path:?} holds"))
         }
@@ -157,9 +209,7 @@ pub fn advice(error: &anyhow::Error) -> Option<&'static str> {
         }
         if let Some(OpenImageError::Footer { path, source }) = cause.downcast_ref() {
             return match source {
-                FooterError::NotSealed if stream::is_compressed(path) => {
-                    Some("decompress it by `ramsnap convert FILE.zst -o FILE`")
-                }
+                FooterError::NotSealed if stream::is_compressed(path) => None,
                 FooterError::NotSealed
                 | FooterError::Truncated { .. }
                 | FooterError::Trailing { .. } => {

@@ -14,7 +14,7 @@ use test_machine::needs;
 fn an_output_that_is_a_dangling_link_is_explained() {
     let work = Work::with_chain();
     std::os::unix::fs::symlink("away", work.path("link")).unwrap();
-    let says = ["link", "away", "with ramsnap: name the file"];
+    let says = ["link", "away", "; name the file"];
     work.run("dump ram --force -o link").fails(3, &says);
 }
 

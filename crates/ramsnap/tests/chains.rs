@@ -199,7 +199,7 @@ fn bytes_are_those_of_the_newest_image() {
     }
     // A diff alone does not have the other pages.
     work.run("cat d1.mem --at 0")
-        .fails(1, &["d1.mem", "the full image"]);
+        .fails(2, &["d1.mem", "the full image"]);
     // More than one piece.
     let all = work
         .command("cat full.mem --at 0 --len 8MiB --bytes")
@@ -320,4 +320,20 @@ fn damage_is_no_difference_of_two_states() {
     work.rot("d1.mem", 5000);
     let compacted = work.run("compact . --keep 1");
     assert_eq!((compacted.code, &*compacted.out), (Some(1), ""));
+}
+
+#[test]
+fn metadata_is_found_in_a_directory() {
+    let work = Work::with_chain();
+    fs::write(work.path("vcpus"), "registers").unwrap();
+    fs::create_dir(work.path("dir")).unwrap();
+    work.good("diff full.mem d1.mem d2.mem --ram first -o dir/d3.mem --metadata vcpus");
+    // The images below are elsewhere.
+    work.good("metadata --chain dir d3.mem -o by-name");
+    let id = work.good("info dir/d3.mem --json").json()[0]["id"].clone();
+    let id = id.as_str().unwrap();
+    work.good(&format!("metadata --chain dir {id} -o by-id"));
+    work.assert_same("by-name", "vcpus");
+    work.assert_same("by-id", "vcpus");
+    work.fails("metadata --chain dir none -o out", 3, &["none"]);
 }

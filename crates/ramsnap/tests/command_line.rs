@@ -294,3 +294,64 @@ fn sizes_may_be_hexadecimal() {
     assert_eq!(info[0]["page_bytes"], 4 * PAGE);
     assert_eq!(info[0]["ram_bytes"], RAM);
 }
+
+#[rstest]
+#[case::option("info -x")]
+#[case::long_option("info full.mem --explode")]
+#[case::negative_address("cat full.mem --at -5")]
+fn no_option_is_proposed_as_the_name_of_a_file(#[case] command: &str) {
+    let error = Work::with_chain().fails(command, 2, &["unexpected argument"]);
+    assert!(!error.err.contains("as a value"), "{error:?}");
+}
+
+#[rstest]
+#[case::order("merge full.mem d2.mem d1.mem -o out", &["d1.mem", "oldest first"])]
+#[case::full_last("commit d1.mem full.mem", &["\"full.mem\" cannot follow \"d1.mem\"", "name it first"])]
+#[case::missing("commit full.mem d2.mem", &["does not follow \"full.mem\"", "name the image"])]
+#[case::rebased_last("rebase d1.mem full.mem --onto full.mem", &["full.mem", "the diff last"])]
+#[case::compacted("compact full.mem --keep 1", &["\"full.mem\"", "Not a directory"])]
+#[case::compared("compare full.mem d1.mem", &["d1.mem", "--to"])]
+#[case::not_an_image("merge ram d1.mem -o out", &["\"ram\"", "give a raw image as raw:FILE"])]
+fn an_error_is_one_line_with_file_and_remedy(#[case] command: &str, #[case] says: &[&str]) {
+    let work = Work::with_chain();
+    let error = work.run(command);
+    assert!(
+        error.code.is_some_and(|code| code == 1 || code == 2),
+        "{error:?}"
+    );
+    assert!(
+        says.iter().all(|word| error.err.contains(word)),
+        "{error:?}"
+    );
+    assert_eq!(error.err.lines().count(), 1, "{error:?}");
+    assert!(error.err.starts_with("error: "), "{error:?}");
+}
+
+#[test]
+fn options_of_all_verbs_have_one_heading() {
+    let work = Work::empty();
+    let help = work.good("--help").out;
+    let (_, commands) = help.split_once("Commands:\n").unwrap();
+    let (commands, _) = commands.split_once("\n\n").unwrap();
+    let verbs = commands.lines().filter_map(|line| {
+        let name = line.strip_prefix("  ")?.split(' ').next()?;
+        (!name.is_empty() && name != "help").then(|| format!("{name} -h"))
+    });
+    for command in verbs.chain(["-h".to_owned()]) {
+        let help = work.good(&command).out;
+        let (before, after) = help.split_once("Global options:\n").expect(&command);
+        for option in ["-q, --quiet", "-v, --verbose", "--color", "-h, --help"] {
+            assert!(!before.contains(option), "{option}: {help}");
+            assert!(after.contains(option), "{option}: {help}");
+        }
+    }
+}
+
+#[test]
+fn help_and_messages_have_no_contractions() {
+    let work = Work::empty();
+    for verb in ["restore", "serve", "verify", "merge", "diff", "convert"] {
+        let help = work.good(&format!("{verb} --help")).out;
+        assert!(!help.contains("n't "), "{help}");
+    }
+}

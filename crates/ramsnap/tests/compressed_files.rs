@@ -26,7 +26,25 @@ fn a_file_is_compressed_and_read_by_its_name() {
         &["one of the inputs"],
     );
     work.fails("convert full.mem -o x.zst --layout raw", 2, &["packed"]);
-    work.fails("verify ram.zst", 1, &[]);
+    let verified = work.run("verify ram.zst");
+    assert_eq!(verified.code, Some(1), "{verified:?}");
+    assert!(
+        verified.out.contains("ramsnap convert FILE.zst"),
+        "{verified:?}"
+    );
+    for verb in [
+        "info",
+        "map",
+        "metadata",
+        "cat --at 0",
+        "merge -o out",
+        "compare full.mem",
+    ] {
+        let error = work.run(&format!("{verb} ram.zst"));
+        let error = error.fails(1, &["ram.zst", "which only `ramsnap convert` reads"]);
+        assert_eq!(error.err.lines().count(), 1, "{error:?}");
+        assert!(!error.err.contains("neither sealed"), "{error:?}");
+    }
     work.fails(
         "restore ram.zst -o out",
         1,

@@ -35,7 +35,7 @@ fn a_merge_in_place_does_not_undo_another_writer() {
         "full.mem",
         "not replaced",
         "another writer",
-        "with ramsnap: nothing was replaced",
+        "; nothing was replaced",
     ] {
         assert!(error.contains(words), "no {words} in {error}");
     }

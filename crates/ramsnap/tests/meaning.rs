@@ -157,7 +157,7 @@ fn a_diff_back_to_an_older_state_follows_the_newer_one() {
     work.good("merge full.mem d1.mem d2.mem back.mem -o merged.mem");
     work.good("diff merged.mem --ram second");
     let error = work.run("restore full.mem d1.mem d1.mem -o twice");
-    error.fails(1, &["already in the chain"]);
+    error.fails(2, &["named twice"]);
 }
 
 #[test]

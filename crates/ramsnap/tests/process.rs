@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use support::vmm::{FILE, PROTECTED, SPLIT, Vmm};
+use support::vmm::{BESIDE, FILE, PROTECTED, SPLIT, Vmm};
 use support::{Ended, PAGE, RAM, Work};
 use test_machine::{FileSystem, LoopMount, Overlay, TinyTmpfs, needs};
 
@@ -52,6 +52,25 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
         "dump --pid {pid} --region guest-ram --live -o live.mem"
     ));
     work.good("diff live.mem --ram ram");
+}
+
+#[test]
+fn a_range_over_several_mappings_is_warned_of() {
+    needs!(Ptrace);
+    let work = Work::with_ram();
+    let vmm = Vmm::set_up(&work, "ram", |command| drop(command.env(BESIDE, "")));
+    let (pid, address) = (vmm.pid(), &vmm.address);
+    let middle = end_of(address);
+    let dump = |size| format!("dump --pid {pid} --region {address}:{size} --live -o out --force");
+    let dumped = work.good(&dump("12MiB"));
+    dumped.warns(&[
+        "spans 2 mappings",
+        &format!("{address}..{middle:#x} (/memfd:guest-ram"),
+        &format!("{middle:#x}..{:#x} (/memfd:another-file", middle + RAM),
+    ]);
+    assert_eq!(dumped.err.lines().count(), 1, "{dumped:?}");
+    assert_eq!(work.good(&dump("8MiB")).err, "");
+    assert_eq!(work.good(&dump("4MiB")).err, "");
 }
 
 fn end_of(address: &str) -> u64 {

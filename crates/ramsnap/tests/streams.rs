@@ -170,7 +170,7 @@ fn no_name_in_the_temporary_directory_blocks_a_stream() {
 #[case::a_parent("-o out --raw-diff --parent full.mem", 2, &["leave out --raw-diff"])]
 #[case::a_format("-o out --format raw", 2, &["any format but packed"])]
 #[case::no_directory("-o none/out", 3, &["none"])]
-#[case::a_directory("-o dir --force", 3, &["dir"])]
+#[case::a_directory("-o dir --force", 2, &["dir"])]
 #[case::a_dangling_link("-o link --force", 3, &["link"])]
 #[case::a_file_that_exists("-o ram", 2, &["ram", "--force"])]
 fn errors_known_in_advance_precede_reading_the_stream(

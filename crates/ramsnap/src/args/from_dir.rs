@@ -33,4 +33,13 @@ impl FromDir {
         *files = chain.into_iter().map(ImageFile::at).collect();
         Ok(())
     }
+
+    /// Replaces `file` by the image that it names in the directory. The images that this builds on
+    /// may be elsewhere. Does nothing without the option.
+    pub fn find_newest(&self, file: &mut ImageFile) -> anyhow::Result<()> {
+        if let Some(dir) = &self.chain {
+            *file = ImageFile::at(Catalog::of(dir)?.newest(&file.path)?);
+        }
+        Ok(())
+    }
 }

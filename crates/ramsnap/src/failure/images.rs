@@ -30,6 +30,22 @@ pub enum ImagesFailure {
     },
     #[error("there is nothing to merge: name the full image and the diffs to commit to it")]
     NothingToCommit,
+    #[error(
+        "{path:?} was taken after {after:?}, which is not named before it: name the images in the order in which they were \
+         taken, oldest first"
+    )]
+    OutOfOrder { path: PathBuf, after: PathBuf },
+    #[error("name the other state: an image after those of the first state, or --to")]
+    NoOtherState,
+    #[error(
+        "{path:?} is a diff, and alone it is not the other state: name all images of that state by --to, oldest first"
+    )]
+    OtherIsDiff { path: PathBuf },
+    #[error(
+        "the last file {path:?} is the diff to change, and --onto names it too: name the new parent by --onto, and the \
+         diff last"
+    )]
+    OntoTheDiff { path: PathBuf },
     #[error("the last file {path:?} is not a sealed or packed diff: only such a diff is rebased")]
     NotADiff { path: PathBuf },
     #[error("the images to rebase onto build on the diff itself, {id}: name images that do not")]
@@ -84,6 +100,10 @@ impl ImagesFailure {
             | Self::RawNewest { .. }
             | Self::NotRamAddress { .. }
             | Self::NothingToCommit
+            | Self::OutOfOrder { .. }
+            | Self::NoOtherState
+            | Self::OtherIsDiff { .. }
+            | Self::OntoTheDiff { .. }
             | Self::NotADiff { .. }
             | Self::NeededByOther { .. }
             | Self::MayFollowRaw { .. }

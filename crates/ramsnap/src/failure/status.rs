@@ -47,7 +47,13 @@ impl Failure {
             | Self::AddressesUnknown { .. }
             | Self::NoElfMachine
             | Self::NotOfFirecracker { .. }
-            | Self::DirectoryExists { .. } => ExitStatus::Usage,
+            | Self::DirectoryExists { .. }
+            | Self::NotADirectory { .. }
+            | Self::UnknownFormat { .. }
+            | Self::LimeIsWritten { .. }
+            | Self::FirecrackerIsRaw { .. }
+            | Self::NoRamBlocks { .. }
+            | Self::NotRam { .. } => ExitStatus::Usage,
             Self::OtherGuest { .. }
             | Self::OtherRegions { .. }
             | Self::Damaged { .. }
@@ -59,7 +65,6 @@ impl Failure {
             | Self::StreamCut { .. } => ExitStatus::CheckFailed,
             Self::NoStdout
             | Self::NoStdin
-            | Self::NotRam { .. }
             | Self::NoBytes { .. }
             | Self::RamResized { .. }
             | Self::NoRoom { .. }

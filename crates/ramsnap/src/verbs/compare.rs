@@ -5,12 +5,12 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use memory_image::{Chain, compare};
+use memory_image::{Chain, NotFullError, compare};
 use serde::Serialize;
 
 use crate::args::{Formats, FromDir, ImageFile, RawImages};
 use crate::exit_status::ExitStatus;
-use crate::failure::Failure;
+use crate::failure::{Failure, ImagesFailure};
 use crate::input;
 use crate::numbers::text_of;
 use crate::print::{self, count, size};
@@ -93,12 +93,13 @@ impl Compare {
 
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let (one, other) = match &self.to[..] {
-            [] if self.files.len() < 2 => return Err(Failure::NoNewState.into()),
+            [] if self.files.len() < 2 => return Err(ImagesFailure::NoOtherState.into()),
             [] => self.files.split_at(self.files.len() - 1),
             to => (&self.files[..], to),
         };
         let one = input::full_chain(session, one, self.formats, &self.raw)?;
-        let other = input::full_chain(session, other, self.formats, &self.raw)?;
+        let other = input::full_chain(session, other, self.formats, &self.raw)
+            .map_err(|error| self.with_to(error))?;
         if !self.no_verify {
             // Damage is not a difference of the guests.
             let beside = other
@@ -113,6 +114,17 @@ impl Compare {
             print::line(&self.text(&found))?;
         }
         Ok(ExitStatus::of_check(found.same))
+    }
+
+    /// Returns the error of the other state, which without --to is one file.
+    fn with_to(&self, error: anyhow::Error) -> anyhow::Error {
+        match self.files.last() {
+            Some(last) if self.to.is_empty() && error.is::<NotFullError>() => {
+                let path = last.path.clone();
+                ImagesFailure::OtherIsDiff { path }.into()
+            }
+            _ => error,
+        }
     }
 
     fn text(&self, found: &Differences) -> String {
@@ -161,7 +173,7 @@ fn differences(session: &Session, one: &Chain, other: &Chain) -> anyhow::Result<
     let page_bytes = one.writable_page_size().min(other.writable_page_size());
     let progress = &mut session.progress("comparing");
     let compared = compare(one, other, old, page_bytes, progress);
-    let changed = compared.context("the two states can't be compared")?;
+    let changed = compared.context("the two states cannot be compared")?;
     let all = [0..old];
     let regions = regions.into_iter().flatten().find(|it| !it.is_empty());
     let regions = regions.unwrap_or(&all);

@@ -226,6 +226,7 @@ impl Convert {
     }
 
     fn check(&self) -> anyhow::Result<()> {
+        self.check_ram_blocks()?;
         let paths = [&self.input.path, &self.output.path];
         let streams = paths.map(|path| is_compressed(path));
         if paths.iter().any(|path| is_stream(path)) && !self.zstd {

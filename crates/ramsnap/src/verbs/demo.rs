@@ -73,9 +73,9 @@ impl Show<'_> {
         self.good("map full.mem d1.mem d2.mem")?;
         self.good("verify full.mem d1.mem d2.mem")?;
         self.say("In a copy of d1.mem, one bit flips. It is found, and named:")?;
-        rot("d1.mem", "rotten.mem")?;
-        self.bad("verify full.mem rotten.mem d2.mem")?;
-        self.say("Without d1.mem, d2.mem is good for nothing, and says so:")?;
+        rot("d1.mem", "damaged.mem")?;
+        self.bad("verify full.mem damaged.mem d2.mem")?;
+        self.say("Without d1.mem, d2.mem cannot be restored. This is found, too:")?;
         self.bad("verify full.mem d2.mem")?;
         self.say("One full image of all three, and the RAM as it was, for a new guest:")?;
         self.good("merge full.mem d1.mem d2.mem -o merged.mem")?;

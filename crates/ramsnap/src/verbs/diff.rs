@@ -230,7 +230,7 @@ impl Diff {
         let progress = &mut session.progress("comparing");
         let (new, size) = (&new.reader(), old.ram_size());
         let compared = find_difference(old, new, size, page_size, progress);
-        compared.context("the two states can't be compared")
+        compared.context("the two states cannot be compared")
     }
 
     fn tell(&self, found: &Difference) -> anyhow::Result<ExitStatus> {

@@ -31,6 +31,9 @@ impl Man {
     pub fn run(&self, session: &Session, command: Command) -> anyhow::Result<ExitStatus> {
         let dir = &self.dir;
         let failed = || format!("cannot write manual pages to {dir:?}");
+        if dir.exists() && !dir.is_dir() {
+            return Err(Failure::NotADirectory { path: dir.clone() }.into());
+        }
         fs::create_dir_all(dir).with_context(failed)?;
         let pages = pages(command)?;
         for (name, _) in &pages {
@@ -55,6 +58,33 @@ impl Man {
     }
 }
 
+/// Keeps the lines of examples and tables in `page` as they are: roff fills text otherwise.
+fn line_by_line(page: &str) -> String {
+    const EXTRA: &str = ".SH EXTRA\n";
+    let Some((before, after)) = page.split_once(EXTRA) else {
+        return page.to_owned();
+    };
+    let (extra, rest) = match after.find("\n.SH ") {
+        Some(at) => after.split_at(at + 1),
+        None => (after, ""),
+    };
+    let mut text = format!("{before}{EXTRA}");
+    let mut is_filled = true;
+    for line in extra.lines() {
+        let fill = !line.starts_with(' ');
+        if fill != is_filled {
+            text += if fill { ".fi\n" } else { ".nf\n" };
+            is_filled = fill;
+        }
+        text += line;
+        text.push('\n');
+    }
+    if !is_filled {
+        text += ".fi\n";
+    }
+    text + rest
+}
+
 /// Returns the pages by name: one for the tool and one for each verb.
 fn pages(command: Command) -> anyhow::Result<Vec<(OsString, Vec<u8>)>> {
     let making = "cannot make the manual pages";
@@ -62,7 +92,8 @@ fn pages(command: Command) -> anyhow::Result<Vec<(OsString, Vec<u8>)>> {
     clap_mangen::generate_to(command, dir.path()).context(making)?;
     let read = |entry: io::Result<DirEntry>| {
         let entry = entry?;
-        Ok((entry.file_name(), fs::read(entry.path())?))
+        let text = line_by_line(&fs::read_to_string(entry.path())?);
+        Ok((entry.file_name(), text.into_bytes()))
     };
     let pages = fs::read_dir(dir.path()).context(making)?.map(read);
     let mut pages: Vec<_> = pages.collect::<io::Result<_>>().context(making)?;

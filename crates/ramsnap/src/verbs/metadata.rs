@@ -8,7 +8,7 @@ use atomic_file::AtomicWriter;
 use clap::Args;
 use memory_image::Image;
 
-use crate::args::{Formats, ImageFile};
+use crate::args::{Formats, FromDir, ImageFile};
 use crate::exit_status::ExitStatus;
 use crate::failure::{Failure, ImagesFailure};
 use crate::print::{self, size};
@@ -23,11 +23,14 @@ use crate::{input, memory_reserve, save, stream};
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap metadata d2.mem -o vcpus.bin\n  \
+    ramsnap metadata --chain snapshots d2.mem -o vcpus.bin\n  \
     ramsnap metadata d2.mem | xxd | head")]
 pub struct Metadata {
     /// The image
     #[arg(value_name = "FILE", value_parser = ImageFile::parser())]
     file: ImageFile,
+    #[command(flatten)]
+    from: FromDir,
     #[command(flatten)]
     formats: Formats,
     /// The file to write; it appears when it is complete
@@ -43,6 +46,11 @@ impl Metadata {
     pub fn files(&self) -> Vec<PathBuf> {
         let output = self.output.iter().cloned();
         [self.file.path.clone()].into_iter().chain(output).collect()
+    }
+
+    /// Finds the image in the directory.
+    pub fn find_chain(&mut self) -> anyhow::Result<()> {
+        self.from.find_newest(&mut self.file)
     }
 
     /// Returns whether the bytes are printed, rather than written to a file.

@@ -65,7 +65,9 @@ impl Rebase {
 
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let path = self.files[self.files.len() - 1].path.clone();
-        save::check_is_no_input(&path, &input::paths(&self.onto))?;
+        if input::is_one_of(&path, &input::paths(&self.onto)) {
+            return Err(ImagesFailure::OntoTheDiff { path }.into());
+        }
         memory_reserve::check_new(&path)?;
         let _lock = ChainLock::take(session, &self.files(), Sharing::Exclusive)?;
         let state = input::full_chain(session, &self.files, self.formats, &self.raw)?;

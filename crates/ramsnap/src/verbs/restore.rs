@@ -77,7 +77,7 @@ pub struct Restore {
     /// Refuse raw images, which have no checksums
     #[arg(long, conflicts_with = "no_verify")]
     verify: bool,
-    /// Don't compare the images with their checksums first
+    /// Do not compare the images with their checksums first
     #[arg(long)]
     no_verify: bool,
     #[command(flatten)]

@@ -120,7 +120,7 @@ pub struct Serve {
     /// A file to write metrics to every 5 seconds, as Prometheus text
     #[arg(long, value_name = "FILE")]
     metrics: Option<PathBuf>,
-    /// Don't compare the images with their checksums
+    /// Do not compare the images with their checksums
     #[arg(long)]
     no_verify: bool,
     #[command(flatten)]

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use memory_image::{Damage, Image, OpenImageError, VerifyReport};
+use memory_image::{ChainError, Damage, Image, OpenImageError, VerifyReport};
 use serde::Serialize;
 
 use crate::args::{Formats, FromDir, ImageFile, RawImages};
 use crate::exit_status::ExitStatus;
+use crate::failure::ImagesFailure;
 use crate::input;
 use crate::print::{self, JsonPath, count, size};
 use crate::session::Session;
@@ -91,7 +92,7 @@ impl Verify {
             return Ok(None);
         }
         if let Some(file) = files.iter().find(|file| !file.has_links(self.allow_raw)) {
-            let why = format!("{} can't be linked", print::path(&file.file));
+            let why = format!("{} cannot be linked", print::path(&file.file));
             return Ok(Some(Links::Unknown { why }));
         }
         let raw = RawImages {
@@ -108,13 +109,20 @@ impl Verify {
                     false => Links::Unnamed { unchecked },
                 }))
             }
-            Err(error) if library_errors::exit_status(&error) == ExitStatus::CheckFailed => {
+            Err(error) if is_broken_link(&error) => {
                 let why = words::text(&error);
                 Ok(Some(Links::Broken { why }))
             }
             Err(error) => Err(error),
         }
     }
+}
+
+/// Returns whether the files are no chain, in any order: this is what is checked.
+fn is_broken_link(error: &anyhow::Error) -> bool {
+    library_errors::exit_status(error) == ExitStatus::CheckFailed
+        || matches!(error.downcast_ref(), Some(ChainError::Link { .. }))
+        || matches!(error.downcast_ref(), Some(ImagesFailure::OutOfOrder { .. }))
 }
 
 #[derive(Debug, Serialize)]

@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, mprotect};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, mprotect};
 use nix::sys::signal::Signal;
 
 use crate::support::{PAGE, RAM, Work};
@@ -26,6 +26,9 @@ pub(crate) const SPLIT: &str = "RAMSNAP_TEST_SPLIT";
 /// Set if all pages but one are protected against writes, as by a VMM that tracks writes.
 pub(crate) const PROTECTED: &str = "RAMSNAP_TEST_PROTECTED";
 
+/// Set if the memory right after the RAM is mapped from another file.
+pub(crate) const BESIDE: &str = "RAMSNAP_TEST_BESIDE";
+
 /// Runs as the other process, if this is one: maps a memfd with the bytes, prints its address, and
 /// waits to be killed. Called by a test named `a_vmm` in each program of tests that starts one.
 pub(crate) fn run_as_vmm() {
@@ -44,8 +47,26 @@ pub(crate) fn run_as_vmm() {
     nix::unistd::ftruncate(&fd, RAM as i64).unwrap();
     let (len, flags) = (NonZeroUsize::new(ram.len()).unwrap(), MapFlags::MAP_SHARED);
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    // SAFETY: a new mapping, where the kernel chooses.
-    let start = unsafe { mmap(None, len, protection, flags, &fd, 0) }.unwrap();
+    let start = match std::env::var_os(BESIDE) {
+        // SAFETY: a new mapping, where the kernel chooses.
+        None => unsafe { mmap(None, len, protection, flags, &fd, 0) }.unwrap(),
+        Some(_) => {
+            let other = memfd_create("another-file", MFdFlags::empty()).unwrap();
+            nix::unistd::ftruncate(&other, RAM as i64).unwrap();
+            let both = NonZeroUsize::new(2 * ram.len()).unwrap();
+            let private = MapFlags::MAP_PRIVATE;
+            // SAFETY: a new mapping, where the kernel chooses.
+            let start = unsafe { mmap_anonymous(None, both, ProtFlags::PROT_NONE, private) };
+            let start = start.unwrap();
+            let fixed = flags | MapFlags::MAP_FIXED;
+            for (number, fd) in [&fd, &other].into_iter().enumerate() {
+                let at = start.as_ptr().addr() + number * ram.len();
+                // SAFETY: replaces a half of the mapping, which nothing uses yet.
+                unsafe { mmap(NonZeroUsize::new(at), len, protection, fixed, fd, 0) }.unwrap();
+            }
+            start
+        }
+    };
     for (number, page) in ram.chunks(PAGE as usize).enumerate() {
         if page.iter().any(|byte| *byte != 0) {
             let to = start.as_ptr().wrapping_byte_add(number * PAGE as usize);

@@ -41,6 +41,20 @@ impl Convert {
         }
     }
 
+    /// Refuses --ram-block for a file that has none.
+    pub(super) fn check_ram_blocks(&self) -> Result<(), Failure> {
+        let has_some = matches!(
+            self.input.format(self.formats.format),
+            Format::Vmm(vmm_files::Format::Qemu | vmm_files::Format::Libvirt)
+        );
+        match has_some || self.vmm.ram_block.is_empty() {
+            true => Ok(()),
+            false => Err(Failure::NoRamBlocks {
+                path: self.input.path.clone(),
+            }),
+        }
+    }
+
     /// Returns the error of a file that is no image, with the format to name if it has one.
     fn with_format_named(&self, error: anyhow::Error) -> anyhow::Error {
         let path = self.input.path.clone();

@@ -82,7 +82,7 @@ impl<'t, 's> Begun<'t, 's> {
         if let Err(why) = emptied {
             let why = words::text(&why);
             return error.context(format!(
-                "{path:?} holds a part of the RAM and can't be emptied ({why}): start no guest with it"
+                "{path:?} holds a part of the RAM and cannot be emptied ({why}): start no guest with it"
             ));
         }
         match self.target.session.check("the output was emptied") {
@@ -101,7 +101,7 @@ impl Drop for Begun<'_, '_> {
         stderr::line(&match self.target.empty() {
             Ok(()) => format!("{path:?} was emptied"),
             Err(why) => format!(
-                "{path:?} holds a part of the RAM and can't be emptied ({}): start no guest with it",
+                "{path:?} holds a part of the RAM and cannot be emptied ({}): start no guest with it",
                 words::text(&why)
             ),
         });
