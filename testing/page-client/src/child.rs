@@ -108,6 +108,14 @@ impl State {
                 self.memory().remove(offset, len)?;
                 done
             }
+            Request::Churn {
+                threads,
+                seed,
+                removed,
+            } => {
+                let bytes = self.memory().churn(threads, seed, &removed)?;
+                (Answer::Bytes(bytes.len() as u64), bytes)
+            }
             Request::RunGuest => (Answer::Number(self.memory().run_guest()), Vec::new()),
         })
     }

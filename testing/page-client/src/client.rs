@@ -1,6 +1,7 @@
 //! The client, as the test that has started it sees it.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -12,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::child::VARIABLE;
-use crate::request::{Answer, Memory, Message, Request, Sent};
+use crate::request::{Answer, Memory, Message, Request, Sent, listed};
 
 /// A process that behaves as a VMM does. It is killed when this is dropped.
 #[derive(Debug)]
@@ -73,18 +74,7 @@ impl Client {
     /// Returns the JSON that lists the regions.
     #[must_use]
     pub fn listed(&self) -> String {
-        let mut offset = 0;
-        let regions = self.memory.iter().map(|(address, size)| {
-            offset += size;
-            serde_json::json!({
-                "base_host_virt_addr": address,
-                "size": size,
-                "offset": offset - size,
-                "page_size": self.page_size,
-                "page_size_kib": self.page_size,
-            })
-        });
-        serde_json::Value::from_iter(regions).to_string()
+        listed(&self.memory, self.page_size)
     }
 
     /// Returns the message of [`connect`](Self::connect).
@@ -160,6 +150,30 @@ impl Client {
     /// Discards memory, as a balloon does.
     pub fn remove(&mut self, offset: u64, len: u64) {
         self.done(&Request::Remove { offset, len });
+    }
+
+    /// Reads all pages but the removed ones, with several threads in random order, while another
+    /// thread discards these, as a balloon does. Returns the bytes, zeros for the removed pages.
+    ///
+    /// # Errors
+    /// Returns `EFAULT` if memory is poisoned.
+    pub fn churn(
+        &mut self,
+        threads: u64,
+        seed: u64,
+        removed: &[Range<u64>],
+    ) -> Result<Vec<u8>, Errno> {
+        self.begin_churn(threads, seed, removed);
+        self.answered()
+    }
+
+    /// Begins a [`churn`](Self::churn), whose bytes [`answered`](Self::answered) returns.
+    pub fn begin_churn(&mut self, threads: u64, seed: u64, removed: &[Range<u64>]) {
+        self.request(&Request::Churn {
+            threads,
+            seed,
+            removed: removed.to_vec(),
+        });
     }
 
     /// Runs a KVM guest that adds up the words of its RAM from 1 MiB on.

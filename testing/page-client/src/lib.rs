@@ -31,8 +31,10 @@ mod guest;
 mod memory;
 mod request;
 mod socket;
+mod vmm;
 
 pub use bare::serve_bare;
 pub use child::run;
 pub use client::Client;
 pub use request::{Memory, Message, Sent};
+pub use vmm::Vmm;

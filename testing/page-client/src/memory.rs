@@ -5,6 +5,7 @@
 use std::ffi::c_void;
 use std::io::{PipeReader, PipeWriter, Read};
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::time::Instant;
@@ -12,6 +13,7 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous};
+use random::Random;
 use uffd::{Modes, Userfaultfd};
 
 use crate::request::Memory;
@@ -128,6 +130,48 @@ impl Mapped {
         })
     }
 
+    /// Reads all pages but the removed ones, with several threads in random order, while another
+    /// one discards these.
+    pub(crate) fn churn(
+        &self,
+        threads: u64,
+        seed: u64,
+        removed: &[Range<u64>],
+    ) -> Result<Vec<u8>, Errno> {
+        let is_removed = |at: u64| removed.iter().any(|range| range.contains(&at));
+        let mut pages: Vec<_> = (0..self.size()).step_by(4096).collect();
+        pages.retain(|at| !is_removed(*at));
+        let mut random = Random::seeded(seed);
+        for last in (1..pages.len()).rev() {
+            pages.swap(last, random.below(last as u64 + 1) as usize);
+        }
+        let mut bytes = vec![0; self.size() as usize];
+        let pages = &pages;
+        let read = std::thread::scope(|scope| {
+            let remove = scope.spawn(|| {
+                let mut all = removed.iter();
+                all.try_for_each(|range| self.remove(range.start, range.end - range.start))
+            });
+            let readers: Vec<_> = (0..threads as usize)
+                .map(|thread| {
+                    scope.spawn(move || {
+                        let own = pages.iter().skip(thread).step_by(threads as usize);
+                        own.map(|at| Ok((*at, self.read(*at, 4096)?)))
+                            .collect::<Result<Vec<_>, Errno>>()
+                    })
+                })
+                .collect();
+            let read = readers.into_iter().map(|reader| reader.join().unwrap());
+            let read = read.collect::<Result<Vec<_>, Errno>>();
+            remove.join().unwrap()?;
+            read
+        })?;
+        for (at, page) in read.into_iter().flatten() {
+            bytes[at as usize..][..4096].copy_from_slice(&page);
+        }
+        Ok(bytes)
+    }
+
     pub(crate) fn measure(&self, first: u64, pages: u64, step: u64) -> Vec<u64> {
         let count = self.size() / 4096;
         let touch = |number| {
@@ -141,9 +185,19 @@ impl Mapped {
     }
 
     pub(crate) fn remove(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        let start = NonNull::new(self.pointer(offset).cast::<c_void>()).unwrap();
-        // SAFETY: the memory of this process, which is accessed by raw pointers only.
-        unsafe { madvise(start, len as usize, MmapAdvise::MADV_DONTNEED) }
+        let (mut at, end) = (offset, offset + len);
+        let mut region_end = 0;
+        for (_, size) in &self.regions {
+            region_end += size;
+            if at < region_end && at < end {
+                let part = end.min(region_end) - at;
+                let start = NonNull::new(self.pointer(at).cast::<c_void>()).unwrap();
+                // SAFETY: the memory of this process, which is accessed by raw pointers only.
+                unsafe { madvise(start, part as usize, MmapAdvise::MADV_DONTNEED) }?;
+                at += part;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn run_guest(&self) -> u64 {

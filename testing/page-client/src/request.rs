@@ -1,5 +1,6 @@
 //! What a test asks a client to do.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -47,6 +48,22 @@ pub enum Sent {
     Null,
 }
 
+/// Returns the JSON that lists these regions: the address and the size of each.
+pub(crate) fn listed(regions: &[(u64, u64)], page_size: u64) -> String {
+    let mut offset = 0;
+    let regions = regions.iter().map(|(address, size)| {
+        offset += size;
+        serde_json::json!({
+            "base_host_virt_addr": address,
+            "size": size,
+            "offset": offset - size,
+            "page_size": page_size,
+            "page_size_kib": page_size,
+        })
+    });
+    serde_json::Value::from_iter(regions).to_string()
+}
+
 #[derive(Debug, Deserialize, Serialize)]
 pub(crate) enum Request {
     Map(Memory),
@@ -82,6 +99,13 @@ pub(crate) enum Request {
     Remove {
         offset: u64,
         len: u64,
+    },
+    /// Reads all pages but the removed ones, with several threads in random order, while another
+    /// one discards these.
+    Churn {
+        threads: u64,
+        seed: u64,
+        removed: Vec<Range<u64>>,
     },
     /// Runs a KVM guest that adds up its RAM.
     RunGuest,

@@ -110,6 +110,26 @@ pub fn chain_in(dir: &Path) -> [PathBuf; 2] {
     [dir.join(FULL), dir.join(DIFF_NAME)]
 }
 
+/// Writes a chain of a sealed full image, a packed diff and a raw diff.
+pub fn write_mixed(dir: &Path) -> anyhow::Result<()> {
+    let parent = write_full(&dir.join(FULL), 1, Layout::Sealed, Seal::new())?;
+    let seal = Seal::new().parent(parent.context("it is sealed")?);
+    write_diff(&dir.join(DIFF_NAME), 2, (Layout::Packed, seal), UNSEEN)?;
+    write_diff(&dir.join(NEXT), 3, (Layout::Raw, Seal::new()), UNSEEN)
+}
+
+/// Opens the chain of [`write_mixed`].
+pub fn open_mixed(dir: &Path) -> anyhow::Result<Chain> {
+    let mut chain = Chain::open_sealed(&chain_in(dir))?;
+    chain.push_pages(dir.join(NEXT), dirty(3)?.runs())?;
+    Ok(chain)
+}
+
+/// Returns the RAM of [`write_mixed`].
+pub fn ram_of_mixed() -> Vec<u8> {
+    with_diff(ram_after_diff(2), 3)
+}
+
 /// The place of the new full image.
 pub fn next_in(dir: &Path) -> PathBuf {
     dir.join(NEXT)

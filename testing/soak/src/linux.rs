@@ -9,6 +9,7 @@ mod live_guest;
 mod plan;
 mod save;
 mod saved_guest;
+mod served_guest;
 mod settings;
 mod shadow;
 mod shape;
@@ -51,8 +52,9 @@ use stats::{Held, Tally};
 /// After each save, the images are verified, the RAM is restored from them in one of six ways, and
 /// compared with a copy that was taken while the guest was stopped. After a failure the next save
 /// is a diff: no mark may be lost. Of every fourth guest, live snapshots are taken by all methods,
-/// a third of which is cancelled at some step. Once a minute, while no guest runs, descriptors,
-/// threads and mappings are counted.
+/// a third of which is cancelled at some step. Every eighth is a VMM of another process whose RAM
+/// is served from a chain: it touches and discards pages with several threads, or is killed. Once a
+/// minute, while no guest runs, descriptors, threads and mappings are counted.
 ///
 /// The first difference ends the run, keeps the files, and prints the seed, the guest and the
 /// round. The same seed makes the same choices. The progress of the threads depends on the machine.
@@ -115,6 +117,8 @@ const SHIFT: Duration = Duration::from_secs(60);
 const MAPPED_FROM: (&str, &str) = ("MALLOC_MMAP_THRESHOLD_", "262144");
 
 pub(crate) fn main() -> ExitCode {
+    // The process of a VMM whose RAM is served.
+    page_client::run();
     let soak = Soak::parse();
     harness::run(|sh| soak.run(sh))
 }
@@ -243,8 +247,11 @@ fn live(
     limit: Limit,
     rounds: &mut u64,
 ) -> anyhow::Result<()> {
-    match live_guest::is_live(guest) {
-        true => live_guest::live(settings, guest, life, limit, rounds),
+    if live_guest::is_live(guest) {
+        return live_guest::live(settings, guest, life, limit, rounds);
+    }
+    match served_guest::is_served(guest) {
+        true => served_guest::live(settings, guest, life, limit, rounds),
         false => Life::live(settings, guest, life, limit, rounds),
     }
 }

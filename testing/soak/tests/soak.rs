@@ -41,6 +41,28 @@ fn live_snapshots_find_nothing_and_leave_nothing() {
 }
 
 #[test]
+fn served_ram_is_that_of_the_chain() {
+    let room = room();
+    let (output, said) = soak(room.path(), &["--seed=1", "--only=5.0", "--rounds=12"]);
+    assert!(output.status.success(), "{said}");
+    let left = std::fs::read_dir(room.path()).expect("it is there").count();
+    assert_eq!(left, 0, "{said}");
+}
+
+#[test]
+fn served_ram_without_the_newest_image_is_found() {
+    if !test_machine::Need::Userfaultfd.met("served_ram_without_the_newest_image_is_found") {
+        return;
+    }
+    let room = room();
+    let of = ["--seed=1", "--only=5.0", "--rounds=12"];
+    let of = [&of[..], &["--mutant=layer-missing"]].concat();
+    let (output, said) = soak(room.path(), &of);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("a page is lost"), "{said}");
+}
+
+#[test]
 fn image_of_another_point_in_time_is_found() {
     if !test_machine::Need::Userfaultfd.met("image_of_another_point_in_time_is_found") {
         return;

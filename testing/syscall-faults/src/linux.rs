@@ -11,9 +11,11 @@ mod oracle;
 mod outcome;
 mod report;
 mod ring;
+mod serve;
 mod traced_call;
 mod tracee;
 mod tracer;
+mod vmm;
 
 use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
@@ -35,6 +37,7 @@ use child::Child;
 use injected_fault::InjectedFault;
 use job::{Settings, again};
 use report::Report;
+use vmm::Vmm;
 
 /// Make each system call of each scenario fail, in every way in which it can fail
 ///
@@ -86,6 +89,8 @@ enum Part {
     Child(Child),
     #[command(hide = true)]
     Writer(Writer),
+    #[command(hide = true)]
+    Vmm(Vmm),
 }
 
 pub(crate) fn main() -> ExitCode {
@@ -105,6 +110,7 @@ impl Faults {
         match &self.part {
             Some(Part::Child(child)) => return child.run(cases::named),
             Some(Part::Writer(writer)) => return writer.run(),
+            Some(Part::Vmm(vmm)) => return vmm.run(),
             None => {}
         }
         if self.list {

@@ -44,6 +44,11 @@ fn faults(arguments: &[&str]) -> (Output, String) {
 #[case::a_completion("by-io-uring", "completion#3:EIO", "failed at offset 0x20000")]
 #[case::a_short_completion("by-io-uring", "completion#3:short:1", "the result: ok")]
 #[case::a_thread("by-threads", "clone3#1:EAGAIN", "Resource temporarily unavailable")]
+#[case::served_ram_that_cannot_be_read("serve", "pread64#40:EIO", "the result: ok")]
+#[case::vmm_is_not_accepted("serve", "accept4#1:EMFILE", "Too many open files")]
+#[case::vmm_is_killed("serve", "clone3#1:EAGAIN", "the result: failed")]
+#[case::vmm_is_notified("serve-notify", "clone3#1:EAGAIN", "the result: failed")]
+#[case::vmm_is_not_unregistered("serve-notify", "uffd#37:ENOMEM", "the result: failed")]
 #[case::a_limit("packed", "limit:100001", "File too large")]
 fn what_goes_wrong_is_what_was_asked_for(
     #[case] scenario: &str,

@@ -14,9 +14,14 @@ impl Pages {
         let mapped = self.mapped();
         let unregister = |range: &Range<u64>| self.unregister(range.clone());
         if let Err(errno) = mapped.iter().try_for_each(unregister) {
+            let error = fill_error(0, errno);
+            if let Target::Peer(_) = self.target {
+                // Faults on discarded pages would wait for a server that ends.
+                return self.abort_peer(error);
+            }
             // Some pages may still be missing, and their faults are to be handled with zeros.
             self.status.set_finished(false);
-            return self.status.record_error(fill_error(0, errno));
+            return self.status.record_error(error);
         }
         if let Target::Own(memory) = &self.target
             && let Err(error) = memory.restore_to_children(&mapped)

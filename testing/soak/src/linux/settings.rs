@@ -23,6 +23,8 @@ pub(super) enum Mutant {
     FileKept,
     /// The RAM of a live snapshot is copied after the pause
     LateCopy,
+    /// RAM is served without the newest image of its chain
+    LayerMissing,
 }
 
 /// What all guests share.

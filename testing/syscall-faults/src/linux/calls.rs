@@ -215,6 +215,44 @@ pub(super) static KINDS: &[Kind] = &[
         &[EPERM, ENOSYS, EMFILE, ENFILE, ENOMEM],
     ),
     kind("pipe2", libc::SYS_pipe2, &[EMFILE, ENFILE]),
+    kind("eventfd2", libc::SYS_eventfd2, &[EMFILE, ENFILE, ENOMEM]),
+    kind("socket", libc::SYS_socket, &[EMFILE, ENFILE, ENOMEM]),
+    kind(
+        "bind",
+        libc::SYS_bind,
+        &[EACCES, EADDRINUSE, ENOMEM, ENOSPC],
+    ),
+    kind("listen", libc::SYS_listen, &[EADDRINUSE, EOPNOTSUPP]),
+    kind(
+        "accept4",
+        libc::SYS_accept4,
+        &[ECONNABORTED, EINTR, EMFILE, ENFILE, ENOMEM],
+    ),
+    // ENOPROTOOPT: before Linux 6.5, which returns no descriptor of the process.
+    kind(
+        "getsockopt",
+        libc::SYS_getsockopt,
+        &[EMFILE, ENODATA, ENOPROTOOPT],
+    ),
+    // Its third argument is a set of flags.
+    kind(
+        "recvmsg",
+        libc::SYS_recvmsg,
+        &[EAGAIN, ECONNRESET, EINTR, ENOMEM],
+    ),
+    kind(
+        "sendto",
+        libc::SYS_sendto,
+        &[EAGAIN, ECONNRESET, EINTR, EPIPE],
+    ),
+    kind("shutdown", libc::SYS_shutdown, &[ENOTCONN]),
+    kind("pidfd_open", libc::SYS_pidfd_open, &[EMFILE, ENOMEM]),
+    // ESRCH would say of another process what is not so.
+    kind(
+        "pidfd_send_signal",
+        libc::SYS_pidfd_send_signal,
+        &[EPERM, ENOSYS],
+    ),
     kind("poll", libc::SYS_poll, &[EINTR, ENOMEM]),
     kind(
         "ioctl",

@@ -3,6 +3,8 @@
 use nix::errno::Errno;
 use scenarios::Scenario;
 
+use super::vmm::Script;
+
 /// A scenario, and the properties of its calls.
 pub(super) struct Case {
     pub scenario: Scenario,
@@ -11,6 +13,8 @@ pub(super) struct Case {
     pub threads: bool,
     /// A call that always fails, as on a file system that does not support it.
     pub lacks: Option<(&'static str, Errno)>,
+    /// What a VMM of another process does, whose RAM the scenario serves.
+    pub vmm: Option<Script>,
 }
 
 /// Returns the case of a scenario without threads of its own.
@@ -19,5 +23,6 @@ pub(super) const fn case(scenario: Scenario) -> Case {
         scenario,
         threads: false,
         lacks: None,
+        vmm: None,
     }
 }

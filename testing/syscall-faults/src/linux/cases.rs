@@ -22,6 +22,7 @@ use super::case::{Case, case};
 use super::child::{Child, WITHIN};
 use super::injected_fault::{At, How, InjectedFault};
 use super::mutants;
+use super::serve::{SERVE, SERVE_NOTIFY, SERVE_THREADS};
 use super::tracer::{self, End};
 
 pub(super) static ALL: &[Case] = &[
@@ -72,6 +73,9 @@ pub(super) static ALL: &[Case] = &[
     case(live::LIVE),
     case(live::LIVE_PRECOPY),
     case(live::LIVE_DIFF),
+    SERVE,
+    SERVE_NOTIFY,
+    SERVE_THREADS,
 ];
 
 /// A mutant is one too.

@@ -20,7 +20,9 @@ use serde::{Deserialize, Serialize};
 
 use super::case::Case;
 use super::outcome::Reported;
+use super::serve::Served;
 use super::tracee;
+use super::vmm::{Vmm, VmmEnd};
 
 /// In which a run ends, also on a machine that is very slow.
 pub(super) const WITHIN: Duration = Duration::from_secs(120);
@@ -46,6 +48,8 @@ pub(super) struct Report {
     pub saves: Vec<Save>,
     /// What the scenario did not give back.
     pub held: Vec<String>,
+    /// What the server of a VMM has reported, and the end of the VMM.
+    pub vmm: Option<(Served, VmmEnd)>,
 }
 
 /// The marks of one save.
@@ -88,22 +92,30 @@ impl Child {
         signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
         let (soft, hard) = getrlimit(Resource::RLIMIT_FSIZE)?;
         let eyes = Eyes::default();
+        let verdict = self.report.with_extension("vmm");
+        let start = |script| Vmm::start(&self.dir, &verdict, script);
+        let mut vmm = case.vmm.map(start).transpose()?;
         let before = Held::now()?;
         if let Some(limit) = self.limit {
             setrlimit(Resource::RLIMIT_FSIZE, limit, hard)?;
         }
         tracee::ask()?;
         // What an error holds is given back with it, before the end.
-        let said = match (case.scenario.act)(&self.dir, &eyes) {
+        let result = (case.scenario.act)(&self.dir, &eyes);
+        let served = Served::of(&result);
+        let said = match result {
             Ok(()) => Reported::done(),
             Err(error) => Reported::of(&error),
         };
         tracee::pause()?;
         setrlimit(Resource::RLIMIT_FSIZE, soft, hard)?;
+        let end_of = |vmm| anyhow::Ok((served, VmmEnd::of(vmm, &verdict, served)?));
+        let vmm = vmm.as_mut().map(end_of).transpose()?;
         let report = Report {
             said,
             held: before.still_held()?,
             saves: eyes.saves(),
+            vmm,
         };
         Ok(fs::write(&self.report, serde_json::to_vec(&report)?)?)
     }

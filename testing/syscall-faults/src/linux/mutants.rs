@@ -85,6 +85,7 @@ const fn mutant(name: &'static str, about: &'static str, act: Act) -> Case {
         },
         threads: false,
         lacks: None,
+        vmm: None,
     }
 }
 

@@ -90,6 +90,9 @@ impl Run<'_> {
             ));
         }
         report.saves.iter().try_for_each(judge_save)?;
+        if let Some((served, vmm)) = &report.vmm {
+            vmm.judge(*served)?;
+        }
         if let Some(held) = report.held.iter().find(|held| !self.is_the_faults(held)) {
             return Err(FaultViolation::Leaked(format!("{held}, after: {text}")));
         }

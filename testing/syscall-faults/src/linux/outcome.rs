@@ -1,6 +1,7 @@
 //! What the library said of a commit that failed, in the words of the check.
 
 use atomic_file::{AddError, CommitError, GroupCommitError, OpenError, RecoverError};
+use lazy_restore::LazyError;
 use live_snapshot::{LiveError, UffdCheckpointError, UffdTrackerError};
 use memory_image::{
     ChainError, MapError, MergeError, OpenImageError, ReadImageError, RestoreError, VerifyError,
@@ -8,6 +9,8 @@ use memory_image::{
 use memory_writer::SnapshotError;
 use scenarios::check::Next;
 use serde::{Deserialize, Serialize};
+
+use super::serve::ServeFailure;
 
 /// What a scenario ended with.
 #[derive(Clone, Debug, Deserialize, Serialize, PartialEq, Eq)]
@@ -93,8 +96,9 @@ fn of_any(error: &anyhow::Error) -> Option<Verdict> {
         return Some((ReportedNext::Unknown, true));
     }
     let of_tracker = error.is::<UffdTrackerError>() || error.is::<UffdCheckpointError>();
+    let of_server = error.is::<ServeFailure>() || error.is::<LazyError>();
     let of_file = error.is::<AddError>() || error.is::<std::io::Error>();
-    (is_of_reading(error) || of_tracker || of_file).then_some(NOT)
+    (is_of_reading(error) || of_tracker || of_server || of_file).then_some(NOT)
 }
 
 /// Returns whether the error is one of an operation that only reads images.

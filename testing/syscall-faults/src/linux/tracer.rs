@@ -243,6 +243,9 @@ impl Tracer<'_> {
         if number == libc::SYS_kill && registers.rsi == 0 {
             self.trace.returned += 1;
         }
+        if is_of_eventfd(pid, number, arguments) {
+            return Ok(inside);
+        }
         let kind = match Class::of(number, arguments) {
             Class::Fails(kind) => kind,
             Class::LeftOut => return Ok(inside),
@@ -359,6 +362,14 @@ impl Tracer<'_> {
             How::Kill => kill(self.first, Signal::SIGKILL).map(|()| None),
         }
     }
+}
+
+/// Returns whether a call reads or writes an eventfd. It cannot fail: the counter is far from its
+/// limit.
+fn is_of_eventfd(pid: Pid, number: i64, arguments: [u64; 6]) -> bool {
+    let counter = [libc::SYS_read, libc::SYS_write].contains(&number) && arguments[2] == 8;
+    let path = || std::fs::read_link(format!("/proc/{pid}/fd/{}", arguments[0]));
+    counter && path().is_ok_and(|path| path.as_os_str() == "anon_inode:[eventfd]")
 }
 
 type Registers = libc::user_regs_struct;

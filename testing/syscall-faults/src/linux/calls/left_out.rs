@@ -17,6 +17,7 @@ pub(in super::super) const LEFT_OUT: &[(&str, c_long, &str)] = &[
     ("mremap", libc::SYS_mremap, "memory"),
     ("mprotect", libc::SYS_mprotect, "memory"),
     ("madvise", libc::SYS_madvise, "advice"),
+    ("fadvise64", libc::SYS_fadvise64, "advice"),
     ("brk", libc::SYS_brk, "memory"),
     ("futex", libc::SYS_futex, "threads wait"),
     ("sched_yield", libc::SYS_sched_yield, "threads wait"),
