@@ -14,7 +14,7 @@ use crate::reader::PageReader;
 pub const MIN_ZEROS: u64 = 32 << 10;
 
 /// Bytes that are combined before they are compared.
-const BLOCK: usize = 256;
+const BLOCK: usize = 1024;
 /// Bytes read at a time.
 const CHUNK: u64 = 1 << 20;
 
