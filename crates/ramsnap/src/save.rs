@@ -209,9 +209,15 @@ pub fn write_chain(writer: &mut MemoryWriter, chain: &Chain) -> anyhow::Result<(
 
 /// Commits the image unless a signal came before, and reports what it is.
 pub fn commit(session: &Session, writer: MemoryWriter) -> anyhow::Result<()> {
+    commit_as(session, writer, false)
+}
+
+/// Commits the image as [`commit`] does. A raw image does not record whether it is a diff, so
+/// `is_diff` is what the report calls it.
+pub fn commit_as(session: &Session, writer: MemoryWriter, is_diff: bool) -> anyhow::Result<()> {
     session.check("nothing was written")?;
     let raw = writer.image_id().is_none();
-    put_image_in_place(session, writer.finish()?, raw)
+    put_reported(session, writer.finish()?, raw, is_diff)
 }
 
 /// Commits a sealed or packed image that was not written by a [`MemoryWriter`], unless a signal
@@ -228,11 +234,20 @@ pub fn put_image_in_place(
     staged: AtomicWriter,
     raw: bool,
 ) -> anyhow::Result<()> {
+    put_reported(session, staged, raw, false)
+}
+
+fn put_reported(
+    session: &Session,
+    staged: AtomicWriter,
+    raw: bool,
+    is_diff: bool,
+) -> anyhow::Result<()> {
     let path = staged.dest_path().to_owned();
     let written = staged.file().try_clone();
     let written = written.with_context(|| format!("cannot open {path:?} again to describe it"))?;
     put_in_place(session, staged, || {
-        let described = describe(&path, written, raw);
+        let described = describe(&path, written, raw, raw && is_diff);
         let text =
             described.with_context(|| format!("{path:?} is in place, but cannot be described"))?;
         Ok(session.report(&text)?)
@@ -256,12 +271,13 @@ pub fn put_in_place(
     report()
 }
 
-fn describe(path: &Path, written: File, raw: bool) -> anyhow::Result<String> {
+fn describe(path: &Path, written: File, raw: bool, raw_diff: bool) -> anyhow::Result<String> {
     let options = Image::options().name(path);
     let options = match raw {
         true => options.layout(Layout::Raw),
         false => options,
     };
     let info = ImageInfo::of(&options.open_file(written)?)?;
+    let info = if raw_diff { info.of_raw_diff() } else { info };
     Ok(format!("{}: {}", print::path(path), info.summary()))
 }

@@ -124,7 +124,7 @@ impl Merge {
             input::check_sums(session, chain.images())?;
         }
         save::write_chain(&mut writer, &chain)?;
-        save::commit(session, writer)?;
+        save::commit_as(session, writer, !chain.is_full())?;
         Ok(ExitStatus::Success)
     }
 
