@@ -30,7 +30,7 @@ pub struct Cli {
     #[arg(short, long, global = true, help_heading = GLOBAL)]
     pub quiet: bool,
     /// Print to stderr why ramsnap does what it does: the I/O engine and why no faster one, holes
-    /// that are not trusted, files that were swept; -vv prints more, such as each file that is staged.
+    /// that are not trusted, files that were swept; -vv prints more, such as each staged file.
     /// RAMSNAP_LOG overrides it
     #[arg(short, long, global = true, help_heading = GLOBAL, action = ArgAction::Count)]
     pub verbose: u8,
@@ -240,7 +240,7 @@ A tour:
 Exit status:
   0    done; the check passed
   1    the check failed: damaged, not linked, different, or no image that can be checked
-  2    wrong usage: nothing was written
+  2    wrong usage, also images in another order or without their full image: nothing was written
   3    another error: an I/O error, no permission, no space, a closed stdout
   128 plus the number of a signal: interrupted by SIGINT (130), SIGTERM (143), SIGHUP (129),
        SIGQUIT (131), SIGALRM (142), SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM or SIGPROF,

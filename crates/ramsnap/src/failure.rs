@@ -421,6 +421,15 @@ pub enum Failure {
         needed: u64,
         available: u64,
     },
+    #[error(
+        "cannot open {path:?} to restore to: it belongs to user {owner}, and the system refuses this user: run ramsnap as \
+         user {owner}, or as root outside of containers, or restore to a file of this user"
+    )]
+    TargetDenied {
+        path: PathBuf,
+        owner: u32,
+        source: std::io::Error,
+    },
     #[error("cannot write {path:?}, which is unchanged")]
     TargetNotWritable {
         path: PathBuf,

@@ -165,6 +165,12 @@ impl ImageInfo {
         Ok(self)
     }
 
+    /// Returns the properties of a raw image that is known to be a diff.
+    pub fn of_raw_diff(self) -> Self {
+        let kind = Some("diff");
+        Self { kind, ..self }
+    }
+
     /// Returns a summary on one line.
     pub fn summary(&self) -> String {
         let layout = self.layout_and_kind();

@@ -26,8 +26,28 @@ pub fn page_size(text: &str) -> Result<u64, String> {
 
 /// Formats regions in the syntax of the command line.
 pub fn text_of(regions: &[Range<u64>]) -> String {
-    let text = |region: &Range<u64>| format!("{:#x}:{}", region.start, region.end - region.start);
-    regions.iter().map(text).collect::<Vec<_>>().join(" ")
+    regions
+        .iter()
+        .map(text_of_one)
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// Formats a region in the syntax of the command line: `0x100000000:2GiB`.
+pub fn text_of_one(region: &Range<u64>) -> String {
+    format!("{:#x}:{}", region.start, exact(region.end - region.start))
+}
+
+/// Formats a size exactly, in the largest unit of which it is a multiple: `2GiB`, `4608B`.
+fn exact(size: u64) -> String {
+    let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let found = units
+        .into_iter()
+        .find(|(bits, _)| size > 0 && size.is_multiple_of(1 << bits));
+    match found {
+        Some((bits, unit)) => format!("{}{unit}", size >> bits),
+        None => format!("{size}B"),
+    }
 }
 
 /// Parses a number: decimal, or hexadecimal after `0x`.
@@ -119,6 +139,19 @@ mod tests {
         #[case] is: Option<Range<u64>>,
     ) {
         assert_eq!(range(text).ok(), is);
+    }
+
+    #[rstest]
+    #[case::gib(4 << 30..6 << 30, "0x100000000:2GiB")]
+    #[case::mib(0..3 << 29, "0x0:1536MiB")]
+    #[case::kib(0x1000..0x2000, "0x1000:4KiB")]
+    #[case::odd(0x1000..0x2200, "0x1000:4608B")]
+    fn a_region_is_printed_with_a_unit_and_read_back(
+        #[case] region: Range<u64>,
+        #[case] text: &str,
+    ) {
+        assert_eq!(text_of_one(&region), text);
+        assert_eq!(range(text), Ok(region));
     }
 
     #[rstest]

@@ -191,15 +191,41 @@ pub fn write_chain(writer: &mut MemoryWriter, chain: &Chain) -> anyhow::Result<(
 
 /// Commits the image unless a signal came before, and reports what it is.
 pub fn commit(session: &Session, writer: MemoryWriter) -> anyhow::Result<()> {
+    commit_as(session, writer, false)
+}
+
+/// Commits the image as [`commit`] does. A raw image does not record whether it is a diff, so
+/// `is_diff` is what the report calls it.
+pub fn commit_as(session: &Session, writer: MemoryWriter, is_diff: bool) -> anyhow::Result<()> {
     session.check("nothing was written")?;
-    let raw = writer.image_id().is_none();
-    put_image_in_place(session, writer.finish()?, raw)
+    let content = Content::of(writer.image_id().is_some(), is_diff);
+    put_image_in_place(session, writer.finish()?, content)
 }
 
 /// Commits a sealed or packed image that was not written by a [`MemoryWriter`], unless a signal
 /// came before, and reports what it is.
 pub fn commit_staged(session: &Session, staged: AtomicWriter) -> anyhow::Result<()> {
-    put_image_in_place(session, staged, false)
+    put_image_in_place(session, staged, Content::Footer)
+}
+
+/// What tells the content of a staged image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Its footer.
+    Footer,
+    /// The caller: the image is raw.
+    RawFull,
+    RawDiff,
+}
+
+impl Content {
+    pub fn of(has_footer: bool, is_diff: bool) -> Self {
+        match (has_footer, is_diff) {
+            (true, _) => Self::Footer,
+            (false, false) => Self::RawFull,
+            (false, true) => Self::RawDiff,
+        }
+    }
 }
 
 /// Commits an image as [`put_in_place`] does, and reports what it is.
@@ -208,13 +234,13 @@ pub fn commit_staged(session: &Session, staged: AtomicWriter) -> anyhow::Result<
 pub fn put_image_in_place(
     session: &Session,
     staged: AtomicWriter,
-    raw: bool,
+    content: Content,
 ) -> anyhow::Result<()> {
     let path = staged.dest_path().to_owned();
     let written = staged.file().try_clone();
     let written = written.with_context(|| format!("cannot open {path:?} again to describe it"))?;
     put_in_place(session, staged, || {
-        let described = describe(&path, written, raw);
+        let described = describe(&path, written, content);
         let text =
             described.with_context(|| format!("{path:?} is in place, but cannot be described"))?;
         Ok(session.report(&text)?)
@@ -238,12 +264,16 @@ pub fn put_in_place(
     report()
 }
 
-fn describe(path: &Path, written: File, raw: bool) -> anyhow::Result<String> {
+fn describe(path: &Path, written: File, content: Content) -> anyhow::Result<String> {
     let options = Image::options().name(path);
-    let options = match raw {
-        true => options.layout(Layout::Raw),
-        false => options,
+    let options = match content {
+        Content::Footer => options,
+        Content::RawFull | Content::RawDiff => options.layout(Layout::Raw),
     };
     let info = ImageInfo::of(&options.open_file(written)?)?;
+    let info = match content {
+        Content::RawDiff => info.of_raw_diff(),
+        Content::Footer | Content::RawFull => info,
+    };
     Ok(format!("{}: {}", print::path(path), info.summary()))
 }

@@ -53,7 +53,17 @@ pub fn open_and_lock(path: &Path, force: bool, ignored: &[u32]) -> anyhow::Resul
             at = dir_path.join(PathBuf::from(to));
             continue;
         }
-        let file = open_in(&dir, &name, by_descriptor, path).with_context(opening)?;
+        let file = match open_in(&dir, &name, by_descriptor, path) {
+            Err(why @ (Errno::EACCES | Errno::EPERM)) if !is_of_this_user(&found) => {
+                return Err(Failure::TargetDenied {
+                    path: path.to_owned(),
+                    owner: found.st_uid,
+                    source: why.into(),
+                }
+                .into());
+            }
+            file => file.with_context(opening)?,
+        };
         let file = file.ok_or_else(|| Failure::NotRam {
             path: path.to_owned(),
         })?;

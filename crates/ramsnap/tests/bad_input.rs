@@ -226,7 +226,13 @@ fn without_permission_the_error_names_the_file() {
     as_other_user("convert full.mem -o out").fails(3, &["cannot stage", "Permission denied"]);
     // RAM that is readable and not writable.
     let before = work.read("ram");
-    as_other_user("restore full.mem -o ram --force").fails(3, &["ram", "Permission denied"]);
+    let denied = [
+        "\"ram\"",
+        "belongs to user 0",
+        "run ramsnap as user 0",
+        "Permission denied",
+    ];
+    as_other_user("restore full.mem -o ram --force").fails(3, &denied);
     assert!(work.read("ram") == before);
 }
 

@@ -173,6 +173,29 @@ fn regions_are_given_in_the_forms_that_are_printed(#[case] region: &str) {
     assert!(info.contains("0x0..0x800000"), "{info}");
 }
 
+#[test]
+fn a_raw_diff_is_reported_as_one() {
+    let work = Work::with_chain();
+    work.good("convert full.mem -o full.raw --layout raw");
+    let taken = work.good("diff raw:full.raw --ram ram -o d.raw --layout raw");
+    assert!(
+        taken.out.starts_with("d.raw: raw diff image of 8.00 MiB"),
+        "{taken:?}"
+    );
+    let converted = work.good("convert d1.mem -o d1.raw --layout raw");
+    assert!(
+        converted.out.starts_with("d1.raw: raw diff image of"),
+        "{converted:?}"
+    );
+    let merged = work.good("merge d1.mem d2.mem -o both.raw --layout raw");
+    assert!(
+        merged.out.starts_with("both.raw: raw diff image of"),
+        "{merged:?}"
+    );
+    let full = work.good("merge full.mem d1.mem -o all.raw --layout raw");
+    assert!(full.out.starts_with("all.raw: raw image of"), "{full:?}");
+}
+
 /// The text of a picture is XML.
 #[test]
 fn names_do_not_break_a_picture() {
@@ -300,7 +323,9 @@ fn sizes_may_be_hexadecimal() {
 #[case::long_option("info full.mem --explode")]
 #[case::negative_address("cat full.mem --at -5")]
 fn no_option_is_proposed_as_the_name_of_a_file(#[case] command: &str) {
-    let error = Work::with_chain().fails(command, 2, &["unexpected argument"]);
+    let error = Work::with_chain()
+        .run(command)
+        .fails(2, &["unexpected argument"]);
     assert!(!error.err.contains("as a value"), "{error:?}");
 }
 

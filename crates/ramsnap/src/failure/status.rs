@@ -79,6 +79,7 @@ impl Failure {
             | Self::SentResized { .. }
             | Self::TargetReplaced { .. }
             | Self::TargetNotWritable { .. }
+            | Self::TargetDenied { .. }
             | Self::NoWritesThere { .. } => ExitStatus::Failed,
             #[cfg(target_os = "linux")]
             Self::NothingLarge { .. }

@@ -31,7 +31,7 @@ impl fmt::Display for Region {
             Self::Largest => f.write_str(LARGEST),
             Self::Named(name) => f.write_str(name),
             Self::At(address) => write!(f, "{address:#x}"),
-            Self::Range(range) => write!(f, "{:#x}:{}", range.start, range.end - range.start),
+            Self::Range(range) => f.write_str(&numbers::text_of_one(range)),
         }
     }
 }

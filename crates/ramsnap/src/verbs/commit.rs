@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use memory_image::Layout;
 
 use crate::args::{Formats, FromDir, ImageFile, RawImages};
 use crate::chain_lock::{ChainLock, Sharing};
 use crate::exit_status::ExitStatus;
 use crate::failure::ImagesFailure;
 use crate::in_place::Merging;
+use crate::save::Content;
 use crate::session::Session;
 use crate::verbs::merge::layout_of_first;
 use crate::{in_place, input, memory_reserve, save};
@@ -77,7 +77,8 @@ impl Commit {
             verify: !self.no_verify,
         };
         let staged = in_place::stage(session, &chain, merging)?;
-        save::put_image_in_place(session, staged, merging.layout == Layout::Raw)?;
+        let content = Content::of(merging.layout.has_footer(), !chain.is_full());
+        save::put_image_in_place(session, staged, content)?;
         if self.remove {
             let removed = in_place::remove_merged(session, chain)?;
             session.report(&format!("removed {}", in_place::names(&removed)))?;

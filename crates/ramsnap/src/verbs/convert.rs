@@ -324,7 +324,7 @@ impl Convert {
         save::check_room_for(session, &writer, chain)?;
         check()?;
         save::write_chain(&mut writer, chain)?;
-        save::commit(session, writer)?;
+        save::commit_as(session, writer, !chain.is_full())?;
         Ok(ExitStatus::Success)
     }
 

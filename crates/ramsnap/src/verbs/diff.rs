@@ -315,7 +315,7 @@ impl Diff {
         new.check()?;
         // A stopped process resumes.
         drop(new);
-        save::commit(session, writer)?;
+        save::commit_as(session, writer, true)?;
         Ok(ExitStatus::Success)
     }
 }

@@ -10,6 +10,7 @@ use crate::chain_lock::{ChainLock, Sharing};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::in_place::Merging;
+use crate::save::Content;
 use crate::session::Session;
 use crate::{in_place, input, memory_reserve, save};
 
@@ -113,7 +114,8 @@ impl Merge {
                 merging.write(session, &chain, writer)?
             }
         };
-        save::put_image_in_place(session, staged, merging.layout == Layout::Raw)?;
+        let content = Content::of(merging.layout.has_footer(), !chain.is_full());
+        save::put_image_in_place(session, staged, content)?;
         Ok(ExitStatus::Success)
     }
 
