@@ -10,13 +10,18 @@ use std::time::Instant;
 use figures::report;
 use lazy_restore::{PageServer, PageServerOptions, SizedReader, VmEnd};
 use memory_image::{Chain, VerifiedChain};
+use memory_writer::{Layout, MemoryWriter};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use page_client::{Client, Memory};
+use page_reader::PageReader;
 
 use crate::cases::{LIMIT, OURS};
 use crate::{Comparison, bare, named, named_goals};
 
 const PAGE: u64 = 4096;
+
+/// The bytes that one checksum covers.
+const CHUNK: u64 = 1 << 20;
 
 const BARE: &str = "pread and UFFDIO_COPY";
 const ON_DEMAND: &str = "on demand";
@@ -34,7 +39,8 @@ impl Comparison<'_> {
         ];
         let [fill, check] = ["fill all RAM of a VM", "first check, with a working set"];
         let first = "first access of a VM";
-        let wanted = [names[0], names[1], fill, check, first];
+        let chunk = "first fault in a chunk, p50";
+        let wanted = [names[0], names[1], fill, check, first, chunk];
         if !wanted.into_iter().any(|name| self.wants(name)) {
             return;
         }
@@ -88,6 +94,36 @@ impl Comparison<'_> {
         });
         self.figure(first, sizes.join(", "), "10 ms");
         std::fs::remove_file(&image).unwrap();
+        let [chunk_first, chunk_later] = self.chunks().map(|seconds| seconds * 1e3);
+        let text = format!("{chunk_first:.3} ms, {chunk_later:.3} ms for a later one");
+        self.figure(chunk, text, "none");
+    }
+
+    /// Returns the median times in seconds of the first fault in a chunk of a sealed image, and of
+    /// a later one. The image is in the page cache.
+    fn chunks(&self) -> [f64; 2] {
+        let path = self.place.join("served.mem");
+        let ram = vec![0x5a; CHUNK as usize];
+        let ram = Repeated(&ram);
+        let mut writer = MemoryWriter::options()
+            .layout(Layout::Sealed)
+            .open(&path, self.gib, PAGE)
+            .unwrap();
+        writer.write_full(&ram).unwrap();
+        writer.commit().unwrap();
+        let chain = VerifiedChain::new(Chain::open(&path, PAGE).unwrap());
+        let options = PageServer::options().prefetch(false);
+        let server = options.source(chain).unwrap();
+        let mut client = mapped(server.ram_size());
+        let (listener, socket) = self.listener();
+        client.connect(&socket);
+        let _vm = server.serve(listener.accept().unwrap().0).unwrap();
+        let (chunks, step) = (self.gib / CHUNK, CHUNK / PAGE);
+        // The middle of each chunk: a page that no fault of the first round has filled.
+        let later = step / 2;
+        let times = [0, later].map(|first| percentiles(client.measure(first, chunks, step))[0]);
+        std::fs::remove_file(&path).unwrap();
+        times
     }
 
     fn compared(
@@ -196,6 +232,18 @@ impl Comparison<'_> {
         let _vm = server.serve(listener.accept().unwrap().0).unwrap();
         client.measure(0, 1, 1);
         started.elapsed().as_secs_f64()
+    }
+}
+
+/// RAM of any size that repeats these bytes, of which requests are aligned parts.
+struct Repeated<'b>(&'b [u8]);
+
+impl PageReader for Repeated<'_> {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        for (at, byte) in (offset..).zip(buf) {
+            *byte = self.0[at as usize % self.0.len()];
+        }
+        Ok(())
     }
 }
 

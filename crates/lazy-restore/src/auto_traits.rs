@@ -2,7 +2,7 @@
 
 use crate::{
     LazyError, LazyRam, LazyRamOptions, PageServer, PageServerOptions, RamSegment, RamSource,
-    ServeError, ServedVm, SizedReader, WaitError, WorkingSet, WorkingSetError,
+    RefusedClient, ServeError, ServedVm, SizedReader, WaitError, WorkingSet, WorkingSetError,
 };
 
 fn shared<T: Send + Sync>() {}
@@ -16,6 +16,7 @@ fn main_types_are_send_and_sync() {
     shared::<PageServerOptions>();
     shared::<RamSegment>();
     shared::<Box<dyn RamSource>>();
+    shared::<RefusedClient>();
     shared::<ServeError>();
     shared::<ServedVm>();
     shared::<SizedReader<Vec<u8>>>();

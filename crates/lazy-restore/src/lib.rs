@@ -146,8 +146,8 @@ pub use options::LazyRamOptions;
 pub use peer::{OnDamage, OnFailure};
 pub use ram_source::{RamSegment, RamSource, SizedReader};
 pub use server::{
-    MessageError, PageServer, PageServerOptions, ServeError, ServedVm, ServerMetrics, VmEnd,
-    VmRegions,
+    MessageError, PageServer, PageServerOptions, Reaction, RefusedClient, ServeError, ServedVm,
+    ServerMetrics, VmEnd, VmProcess, VmRegions,
 };
 pub use start::available;
 pub use userfaultfd::UserfaultfdError;

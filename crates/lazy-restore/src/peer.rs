@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 
 use crate::peer_process::PeerProcess;
 use crate::regions::Regions;
+use crate::server::Reaction;
 
 /// What happens to a VMM whose memory can no longer be filled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,26 +48,26 @@ impl Peer {
         self.on_damage == OnDamage::Fail
     }
 
-    /// Ends the process, or notifies it. Returns whether it has ended.
-    pub(crate) fn end(&self, why: &str) -> bool {
+    /// Ends the process, or notifies it.
+    pub(crate) fn end(&self, why: &str) -> Reaction {
         end(&self.process, &self.connection, self.on_failure, why)
     }
 }
 
-/// Ends a process whose memory cannot be filled, or notifies it. Returns whether it has ended.
+/// Ends a process whose memory cannot be filled, or notifies it.
 pub(crate) fn end(
     process: &PeerProcess,
     mut connection: &UnixStream,
     on_failure: OnFailure,
     why: &str,
-) -> bool {
+) -> Reaction {
     if on_failure == OnFailure::Kill && process.kill() {
-        return true;
+        return Reaction::Killed;
     }
     // A process that does not read gets what the socket's buffer takes.
     let _ = connection.set_nonblocking(true);
     let notice = serde_json::json!({ "error": why });
     let _ = connection.write_all(format!("{notice}\n").as_bytes());
     let _ = connection.shutdown(std::net::Shutdown::Both);
-    false
+    Reaction::Notified
 }

@@ -9,6 +9,8 @@ use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 
+use crate::server::VmProcess;
+
 /// The time that a killed process gets to exit: it may be in a system call that waits for a disk.
 const EXIT_LIMIT: u16 = 60_000;
 
@@ -40,8 +42,14 @@ impl PeerProcess {
         Ok(Self { id, descriptor })
     }
 
-    pub(crate) fn id(&self) -> i32 {
-        self.id
+    /// Returns its id and the name of its command.
+    pub(crate) fn named(&self) -> VmProcess {
+        let command = std::fs::read(format!("/proc/{}/comm", self.id)).unwrap_or_default();
+        let command = String::from_utf8_lossy(&command);
+        VmProcess {
+            id: self.id,
+            command: command.trim_end_matches('\n').to_owned(),
+        }
     }
 
     /// Returns a descriptor that is readable once the process has exited.

@@ -5,12 +5,14 @@ mod handshake;
 mod message;
 mod metrics;
 mod options;
+mod refused;
 mod served_vm;
 
 pub use error::ServeError;
 pub use message::{MessageError, VmRegions};
 pub use metrics::ServerMetrics;
 pub use options::PageServerOptions;
+pub use refused::{Reaction, RefusedClient, VmProcess};
 pub use served_vm::{ServedVm, VmEnd};
 
 use std::fmt;
@@ -96,6 +98,7 @@ struct Vms {
     filled: AtomicU64,
     exited: AtomicU64,
     failed: AtomicU64,
+    refused: AtomicU64,
 }
 
 /// A message, a descriptor and a process that are to be served.
@@ -126,6 +129,7 @@ impl PageServer {
             filled_vms: load(&self.vms.filled),
             exited_vms: load(&self.vms.exited),
             failed_vms: load(&self.vms.failed),
+            refused_clients: load(&self.vms.refused),
             ..ServerMetrics::of(&self.counters)
         }
     }
@@ -135,13 +139,27 @@ impl PageServer {
     /// may call this at the same time.
     ///
     /// # Errors
-    /// Returns a [`ServeError`]. If the client has sent a descriptor, so that it may wait for its
-    /// pages, [`on_failure`](PageServerOptions::on_failure) is applied before this returns: it is
-    /// killed, or is notified, and this waits until it has exited.
-    pub fn serve(&self, connection: UnixStream) -> Result<ServedVm, ServeError> {
-        let process = PeerProcess::of(&connection).map_err(ServeError::Process)?;
+    /// Returns a [`RefusedClient`]. If the client has sent a descriptor, so that it may wait for
+    /// its pages, [`on_failure`](PageServerOptions::on_failure) is applied before this returns: it
+    /// is killed, or is notified, and this waits until it has exited.
+    pub fn serve(&self, connection: UnixStream) -> Result<ServedVm, RefusedClient> {
+        let served = self.identify_and_serve(connection);
+        served.inspect_err(|_| _ = self.vms.refused.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn identify_and_serve(&self, connection: UnixStream) -> Result<ServedVm, RefusedClient> {
+        let process = PeerProcess::of(&connection).map_err(|source| RefusedClient {
+            error: ServeError::Process(source),
+            process: None,
+            reaction: None,
+        })?;
         if self.options.on_failure == OnFailure::Kill {
-            process.check_may_kill().map_err(ServeError::Process)?;
+            let may_kill = process.check_may_kill();
+            may_kill.map_err(|source| RefusedClient {
+                error: ServeError::Process(source),
+                process: Some(process.named()),
+                reaction: None,
+            })?;
         }
         let mut client = Client {
             connection,
@@ -149,22 +167,33 @@ impl PageServer {
             received: Received::default(),
         };
         let served = self.receive_and_start(&mut client);
-        served.inspect_err(|error| {
-            self.vms.failed.fetch_add(1, Ordering::Relaxed);
-            // A client without a userfaultfd waits for nothing.
-            let passed = client.received.descriptor.take();
-            if let Some(_kept_open) = passed.filter(may_be_userfaultfd) {
-                let Client {
-                    process,
-                    connection,
-                    ..
-                } = &client;
-                let text = error.to_string();
-                if !peer::end(process, connection, self.options.on_failure, &text) {
-                    process.wait_for_exit();
-                }
+        served.map_err(|error| self.refuse(client, error))
+    }
+
+    /// Ends a client that may wait for its pages, or notifies it.
+    fn refuse(&self, client: Client, error: ServeError) -> RefusedClient {
+        let Client {
+            process,
+            connection,
+            received,
+        } = client;
+        // Named before it is killed.
+        let named = process.named();
+        let mut reaction = None;
+        // A client without a userfaultfd waits for nothing.
+        if let Some(_kept_open) = received.descriptor.filter(may_be_userfaultfd) {
+            let text = error.to_string();
+            let done = peer::end(&process, &connection, self.options.on_failure, &text);
+            if done == Reaction::Notified {
+                process.wait_for_exit();
             }
-        })
+            reaction = Some(done);
+        }
+        RefusedClient {
+            error,
+            process: Some(named),
+            reaction,
+        }
     }
 
     fn receive_and_start(&self, client: &mut Client) -> Result<ServedVm, ServeError> {
@@ -218,8 +247,8 @@ impl PageServer {
         let filling = Filling::new(pages, handler, prefetcher);
         let started = filling.start(self.options.handlers, self.options.prefetches());
         started.inspect_err(|_| filling.stop())?;
-        let id = client.process.id();
-        Ok(ServedVm::new(filling, id, Arc::clone(&self.vms)))
+        let process = client.process.named();
+        Ok(ServedVm::new(filling, process, Arc::clone(&self.vms)))
     }
 }
 

@@ -10,6 +10,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::error::LazyError;
 use crate::ledger::locked;
+use crate::server::Reaction;
 use crate::trace;
 
 /// The state of filling, shared by all threads.
@@ -28,6 +29,8 @@ pub(crate) struct Status {
     filled: AtomicBool,
     /// Set before another process is ended because its memory cannot be filled.
     aborted: AtomicBool,
+    /// What was done to it.
+    reaction: OnceLock<Reaction>,
     /// Set once the process that owns the memory has exited.
     exited: AtomicBool,
     /// Readable once the fault handler is to end. A pipe would not work: a forked child may keep
@@ -60,6 +63,7 @@ impl Status {
             finished: AtomicBool::new(false),
             filled: AtomicBool::new(false),
             aborted: AtomicBool::new(false),
+            reaction: OnceLock::new(),
             exited: AtomicBool::new(false),
             stopping: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
         })
@@ -147,6 +151,16 @@ impl Status {
     /// is the first call.
     pub(crate) fn begin_abort(&self) -> bool {
         !self.aborted.swap(true, Ordering::AcqRel)
+    }
+
+    /// Records what was done to the process.
+    pub(crate) fn set_reaction(&self, reaction: Reaction) {
+        let _ = self.reaction.set(reaction);
+    }
+
+    /// Returns what was done to the process because its memory cannot be filled.
+    pub(crate) fn reaction(&self) -> Option<Reaction> {
+        self.reaction.get().copied()
     }
 
     /// Returns whether the process is ended because its memory cannot be filled.

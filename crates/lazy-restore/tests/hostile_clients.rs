@@ -5,7 +5,7 @@ mod support;
 
 use std::time::Duration;
 
-use lazy_restore::{OnFailure, PageServer, ServeError, VmEnd};
+use lazy_restore::{OnFailure, PageServer, Reaction, ServeError, VmEnd};
 use nix::sys::signal::Signal;
 use page_client::{Client, Memory, Message, Sent};
 use rstest::rstest;
@@ -34,7 +34,7 @@ fn refused(
     client.open(&listening.socket);
     let message = message(&client);
     client.send(&message);
-    (client, listening.serve().unwrap_err())
+    (client, listening.serve().unwrap_err().error)
 }
 
 fn with_descriptor(bytes: &[u8]) -> Message {
@@ -61,7 +61,8 @@ fn malformed_message_with_a_descriptor_ends_the_client(
     assert!(error.to_string().contains(says), "{error}");
     // It would wait forever for its pages.
     assert_eq!(client.ended_by(), Some(Signal::SIGKILL as i32));
-    assert_eq!(listening.server.metrics().failed_vms, 1);
+    let metrics = listening.server.metrics();
+    assert_eq!((metrics.refused_clients, metrics.failed_vms), (1, 0));
 }
 
 #[test]
@@ -75,7 +76,11 @@ fn refused_client_is_notified_by_option() {
     client.send(&with_descriptor(b"[]"));
     std::thread::scope(|scope| {
         // The server keeps the descriptor until the client has exited.
-        let serving = scope.spawn(|| listening.serve().unwrap_err());
+        let serving = scope.spawn(|| {
+            let refused = listening.serve().unwrap_err();
+            assert_eq!(refused.reaction, Some(Reaction::Notified));
+            refused.error
+        });
         let notice = client.read_notice();
         assert!(notice.contains("no memory region"), "{notice}");
         assert!(client.runs());

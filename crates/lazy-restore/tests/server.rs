@@ -52,7 +52,7 @@ fn client_reads_the_bytes_of_the_chain(#[case] options: PageServerOptions) {
     let images = images();
     let listening = Listening::new(&images, &options);
     let (mut client, vm) = listening.serve_client(&memory());
-    assert_eq!(vm.process().cast_unsigned(), client.id());
+    assert_eq!(vm.process().id.cast_unsigned(), client.id());
     // Across two regions, and what the kernel reads.
     let at = 3 * MIB - 100;
     let bytes = client.read(at, 5000).unwrap();

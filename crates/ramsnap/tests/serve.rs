@@ -4,18 +4,17 @@
 mod support;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
+use std::process::Command;
 
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use page_client::{Client, Memory};
+use support::server::{MIB, SIZE, Server, images, memory, named};
 use support::{Ended, PAGE, RAMSNAP};
 use test_images::Images;
 use test_machine::needs;
@@ -24,108 +23,6 @@ use test_machine::needs;
 #[test]
 fn page_client() {
     page_client::run();
-}
-
-const MIB: u64 = 1 << 20;
-const SIZE: u64 = 8 * MIB;
-
-/// A raw image with zeros in the lowest MiB.
-fn images() -> Images {
-    Images::new(SIZE, PAGE).with([256..1500, 1600..2048])
-}
-
-/// A ramsnap that serves.
-struct Server {
-    process: Child,
-    out: BufReader<ChildStdout>,
-    err: BufReader<ChildStderr>,
-    dir: tempfile::TempDir,
-}
-
-impl Server {
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("pages.sock")
-    }
-
-    fn start(images: &Images, options: &[&str]) -> Self {
-        let full = format!("raw:{}", images.path(0).display());
-        Self::start_with(&[&[full.as_str()], options].concat())
-    }
-
-    /// Starts it, and waits until it listens.
-    fn start_with(arguments: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mut command = Command::new(RAMSNAP);
-        command
-            .arg("serve")
-            .arg("--socket")
-            .arg(dir.path().join("pages.sock"));
-        command.args(arguments);
-        Self::run(command, dir)
-    }
-
-    fn run(mut command: Command, dir: tempfile::TempDir) -> Self {
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut process = command.spawn().unwrap();
-        let out = BufReader::new(process.stdout.take().unwrap());
-        let err = BufReader::new(process.stderr.take().unwrap());
-        let mut server = Self {
-            process,
-            out,
-            err,
-            dir,
-        };
-        let line = server.line();
-        assert!(line.contains("of RAM"), "{line:?}: {}", server.errors());
-        server
-    }
-
-    /// Returns the next line of stdout.
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.out.read_line(&mut line).unwrap();
-        line
-    }
-
-    /// Returns the next line of stderr.
-    fn error_line(&mut self) -> String {
-        let mut line = String::new();
-        self.err.read_line(&mut line).unwrap();
-        line
-    }
-
-    /// Waits for its end, and returns what it has printed to stderr.
-    fn errors(&mut self) -> String {
-        let mut text = String::new();
-        self.err.read_to_string(&mut text).unwrap();
-        text
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.process.id().cast_signed()), signal).unwrap();
-    }
-
-    fn code(&mut self) -> Option<i32> {
-        self.process.wait().unwrap().code()
-    }
-
-    fn client(&self, memory: &Memory) -> Client {
-        let mut client = Client::spawn("page_client");
-        client.map(memory);
-        client.connect(&self.socket());
-        client
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-fn memory() -> Memory {
-    Memory::private([3 * MIB, 5 * MIB])
 }
 
 #[test]
@@ -137,8 +34,11 @@ fn vm_gets_all_of_its_ram_and_then_needs_no_server() {
     assert_eq!(mode & 0o777, 0o600);
     let mut client = server.client(&memory());
     let line = server.line();
-    let process = format!("process {}: all RAM is filled", client.id());
-    assert!(line.starts_with(&process), "{line}");
+    let process = named(&client);
+    assert!(
+        line.starts_with(&format!("{process}: all RAM is filled")),
+        "{line}"
+    );
     assert_eq!((server.code(), server.errors().as_str()), (Some(0), ""));
     assert!(!server.socket().exists());
     client.close_descriptor();
@@ -214,6 +114,72 @@ fn signal_is_refused_by_option_while_a_vm_is_served() {
         server.signal(Signal::SIGTERM);
     }
     assert_eq!(server.code(), Some(0));
+}
+
+#[test]
+fn refused_client_is_named_and_not_counted_as_failed() {
+    needs!(Userfaultfd);
+    let work = support::Work::empty();
+    let metrics = work.path("metrics.prom");
+    let options = ["--once", "--metrics", metrics.to_str().unwrap()];
+    let mut server = Server::start(&images(), &options);
+    // Less than the RAM of the images.
+    let mut client = Client::spawn("page_client");
+    client.map(&Memory::private([MIB]));
+    let process = named(&client);
+    client.connect(&server.socket());
+    assert_eq!(client.ended_by(), Some(Signal::SIGKILL as i32));
+    assert_eq!(server.code(), Some(3));
+    let errors = server.errors();
+    let refused = format!("{process} was refused and killed: ");
+    assert!(errors.contains(&refused), "{errors}");
+    let text = fs::read_to_string(metrics).unwrap();
+    let failed = "ramsnap_serve_ended_vms_total{end=\"failed\"} 0";
+    for line in [failed, "ramsnap_serve_refused_clients_total 1"] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+}
+
+#[test]
+fn metrics_that_cannot_be_written_are_an_error_at_start() {
+    let work = support::Work::empty();
+    let (images, socket) = (images(), work.path("pages.sock"));
+    let mut command = Command::new(RAMSNAP);
+    command
+        .arg("serve")
+        .arg(format!("raw:{}", images.path(0).display()))
+        .arg("--socket")
+        .arg(&socket)
+        .arg("--metrics")
+        .arg(work.path("missing/metrics.prom"));
+    Ended::of(&mut command).fails(3, &["cannot write the metrics", "missing/metrics.prom"]);
+    assert!(!socket.exists());
+}
+
+#[test]
+fn fault_reads_as_many_pages_as_requested() {
+    needs!(Userfaultfd);
+    let work = support::Work::empty();
+    let images = images();
+    let metrics = work.path("metrics.prom");
+    for (around, pages) in [("64", 16), ("4", 1)] {
+        let options = [
+            "--once",
+            "--no-prefetch",
+            "--metrics",
+            metrics.to_str().unwrap(),
+        ];
+        let options = [&options[..], &["--fault-around", around]].concat();
+        let mut server = Server::start(&images, &options);
+        let mut client = server.client(&memory());
+        client.read(2 * MIB, 1).unwrap();
+        client.signal(Signal::SIGKILL);
+        assert_eq!(server.code(), Some(0), "{}", server.errors());
+        let text = fs::read_to_string(&metrics).unwrap();
+        let line = "ramsnap_serve_filled_bytes_total{source=\"fault\"}";
+        let line = format!("{line} {}\n", pages * PAGE);
+        assert!(text.contains(&line), "{line}: {text}");
+    }
 }
 
 #[test]
@@ -317,6 +283,12 @@ fn touched_pages_are_recorded_and_filled_first() {
             2 * PAGE
         ),
         format!(
+            "ramsnap_serve_image_bytes_total{{image=\"{}\",layer=\"0\"}} {}",
+            images.path(0).display(),
+            1692 * PAGE
+        ),
+        "ramsnap_serve_refused_clients_total 0".to_owned(),
+        format!(
             "ramsnap_serve_filled_bytes_total{{source=\"prefetch\"}} {}",
             1690 * PAGE
         ),
@@ -368,10 +340,12 @@ fn damaged_pages_are_not_served() {
 
     let mut server = Server::start_with(&[packed, "--once", "--on-damage", "fail"]);
     let mut client = server.client(&memory());
+    let process = named(&client);
     assert_eq!(client.ended_by(), Some(Signal::SIGKILL as i32));
     assert_eq!(server.code(), Some(3));
     let errors = server.errors();
-    assert!(errors.contains("can no longer be served"), "{errors}");
+    let ended = format!("{process} can no longer be served and was killed: ");
+    assert!(errors.contains(&ended), "{errors}");
 }
 
 /// It needs no permission for userfaultfd. It may not kill a VMM of another user.

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use uffd::{Features, Userfaultfd};
 
 use crate::memory::Mapped;
@@ -78,6 +79,16 @@ impl Vmm {
     /// Returns the error of `madvise`.
     pub fn remove(&self, offset: u64, len: u64) -> Result<(), Errno> {
         self.memory.remove(offset, len)
+    }
+
+    /// Returns whether the server has sent something, or has closed the connection.
+    #[must_use]
+    pub fn is_notified(&self) -> bool {
+        let Some(connection) = &self.connection else {
+            return true;
+        };
+        let mut ready = [PollFd::new(connection.as_fd(), PollFlags::POLLIN)];
+        poll(&mut ready, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     /// Returns what the server has sent, once it has closed the connection.

@@ -87,6 +87,14 @@ fn a_mutant_is_found_and_its_fault_can_be_repeated() {
 }
 
 #[test]
+fn zeros_in_place_of_data_are_found_in_a_vmm() {
+    needs!(Ptrace, Userfaultfd);
+    let (output, said) = faults(&["--only=zeros-for-errors", "--fault=pread64#40:EIO"]);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("torn: zeros in page"), "{said}");
+}
+
+#[test]
 fn the_library_passes_and_the_control_too() {
     needs!(Ptrace);
     let (output, said) = faults(&["--only=replace,by-hand", "--sample=10", "--seed=1"]);

@@ -10,6 +10,7 @@ use crate::error::LazyError;
 use crate::ledger::Role;
 use crate::pause::Pause;
 use crate::peer::Peer;
+use crate::server::Reaction;
 use crate::userfaultfd::UserfaultfdError;
 
 impl Pages {
@@ -47,7 +48,9 @@ impl Pages {
             Some(error) => error.to_string(),
             None => "the server ends before all pages are in memory".to_owned(),
         };
-        if peer.end(&why) {
+        let reaction = peer.end(&why);
+        self.status.set_reaction(reaction);
+        if reaction == Reaction::Killed {
             return;
         }
         let poisoned = match self.can_poison {

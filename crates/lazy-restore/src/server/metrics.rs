@@ -14,8 +14,10 @@ pub struct ServerMetrics {
     pub filled_vms: u64,
     /// The number of VMs that have exited before.
     pub exited_vms: u64,
-    /// The number of VMs that could not be served, or not to the end.
+    /// The number of VMs that could not be served to the end.
     pub failed_vms: u64,
+    /// The number of clients that were not served at all.
+    pub refused_clients: u64,
     /// The number of faults that were handled.
     pub faults: u64,
     /// The sum of the times from receiving a fault to filling its page and its neighbors.

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use memory_image::Progress;
 
 use super::Vms;
+use super::refused::{Reaction, VmProcess};
 use crate::error::LazyError;
 use crate::filling::Filling;
 use crate::working_set::WorkingSet;
@@ -19,7 +20,7 @@ use crate::working_set::WorkingSet;
 #[must_use = "the VM is ended when this is dropped"]
 pub struct ServedVm {
     filling: Filling,
-    process: i32,
+    process: VmProcess,
     vms: Arc<Vms>,
     end: OnceLock<VmEnd>,
 }
@@ -37,7 +38,7 @@ pub enum VmEnd {
 }
 
 impl ServedVm {
-    pub(super) fn new(filling: Filling, process: i32, vms: Arc<Vms>) -> Self {
+    pub(super) fn new(filling: Filling, process: VmProcess, vms: Arc<Vms>) -> Self {
         vms.served.fetch_add(1, Ordering::Relaxed);
         Self {
             filling,
@@ -47,10 +48,16 @@ impl ServedVm {
         }
     }
 
-    /// Returns the id of the process that has connected.
+    /// Returns the process that has connected.
     #[must_use]
-    pub fn process(&self) -> i32 {
-        self.process
+    pub fn process(&self) -> &VmProcess {
+        &self.process
+    }
+
+    /// Returns what was done to the process because it can no longer be served.
+    #[must_use]
+    pub fn reaction(&self) -> Option<Reaction> {
+        self.filling.pages().status().reaction()
     }
 
     /// Returns the progress of filling: the bytes of the images that are in the RAM, and the total.

@@ -4,7 +4,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use lazy_restore::{PageServer, PageServerOptions, ServeError, ServedVm};
+use lazy_restore::{PageServer, PageServerOptions, RefusedClient, ServedVm};
 use memory_image::VerifiedChain;
 use page_client::{Client, Memory};
 use test_images::Images;
@@ -38,7 +38,7 @@ impl Listening {
     }
 
     /// Serves the next client.
-    pub fn serve(&self) -> Result<ServedVm, ServeError> {
+    pub fn serve(&self) -> Result<ServedVm, RefusedClient> {
         let (connection, _) = self.listener.accept().unwrap();
         self.server.serve(connection)
     }

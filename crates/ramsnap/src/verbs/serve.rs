@@ -1,5 +1,6 @@
 //! `ramsnap serve`: fills the RAM of VMs of other processes, by Firecracker's page-fault protocol.
 
+mod counted;
 mod metrics;
 mod socket;
 mod systemd;
@@ -11,7 +12,6 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use lazy_restore::{OnDamage, OnFailure, PageServer, PageServerOptions, WorkingSet};
-use memory_image::VerifiedChain;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::args::{Formats, FromDir, ImageFile, RawImages};
@@ -20,6 +20,7 @@ use crate::failure::Failure;
 use crate::input;
 use crate::print::size;
 use crate::session::Session;
+use counted::Counted;
 use metrics::MetricsFile;
 use socket::Socket;
 use vms::Vms;
@@ -117,6 +118,15 @@ pub struct Serve {
     /// Accept no more VMs once one has connected, and end with it
     #[arg(long)]
     once: bool,
+    /// How many KiB one fault reads at most: the pages around the touched one that are adjacent in
+    /// the same image. Less than a page is taken as a page
+    #[arg(
+        long,
+        value_name = "KIB",
+        default_value_t = 16,
+        value_parser = clap::value_parser!(u32).range(..=1 << 20)
+    )]
+    fault_around: u32,
     /// A file to write metrics to every 5 seconds, as Prometheus text
     #[arg(long, value_name = "FILE")]
     metrics: Option<PathBuf>,
@@ -179,10 +189,9 @@ impl Serve {
         let most = raise_limit().min(self.max_vms.into());
         let chain = input::full_chain(session, &self.files, self.formats, &self.raw)?;
         let options = self.options()?;
-        let server = match self.no_verify {
-            true => options.source(chain),
-            false => options.source(VerifiedChain::new(chain)),
-        }?;
+        let source = Counted::new(chain, !self.no_verify);
+        let images = source.bytes();
+        let server = options.source(source)?;
         // From now on, a signal must not leave the socket behind, or a VM without its pages.
         let signals = session.signals_as_bytes();
         let signals = signals.context("cannot receive signals")?;
@@ -190,7 +199,13 @@ impl Serve {
             Some(path) => Socket::create(path, self.socket_mode)?,
             None => Socket::passed()?,
         };
-        let metrics = self.metrics.as_deref().map(MetricsFile::new);
+        let metrics = match &self.metrics {
+            Some(path) => Some(MetricsFile::new(path, &socket.name(), images)),
+            None => None,
+        };
+        if let Some(metrics) = &metrics {
+            metrics.write_first(&server.metrics())?;
+        }
         let ram = size(server.ram_size());
         session.say(&format!("{}: {ram} of RAM", socket.name()))?;
         let vms = Vms {
@@ -216,6 +231,7 @@ impl Serve {
             .prefetch(!self.no_prefetch)
             .record(self.record)
             .handlers(self.handlers.into())
+            .fault_around(u64::from(self.fault_around) << 10)
             .handshake_limit(Duration::from_secs(self.message_timeout.into()))
             .on_failure(match self.on_failure {
                 Failing::Kill => OnFailure::Kill,

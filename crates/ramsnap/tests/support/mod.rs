@@ -14,6 +14,8 @@ pub(crate) mod oracle;
 #[cfg(target_os = "linux")]
 pub(crate) mod ram_file;
 #[cfg(target_os = "linux")]
+pub(crate) mod server;
+#[cfg(target_os = "linux")]
 #[allow(unsafe_code)]
 pub(crate) mod vmm;
 

@@ -199,7 +199,11 @@ impl<'s> ServedGuest<'s> {
                 .with_context(|| format!("{options:?}"))?;
         }
         let metrics = server.metrics();
-        ensure!((metrics.vms, metrics.failed_vms) == (0, 0), "{metrics:?}");
+        ensure!(metrics.vms == 0, "{metrics:?}");
+        ensure!(
+            metrics.failed_vms + metrics.refused_clients == 0,
+            "{metrics:?}"
+        );
         Ok(fs::remove_file(socket)?)
     }
 

@@ -16,6 +16,7 @@ use scenarios::ram::Stamped;
 use scenarios::{CommitObserver, Scenario};
 
 use super::case::Case;
+use super::serve::ZEROS_FOR_ERRORS;
 
 /// The commit without a mutant, in which no violation may be found.
 pub(super) static CONTROL: Case = mutant(
@@ -70,6 +71,7 @@ pub(super) static ALL: &[Case] = &[
         "the destination is overwritten in place",
         |dir, seen| commit(dir, seen, Some(Mutant::WriteInPlace)),
     ),
+    ZEROS_FOR_ERRORS,
 ];
 
 type Act = fn(&Path, &dyn CommitObserver) -> anyhow::Result<()>;

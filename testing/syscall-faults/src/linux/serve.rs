@@ -1,14 +1,18 @@
 //! Scenarios in which a page server fills the RAM of a VMM in another process.
 
 use std::fmt;
+use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
-use lazy_restore::{OnDamage, OnFailure, PageServer, PageServerOptions, ServeError, VmEnd};
+use lazy_restore::{
+    OnDamage, OnFailure, PageServer, PageServerOptions, RamSource, RefusedClient, ServeError, VmEnd,
+};
 use memory_image::VerifiedChain;
+use page_reader::PageReader;
 use scenarios::Scenario;
 use scenarios::images::{open_mixed, write_mixed};
 use serde::{Deserialize, Serialize};
@@ -55,6 +59,38 @@ pub(super) const SERVE_THREADS: Case = Case {
         )
     })
 };
+
+/// A mutant: its server fills zeros in place of what it cannot read.
+pub(super) const ZEROS_FOR_ERRORS: Case = Case {
+    vmm: Some(Script::Steps),
+    ..case(Scenario {
+        act: |dir, _| {
+            let source = ZerosForErrors(VerifiedChain::new(open_mixed(dir)?));
+            serve_from(source, dir, &one_thread(), vmm::STEP_FAULTS)
+        },
+        ..scenario(
+            "zeros-for-errors",
+            "a server fills zeros in place of bytes that it cannot read",
+        )
+    })
+};
+
+struct ZerosForErrors(VerifiedChain);
+
+impl PageReader for ZerosForErrors {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        if self.0.read_at(offset, buf).is_err() {
+            buf.fill(0);
+        }
+        Ok(())
+    }
+}
+
+impl RamSource for ZerosForErrors {
+    fn ram_size(&self) -> u64 {
+        self.0.ram_size()
+    }
+}
 
 const fn scenario(name: &'static str, about: &'static str) -> Scenario {
     Scenario {
@@ -120,9 +156,18 @@ impl Served {
 
 /// Serves one VMM. It touches its memory until `faults` were handled, and gets the rest then.
 fn serve(dir: &Path, options: &PageServerOptions, faults: u64) -> anyhow::Result<()> {
+    serve_from(VerifiedChain::new(open_mixed(dir)?), dir, options, faults)
+}
+
+fn serve_from(
+    source: impl RamSource + 'static,
+    dir: &Path,
+    options: &PageServerOptions,
+    faults: u64,
+) -> anyhow::Result<()> {
     /// A VMM whose faults are counted differently is served too.
     const LIMIT: Duration = Duration::from_secs(20);
-    let server = options.source(VerifiedChain::new(open_mixed(dir)?))?;
+    let server = options.source(source)?;
     let listener = UnixListener::bind(dir.join(SOCKET))?;
     let (connection, _) = listener.accept()?;
     let vm = server.serve(connection).map_err(refused)?;
@@ -147,9 +192,9 @@ fn serve(dir: &Path, options: &PageServerOptions, faults: u64) -> anyhow::Result
     Ok(())
 }
 
-fn refused(error: ServeError) -> ServeFailure {
-    let text = error.to_string();
-    match error {
+fn refused(client: RefusedClient) -> ServeFailure {
+    let text = client.to_string();
+    match client.error {
         ServeError::Timeout
         | ServeError::Closed
         | ServeError::NoDescriptor

@@ -131,14 +131,22 @@ impl Vmm {
                 Err(_) => thread::sleep(Duration::from_millis(1)),
             }
         }
-        match self.script {
+        let is_served = match self.script {
             Script::Steps => memory.steps(&vmm, &mut found)?,
-            Script::Threads => memory.threads(&vmm, &mut found)?,
-        }
+            Script::Threads => {
+                memory.threads(&vmm, &mut found)?;
+                true
+            }
+        };
         found.notified = vmm.notice().contains("\"error\"");
+        // A refused VMM must end: the server keeps its descriptor, and fills no page.
+        let pages = match is_served || !found.notified {
+            true => 0..RAM / PAGE,
+            false => 0..0,
+        };
         // All of it, and what was compared before too. Only this counts poisoned pages.
         found.poisoned = 0;
-        for page in 0..RAM / PAGE {
+        for page in pages {
             memory.compare(&vmm, page, &mut found)?;
         }
         let written = self.verdict.with_extension("written");
@@ -151,19 +159,24 @@ impl Vmm {
 struct Expected(Vec<u8>);
 
 impl Expected {
-    fn steps(&mut self, vmm: &page_client::Vmm, found: &mut Found) -> anyhow::Result<()> {
+    /// Returns whether the server has begun to serve.
+    fn steps(&mut self, vmm: &page_client::Vmm, found: &mut Found) -> anyhow::Result<bool> {
         let mut server = Server {
             process: getppid().as_raw(),
             seen: false,
+            started: Instant::now(),
         };
         for step in &STEPS {
-            server.wait_until_it_waits();
+            server.wait_until_it_waits(vmm);
+            if !server.seen && vmm.is_notified() {
+                return Ok(false);
+            }
             match *step {
                 Step::Read(page) => self.compare(vmm, page, found)?,
                 Step::Remove(first, pages) => self.remove(vmm, first, pages)?,
             }
         }
-        Ok(())
+        Ok(server.seen)
     }
 
     fn threads(&mut self, vmm: &page_client::Vmm, found: &mut Found) -> anyhow::Result<()> {
@@ -229,21 +242,22 @@ impl Expected {
 struct Server {
     process: i32,
     seen: bool,
+    started: Instant,
 }
 
 impl Server {
     /// Waits until the page fault handler waits for messages, so that the calls of the server are
-    /// the same in each run. A handler that has ended is not waited for.
-    fn wait_until_it_waits(&mut self) {
+    /// the same in each run. A handler that has ended, or never begins, is not waited for.
+    fn wait_until_it_waits(&mut self, vmm: &page_client::Vmm) {
+        // Elsewhere /proc may not show the calls of another process.
         const LIMIT: Duration = Duration::from_secs(20);
-        let started = Instant::now();
-        while started.elapsed() < LIMIT {
+        while self.started.elapsed() < LIMIT {
             match self.call_of_handler() {
                 Some(call) if call == nix::libc::SYS_poll.to_string() => {
                     self.seen = true;
                     return;
                 }
-                None if self.seen => return,
+                None if self.seen || vmm.is_notified() => return,
                 _ => thread::sleep(Duration::from_micros(100)),
             }
         }

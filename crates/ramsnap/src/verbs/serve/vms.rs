@@ -66,14 +66,13 @@ impl Vms<'_> {
     pub fn serve(self, mut signals: PipeReader) -> anyhow::Result<ExitStatus> {
         let (mut ended, end) = io::pipe().context("cannot make a pipe")?;
         let shared = Shared::default();
-        self.write_metrics();
         if let Err(error) = systemd::notify("READY=1") {
             self.session.warn(&format!(
                 "cannot report readiness to NOTIFY_SOCKET: {error}"
             ));
         }
         thread::scope(|scope| self.accept_all(scope, &shared, &mut signals, &mut ended, &end))?;
-        self.write_metrics();
+        self.write_metrics(&shared);
         Ok(match self.once && shared.failed.into_inner() {
             true => ExitStatus::Failed,
             false => ExitStatus::Success,
@@ -108,7 +107,7 @@ impl Vms<'_> {
             };
             match poll(&mut ready, limit) {
                 Err(Errno::EINTR) => continue,
-                Ok(0) => self.write_metrics(),
+                Ok(0) => self.write_metrics(shared),
                 polled => _ = polled.context("cannot wait for connections")?,
             }
             let is_ready = |at: usize| ready.get(at).and_then(PollFd::any) == Some(true);
@@ -208,9 +207,9 @@ impl Vms<'_> {
     fn serve_one(&self, shared: &Shared, number: u64, connection: UnixStream) {
         let vm = match self.server.serve(connection) {
             Ok(vm) => Arc::new(vm),
-            Err(error) => {
+            Err(refused) => {
                 shared.failed.store(true, Ordering::Relaxed);
-                return self.session.warn(&format!("a client was refused: {error}"));
+                return self.session.warn(&refused.to_string());
             }
         };
         shared.connections().insert(number, Some(Arc::clone(&vm)));
@@ -218,22 +217,27 @@ impl Vms<'_> {
         if shared.completing.load(Ordering::Relaxed) {
             vm.complete();
         }
-        let process = vm.process();
+        let process = vm.process().clone();
         let end = vm.wait();
         let faults = print::count(vm.faults(), "page fault");
         let said = match &end {
-            VmEnd::Filled => format!("process {process}: all RAM is filled, {faults}"),
+            VmEnd::Filled => format!("{process}: all RAM is filled, {faults}"),
             VmEnd::Failed(why) => {
                 shared.failed.store(true, Ordering::Relaxed);
-                self.session
-                    .warn(&format!("process {process} can no longer be served: {why}"));
-                format!("process {process}: no longer served, {faults}")
+                let reaction = match vm.reaction() {
+                    Some(reaction) => format!(" and was {reaction}"),
+                    None => String::new(),
+                };
+                self.session.warn(&format!(
+                    "{process} can no longer be served{reaction}: {why}"
+                ));
+                format!("{process}: no longer served, {faults}")
             }
-            _ => format!("process {process}: exited, {faults}"),
+            _ => format!("{process}: exited, {faults}"),
         };
         if let (VmEnd::Filled | VmEnd::Exited, Some(error)) = (&end, vm.error()) {
             self.session
-                .warn(&format!("process {process} has poisoned pages: {error}"));
+                .warn(&format!("{process} has poisoned pages: {error}"));
         }
         // Stdout may be closed by now.
         let _ = self.session.say(&said);
@@ -250,9 +254,10 @@ impl Vms<'_> {
         }
     }
 
-    fn write_metrics(&self) {
+    fn write_metrics(&self, shared: &Shared) {
+        let vms: Vec<_> = shared.connections().values().flatten().cloned().collect();
         if let Some(file) = &self.metrics
-            && let Err(error) = file.write(&self.server.metrics())
+            && let Err(error) = file.write(&self.server.metrics(), &vms)
         {
             self.session
                 .warn(&format!("cannot write the metrics: {error}"));
