@@ -177,9 +177,9 @@ mod tests {
         let _ = left.keep();
         drop(_lock);
         let listed = sweep(dir.path(), &["a", "b"], false).unwrap();
-        assert_eq!(listed.removed, [at.clone()]);
+        assert_eq!(listed.removed, std::slice::from_ref(&at));
         assert!(at.exists());
-        assert_eq!(sweep_all(dir.path()).removed, [at.clone()]);
+        assert_eq!(sweep_all(dir.path()).removed, std::slice::from_ref(&at));
         assert!(!at.exists());
     }
 

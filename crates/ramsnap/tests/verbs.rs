@@ -68,8 +68,9 @@ fn info_says_what_a_chain_is() {
     assert_eq!(info[1]["parent"], info[0]["id"]);
     assert_eq!(info[2]["parent"], info[1]["id"]);
     // Five pages and one of zeros.
-    assert_eq!(info[1]["present"]["bytes"], 6 * PAGE);
-    assert_eq!(info[1]["present"]["runs"], 2);
+    assert_eq!(info[1]["present"]["bytes"], 5 * PAGE);
+    assert_eq!(info[1]["present"]["runs"], 1);
+    assert_eq!(info[1]["zero"]["bytes"], PAGE);
     assert_eq!(info[1]["clean"]["bytes"], RAM - 6 * PAGE);
     assert_eq!(info[3]["layout"], "raw");
     let file = fs::metadata(work.path("d1.mem")).unwrap();
@@ -79,7 +80,7 @@ fn info_says_what_a_chain_is() {
     let text = work.good("info d1.mem raw:ram").out;
     let id = info[0]["id"].as_str().unwrap();
     assert!(text.contains(&format!("parent    {id}")), "{text}");
-    assert!(text.contains("present   24.00 KiB in 2 runs"), "{text}");
+    assert!(text.contains("present   20.00 KiB in 1 run"), "{text}");
     assert!(text.contains("ram: raw image"), "{text}");
 }
 

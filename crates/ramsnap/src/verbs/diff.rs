@@ -35,7 +35,8 @@ use new_state::New;
 ///
 /// The diff names the old state as its parent, and has the id of the new one; RAM gets a new id.
 /// Pages that became zeros take no space in it, except in a raw diff: they are recorded as zeros,
-/// which are not clean pages. Without --output nothing is written, and the exit status is 1 if the states differ.
+/// which are not clean pages. Without --output nothing is written, and the exit status is 1 if the
+/// states differ.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap diff full.mem --ram /dev/shm/guest -o d1.mem\n  \

@@ -46,10 +46,11 @@ pub struct Merge {
     ///
     /// At every instant, also after a crash, the file is the complete old one or the complete new
     /// one. The new file has the old one's owner, group, mode, access control list and extended
-    /// attributes, as far as that is permitted. Where the file system can share blocks (btrfs, XFS),
-    /// only the pages of the diffs are written, as by `ramsnap commit`. If another writer replaces the first file while it
-    /// is merged, the merge fails, and that writer's file stays. A diff that was taken after a
-    /// state which would be lost prevents the merge, as it does `ramsnap commit`.
+    /// attributes, as far as that is permitted. Where the file system can share blocks (btrfs,
+    /// XFS), only the pages of the diffs are written, as by `ramsnap commit`. If another writer
+    /// replaces the first file while it is merged, the merge fails, and that writer's file stays. A
+    /// diff that was taken after a state which would be lost prevents the merge, as it does
+    /// `ramsnap commit`.
     #[arg(long)]
     in_place: bool,
     /// Replace the output if it exists; with --in-place, merge though a diff was taken after a

@@ -20,8 +20,8 @@ use crate::{input, memory_reserve, save};
 /// The files are the chain of the diff, which is the last one. The diff is replaced by one that has
 /// the pages in which its state differs from the new parent. It keeps its id, metadata and layout,
 /// so diffs that were taken after it still follow it. Pages of zeros take no space in it, except in
-/// a raw diff: they are recorded as zeros, which are not clean pages. At every instant, also after a crash, the
-/// file is the complete old diff or the complete new one.
+/// a raw diff: they are recorded as zeros, which are not clean pages. At every instant, also after
+/// a crash, the file is the complete old diff or the complete new one.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     ramsnap rebase full.mem d1.mem d2.mem --onto full.mem\n  \
