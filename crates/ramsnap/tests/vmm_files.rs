@@ -248,7 +248,7 @@ fn snapshots_of_cloud_hypervisor_are_read_and_written() {
         3,
         &["state.json"],
     );
-    refused("convert cloud-hypervisor:new.mem -o x", 3, &["state.json"]);
+    refused("convert cloud-hypervisor:new.mem -o x", 2, &["state.json"]);
 }
 
 #[test]
