@@ -1,5 +1,6 @@
 //! Errors of the tool itself.
 
+mod formats;
 mod images;
 mod status;
 
@@ -8,6 +9,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::print::count;
+pub use formats::FormatFailure;
 pub use images::ImagesFailure;
 
 /// An error of the tool itself.
@@ -108,30 +110,6 @@ pub enum Failure {
     DirectoryExists { path: PathBuf },
     #[error("{path:?} is not a directory: name a directory")]
     NotADirectory { path: PathBuf },
-    #[error(
-        "{path:?} does not exist, and {prefix:?} is not a format that is read, which are {formats}: name one of \
-         these, or if this is the name of a file, its directory too (./{prefix}:FILE)"
-    )]
-    UnknownFormat {
-        path: PathBuf,
-        prefix: String,
-        formats: String,
-    },
-    #[error(
-        "{path:?} names a LiME file, which is only written, by `ramsnap convert --to lime`, and never read: name a file \
-         of a format that is read, which are {formats}"
-    )]
-    LimeIsWritten { path: PathBuf, formats: String },
-    #[error(
-        "{path:?} names a memory file of Firecracker, which is raw: name it as raw:FILE, and add --guest firecracker to \
-         `ramsnap convert` for its addresses; the formats that are read are {formats}"
-    )]
-    FirecrackerIsRaw { path: PathBuf, formats: String },
-    #[error(
-        "--ram-block is for the files of QEMU and libvirt, and {path:?} is not named as one: name it as qemu:FILE or \
-         libvirt:FILE, or leave out --ram-block"
-    )]
-    NoRamBlocks { path: PathBuf },
     #[error(
         "{path:?} is not RAM: {size} bytes are not a whole number of pages; \
          if it is a sealed or packed image, or a file of another VMM, use `ramsnap convert`"

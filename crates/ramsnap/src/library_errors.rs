@@ -11,7 +11,7 @@ use memory_writer::{OpenError, RamError, SnapshotError};
 use nix::errno::Errno;
 
 use crate::exit_status::ExitStatus;
-use crate::failure::{Failure, ImagesFailure};
+use crate::failure::{Failure, FormatFailure, ImagesFailure};
 use crate::{input, interrupt};
 
 /// Returns the exit status for `error`: that of the first cause that has one.
@@ -25,6 +25,9 @@ pub fn exit_status(error: &anyhow::Error) -> ExitStatus {
 fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     if let Some(failure) = cause.downcast_ref::<Failure>() {
         return Some(failure.exit_status());
+    }
+    if cause.is::<FormatFailure>() {
+        return Some(ExitStatus::Usage);
     }
     if let Some(failure) = cause.downcast_ref::<ImagesFailure>() {
         return Some(failure.exit_status());

@@ -156,13 +156,13 @@ fn what_cannot_be_rebased_is_refused() {
     work.fails("rebase full.mem --onto other.mem", 2, &["full.mem", "diff"]);
     work.fails(
         "rebase d1.mem --onto other.mem",
-        1,
+        2,
         &["d1.mem", "is a diff"],
     );
     work.fails(
         "rebase full.mem d1.mem --onto d1.mem",
         2,
-        &["one of the inputs"],
+        &["d1.mem", "--onto names it too"],
     );
     work.fails(
         "rebase full.mem d1.mem --onto small.mem",

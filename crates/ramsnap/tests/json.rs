@@ -156,7 +156,7 @@ fn each_verb_with_json_is_in_the_schema() {
     let described = schema["$defs"].as_object().unwrap();
     let help = work.good("--help").out;
     let (_, verbs) = help.split_once("Commands:").unwrap();
-    let (verbs, _) = verbs.split_once("Options:").unwrap();
+    let (verbs, _) = verbs.split_once("Global options:").unwrap();
     let verbs = verbs
         .lines()
         .filter_map(|line| line.strip_prefix("  ")?.split(' ').next());

@@ -67,9 +67,11 @@ fn a_range_over_several_mappings_is_warned_of() {
         &format!("{address}..{middle:#x} (/memfd:guest-ram"),
         &format!("{middle:#x}..{:#x} (/memfd:another-file", middle + RAM),
     ]);
-    assert_eq!(dumped.err.lines().count(), 1, "{dumped:?}");
-    assert_eq!(work.good(&dump("8MiB")).err, "");
-    assert_eq!(work.good(&dump("4MiB")).err, "");
+    assert_eq!(dumped.err.matches("spans").count(), 1, "{dumped:?}");
+    for size in ["8MiB", "4MiB"] {
+        let dumped = work.good(&dump(size));
+        assert!(!dumped.err.contains("spans"), "{dumped:?}");
+    }
 }
 
 fn end_of(address: &str) -> u64 {

@@ -368,7 +368,7 @@ fn every_verb_has_an_example_in_its_help() {
         .split("Commands:")
         .nth(1)
         .unwrap()
-        .split("Options:")
+        .split("Global options:")
         .next()
         .unwrap();
     let verbs: Vec<_> = verbs

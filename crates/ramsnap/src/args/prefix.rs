@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use super::Format;
-use crate::failure::Failure;
+use crate::failure::FormatFailure;
 
 /// Refuses a path that does not exist and begins like a format, as `lime:FILE`.
-pub(super) fn check(path: &Path) -> Result<(), Failure> {
+pub(super) fn check(path: &Path) -> Result<(), FormatFailure> {
     let Some((prefix, _)) = path.to_str().and_then(|text| text.split_once(':')) else {
         return Ok(());
     };
@@ -18,9 +18,9 @@ pub(super) fn check(path: &Path) -> Result<(), Failure> {
     let names: Vec<_> = Format::all().map(Format::name).collect();
     let formats = names.join(", ");
     Err(match prefix.to_ascii_lowercase().as_str() {
-        "lime" => Failure::LimeIsWritten { path, formats },
-        "firecracker" => Failure::FirecrackerIsRaw { path, formats },
-        _ => Failure::UnknownFormat {
+        "lime" => FormatFailure::LimeIsWritten { path, formats },
+        "firecracker" => FormatFailure::FirecrackerIsRaw { path, formats },
+        _ => FormatFailure::UnknownFormat {
             path,
             prefix: prefix.to_owned(),
             formats,

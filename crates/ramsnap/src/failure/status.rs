@@ -49,10 +49,6 @@ impl Failure {
             | Self::NotOfFirecracker { .. }
             | Self::DirectoryExists { .. }
             | Self::NotADirectory { .. }
-            | Self::UnknownFormat { .. }
-            | Self::LimeIsWritten { .. }
-            | Self::FirecrackerIsRaw { .. }
-            | Self::NoRamBlocks { .. }
             | Self::NotRam { .. } => ExitStatus::Usage,
             Self::OtherGuest { .. }
             | Self::OtherRegions { .. }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use image_format::Footer;
+use image_format::{Footer, FooterError};
 use vmm_files::Format;
 
 use crate::stderr;
@@ -25,7 +25,10 @@ pub(super) fn warn_if_known(path: &Path, file: &File) {
 
 /// Returns what the file looks like, and the input of the conversion.
 fn look_at(path: &Path, file: &File) -> Option<(&'static str, &'static str)> {
-    if Footer::read_id(file).is_ok() {
+    // RAM is a multiple of 512 bytes, and no image of today is: it was cut off or padded.
+    if let Ok(_) | Err(FooterError::Truncated { .. } | FooterError::Trailing { .. }) =
+        Footer::read_id(file)
+    {
         return Some(("a sealed or packed image", "FILE"));
     }
     let mut first = [0; 4];

@@ -5,7 +5,7 @@ use memory_image::Image;
 
 use super::Convert;
 use crate::args::Format;
-use crate::failure::Failure;
+use crate::failure::{Failure, FormatFailure};
 
 impl Convert {
     pub(super) fn open_input(&self) -> anyhow::Result<Image> {
@@ -42,14 +42,14 @@ impl Convert {
     }
 
     /// Refuses --ram-block for a file that has none.
-    pub(super) fn check_ram_blocks(&self) -> Result<(), Failure> {
+    pub(super) fn check_ram_blocks(&self) -> Result<(), FormatFailure> {
         let has_some = matches!(
             self.input.format(self.formats.format),
             Format::Vmm(vmm_files::Format::Qemu | vmm_files::Format::Libvirt)
         );
         match has_some || self.vmm.ram_block.is_empty() {
             true => Ok(()),
-            false => Err(Failure::NoRamBlocks {
+            false => Err(FormatFailure::NoRamBlocks {
                 path: self.input.path.clone(),
             }),
         }
