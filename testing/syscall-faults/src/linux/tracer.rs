@@ -355,7 +355,8 @@ impl Tracer<'_> {
             }
             How::Lost(errno) => Ok(Some(Answer::InPlaceOfSuccess(errno))),
             How::Short(bytes) => {
-                registers.rdx = bytes;
+                // A thread may make another call than in the recorded run, with a smaller buffer.
+                registers.rdx = registers.rdx.min(bytes);
                 ptrace::setregs(pid, registers)?;
                 Ok(None)
             }
