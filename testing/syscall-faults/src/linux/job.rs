@@ -246,9 +246,11 @@ fn traced(
     command.stderr(File::create(&stderr)?);
     let trace = tracer::trace(command, fault, case.lacks, WITHIN)?;
     drop(ballast);
+    let stderr = fs::read_to_string(&stderr)?;
+    // A panic makes some, too.
     ensure!(
         trace.unknown.is_empty(),
-        "calls that no table lists: {:?}",
+        "calls that no table lists: {:?}: {stderr}",
         trace.unknown
     );
     let report = match fs::read(&report) {
@@ -256,7 +258,7 @@ fn traced(
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(error.into()),
     };
-    Ok((trace, report, fs::read_to_string(&stderr)?))
+    Ok((trace, report, stderr))
 }
 
 /// A file that takes up room beside a directory.

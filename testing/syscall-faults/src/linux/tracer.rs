@@ -355,7 +355,8 @@ impl Tracer<'_> {
             }
             How::Lost(errno) => Ok(Some(Answer::InPlaceOfSuccess(errno))),
             How::Short(bytes) => {
-                registers.rdx = bytes;
+                // A thread may make another call than in the recorded run, with a smaller buffer.
+                registers.rdx = registers.rdx.min(bytes);
                 ptrace::setregs(pid, registers)?;
                 Ok(None)
             }
@@ -383,27 +384,4 @@ fn gone(result: nix::Result<()>) -> nix::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_child_that_does_not_end_is_ended() {
-        let mut command = Command::new("sleep");
-        command.arg("300");
-        let trace = trace(command, None, None, Duration::from_millis(100)).expect("a trace");
-        assert_eq!(trace.end, End::Hung);
-    }
-
-    #[test]
-    fn a_trace_reports_how_the_child_ended() {
-        let of = |script: &str| {
-            let mut command = Command::new("sh");
-            command.args(["-c", script]);
-            trace(command, None, None, Duration::from_secs(60))
-                .expect("a trace")
-                .end
-        };
-        assert_eq!(of("exit 3"), End::Exited(3));
-        assert_eq!(of("kill -ABRT $$"), End::Killed(Signal::SIGABRT));
-    }
-}
+mod tests;
