@@ -58,7 +58,9 @@ fn ram_is_captured_from_a_process_by_name_address_or_range() {
 fn a_range_over_several_mappings_is_warned_of() {
     needs!(Ptrace);
     let work = Work::with_ram();
-    let vmm = Vmm::set_up(&work, "ram", |command| drop(command.env(BESIDE, "")));
+    let vmm = Vmm::set_up(&work, "ram", |command| {
+        command.env(BESIDE, "1");
+    });
     let (pid, address) = (vmm.pid(), &vmm.address);
     let middle = end_of(address);
     let dump = |size| format!("dump --pid {pid} --region {address}:{size} --live -o out --force");
