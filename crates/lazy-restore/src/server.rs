@@ -157,7 +157,7 @@ impl PageServer {
             let may_kill = process.check_may_kill();
             may_kill.map_err(|source| RefusedClient {
                 error: ServeError::Process(source),
-                process: Some(process.named()),
+                process: Some(Box::new(process.named())),
                 reaction: None,
             })?;
         }
@@ -191,7 +191,7 @@ impl PageServer {
         }
         RefusedClient {
             error,
-            process: Some(named),
+            process: Some(Box::new(named)),
             reaction,
         }
     }

@@ -55,7 +55,7 @@ pub struct RefusedClient {
     #[source]
     pub error: ServeError,
     /// The process that has connected, if it was identified.
-    pub process: Option<VmProcess>,
+    pub process: Option<Box<VmProcess>>,
     /// What was done to it. `None` if it has sent no userfaultfd, and waits for no pages.
     pub reaction: Option<Reaction>,
 }
@@ -85,7 +85,7 @@ mod tests {
         };
         let mut refused = RefusedClient {
             error: ServeError::Closed,
-            process: Some(process),
+            process: Some(Box::new(process)),
             reaction: Some(Reaction::Killed),
         };
         let text = refused.to_string();

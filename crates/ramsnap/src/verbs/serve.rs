@@ -199,10 +199,8 @@ impl Serve {
             Some(path) => Socket::create(path, self.socket_mode)?,
             None => Socket::passed()?,
         };
-        let metrics = match &self.metrics {
-            Some(path) => Some(MetricsFile::new(path, &socket.name(), images)),
-            None => None,
-        };
+        let metrics = self.metrics.as_ref();
+        let metrics = metrics.map(|path| MetricsFile::new(path, &socket.name(), images));
         if let Some(metrics) = &metrics {
             metrics.write_first(&server.metrics())?;
         }

@@ -54,13 +54,13 @@ impl MetricsFile {
             let labels = format!("{{process=\"{id}\",command=\"{}\"}}", escaped(command));
             (labels, vm.faults(), vm.progress().done)
         });
-        let labelled = Labelled {
+        let labeled = Labeled {
             socket: &self.socket,
             images: images.collect(),
             vms: vms.collect(),
         };
         let mut file = tempfile::NamedTempFile::new_in(dir)?;
-        file.write_all(text(metrics, &labelled).as_bytes())?;
+        file.write_all(text(metrics, &labeled).as_bytes())?;
         // They contain no bytes of a guest.
         let permissions = Permissions::from_mode(0o644);
         file.as_file().set_permissions(permissions)?;
@@ -71,7 +71,7 @@ impl MetricsFile {
 
 /// Metrics with labels of their own.
 #[derive(Debug, Default)]
-struct Labelled<'s> {
+struct Labeled<'s> {
     socket: &'s str,
     /// The labels of each image, and its bytes.
     images: Vec<(String, u64)>,
@@ -93,7 +93,7 @@ fn escaped(text: &str) -> String {
 }
 
 /// Returns metrics in the text format of Prometheus.
-fn text(metrics: &ServerMetrics, labelled: &Labelled<'_>) -> String {
+fn text(metrics: &ServerMetrics, labeled: &Labeled<'_>) -> String {
     let mut text = String::new();
     let mut add = |name: &str, kind: &str, help: &str, samples: &[(String, String)]| {
         let _ = writeln!(text, "# HELP ramsnap_serve_{name} {help}");
@@ -103,7 +103,7 @@ fn text(metrics: &ServerMetrics, labelled: &Labelled<'_>) -> String {
         }
     };
     let info = [(
-        format!("{{socket=\"{}\"}}", escaped(labelled.socket)),
+        format!("{{socket=\"{}\"}}", escaped(labeled.socket)),
         "1".to_owned(),
     )];
     add("info", "gauge", "The socket that VMMs connect to.", &info);
@@ -135,7 +135,7 @@ fn text(metrics: &ServerMetrics, labelled: &Labelled<'_>) -> String {
         "Clients that were not served at all.",
         &refused,
     );
-    let images = labelled.images.iter().cloned();
+    let images = labeled.images.iter().cloned();
     let images: Vec<_> = images
         .map(|(labels, bytes)| (labels, bytes.to_string()))
         .collect();
@@ -146,7 +146,7 @@ fn text(metrics: &ServerMetrics, labelled: &Labelled<'_>) -> String {
         &images,
     );
     let vms = |value: fn(&(String, u64, u64)) -> u64| -> Vec<_> {
-        let all = labelled.vms.iter();
+        let all = labeled.vms.iter();
         all.map(|vm| (vm.0.clone(), value(vm).to_string()))
             .collect()
     };
@@ -214,12 +214,12 @@ mod tests {
 
     #[test]
     fn metrics_are_in_the_format_of_prometheus() {
-        let labelled = Labelled {
+        let labeled = Labeled {
             socket: "a\"b",
             images: vec![("{image=\"x\",layer=\"0\"}".into(), 5)],
             vms: vec![("{process=\"7\",command=\"y\"}".into(), 2, 3)],
         };
-        let text = text(&ServerMetrics::default(), &labelled);
+        let text = text(&ServerMetrics::default(), &labeled);
         let families = text.lines().filter(|line| line.starts_with("# TYPE"));
         assert_eq!(families.count(), 12);
         for line in text.lines().filter(|line| !line.starts_with('#')) {
