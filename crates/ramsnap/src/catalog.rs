@@ -13,10 +13,10 @@ use image_format::{FooterError, ImageId};
 use memory_image::{Image, Layout, OpenImageError};
 
 use crate::failure::ImagesFailure;
-use crate::words;
+use crate::{stream, words};
 
 /// A sealed or packed image in the directory.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     pub path: PathBuf,
     pub layout: Layout,
@@ -30,14 +30,14 @@ pub struct Entry {
 }
 
 /// A file that is an image, and that cannot be used.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Unusable {
     pub path: PathBuf,
     pub why: String,
 }
 
 /// The images in a directory, without its subdirectories.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Catalog {
     pub dir: PathBuf,
     /// By name.
@@ -45,6 +45,8 @@ pub struct Catalog {
     pub unusable: Vec<Unusable>,
     /// The number of other regular files, which may be raw images.
     pub others: u64,
+    /// Those of them that are compressed streams of diffs.
+    pub compressed_diffs: Vec<PathBuf>,
 }
 
 impl Catalog {
@@ -90,6 +92,7 @@ impl Catalog {
             entries: entries.collect(),
             unusable: unusable.collect(),
             others: self.others,
+            compressed_diffs: Vec::new(),
         }
     }
 
@@ -110,6 +113,7 @@ impl Catalog {
             entries: Vec::new(),
             unusable: Vec::new(),
             others: 0,
+            compressed_diffs: Vec::new(),
         };
         for name in names(dir)? {
             if is_listed(&name) {
@@ -126,7 +130,12 @@ impl Catalog {
         }
         match Entry::at(&path) {
             Ok(Some(entry)) => self.entries.push(entry),
-            Ok(None) => self.others += 1,
+            Ok(None) => {
+                self.others += 1;
+                if stream::is_compressed_diff(&path) {
+                    self.compressed_diffs.push(path);
+                }
+            }
             Err(error) => {
                 let why = words::text(&error);
                 self.unusable.push(Unusable { path, why });

@@ -11,8 +11,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-use crate::args::{ImageFile, Output};
-use crate::input;
 use crate::save::dir_of;
 use crate::session::Session;
 
@@ -43,17 +41,6 @@ impl ChainLock {
             _dirs: dirs.into_iter().flatten().collect(),
         })
     }
-
-    /// Locks the directories of the images that a diff builds on, if one is written: another run
-    /// must not replace them meanwhile.
-    pub fn of_parents(
-        session: &Session,
-        output: Option<&Output>,
-        parents: &[ImageFile],
-    ) -> anyhow::Result<Option<Self>> {
-        let lock = |_| Self::take(session, &input::paths(parents), Sharing::Shared);
-        output.map(lock).transpose()
-    }
 }
 
 /// Returns the directories of files, and those that links lead to, in the order in which all runs
@@ -81,7 +68,7 @@ fn lock(session: &Session, dir: &Path, sharing: Sharing) -> anyhow::Result<Optio
         Err(TryLockError::Error(_)) => return Ok(None),
         Err(TryLockError::WouldBlock) => {
             session.warn(&format!(
-                "another run of ramsnap uses the images in {dir:?}: waiting until it has ended"
+                "another process has locked {dir:?}, such as a run of ramsnap that uses its images: waiting until it has ended"
             ));
             wait(&file).with_context(|| format!("cannot lock {dir:?}"))?;
         }

@@ -38,6 +38,26 @@ pub fn is_compressed(path: &Path) -> bool {
     is_stream(path) || path.extension().is_some_and(|extension| extension == "zst")
 }
 
+/// Returns whether a file is named as a compressed image, and is that of a diff.
+pub fn is_compressed_diff(path: &Path) -> bool {
+    let header = || {
+        let mut start = [0; HEADER_PAGE];
+        decoder(File::open(path).ok()?)
+            .ok()?
+            .read_exact(&mut start)
+            .ok()?;
+        Header::read(&start)
+    };
+    is_compressed(path) && header().is_some_and(|header| header.is_diff())
+}
+
+fn decoder<R: Read>(source: R) -> io::Result<Decoder<'static, BufReader<R>>> {
+    let mut stream = Decoder::new(source)?;
+    // Limits the memory for back references to the size that every decoder should support.
+    stream.window_log_max(WINDOW_LOG)?;
+    Ok(stream)
+}
+
 /// An image from a stream: a packed image of version 2, whose first page states its length.
 pub struct Incoming<'s> {
     session: &'s Session,
@@ -51,13 +71,7 @@ impl<'s> Incoming<'s> {
     /// the beginning of an image.
     pub fn begin(session: &'s Session, path: &Path) -> anyhow::Result<Self> {
         let source = Source::open(session, path)?;
-        let decoder = || -> io::Result<_> {
-            let mut stream = Decoder::new(source)?;
-            // Limits the memory for back references to the size that every decoder should support.
-            stream.window_log_max(WINDOW_LOG)?;
-            Ok(stream)
-        };
-        let mut stream = decoder().context("cannot begin to decompress the stream")?;
+        let mut stream = decoder(source).context("cannot begin to decompress the stream")?;
         let mut start = [0; HEADER_PAGE];
         let received = read(session, &mut stream, &mut start)?;
         let header = Header::read(&start).filter(|_| received == HEADER_PAGE);

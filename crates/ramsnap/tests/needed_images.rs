@@ -127,6 +127,10 @@ fn compact_continues_where_merged_diffs_were_left() {
 fn a_run_waits_while_another_one_uses_the_images() {
     for (command, shared) in [
         ("diff full.mem d1.mem --ram ram -o new.mem", false),
+        ("diff --chain . d1.mem --ram ram -o new.mem", false),
+        ("merge d1.mem d2.mem -o both.mem", false),
+        ("convert d1.mem -o copy.mem --layout sealed", false),
+        ("convert d1.mem -o copy.mem.zst", false),
         ("rebase full.mem d1.mem d2.mem --onto full.mem", true),
         ("commit full.mem d1.mem d2.mem", true),
         ("merge --in-place full.mem d1.mem", true),
@@ -186,4 +190,87 @@ fn a_merge_in_place_keeps_what_others_need() {
     work.fails(merge, 2, &["branch.mem", "--force"]);
     work.good(&format!("{merge} --force"));
     work.good("diff full.mem --ram ram");
+}
+
+/// A merged diff that follows no image would be of no use, and its state lost.
+#[test]
+fn what_follows_no_image_is_not_merged_in_place() {
+    let work = Work::with_chain();
+    work.good("commit full.mem d1.mem d2.mem");
+    for command in [
+        "commit d1.mem d2.mem --remove",
+        "merge --in-place d1.mem d2.mem",
+    ] {
+        work.fails(command, 2, &["d1.mem", "no other file", "--force"]);
+    }
+    work.good("restore --chain . d2.mem -o out");
+    work.assert_same("out", "ram");
+    let work = Work::with_chain();
+    work.good("commit d1.mem d2.mem --remove");
+    work.good("restore --chain . d1.mem -o out");
+    work.assert_same("out", "ram");
+}
+
+/// A diff on a raw image names no parent, whichever place that image has in its chain.
+#[test]
+fn a_diff_on_a_raw_diff_prevents_its_merge() {
+    let work = Work::with_chain();
+    work.good("diff full.mem --ram second -o d1.raw --layout raw");
+    work.good("diff full.mem raw:d1.raw --ram ram -o d2.mem --force");
+    fs::remove_file(work.path("d1.mem")).unwrap();
+    for command in [
+        "commit full.mem raw:d1.raw --remove",
+        "merge --in-place full.mem raw:d1.raw",
+    ] {
+        work.fails(command, 2, &["d2.mem", "--force"]);
+    }
+    work.good("restore full.mem raw:d1.raw d2.mem -o out");
+    work.assert_same("out", "ram");
+}
+
+#[test]
+fn a_compressed_diff_prevents_a_commit() {
+    let work = Work::with_chain();
+    work.good("diff full.mem --ram ram -o branch.mem");
+    work.good("convert branch.mem -o branch.mem.zst");
+    fs::remove_file(work.path("branch.mem")).unwrap();
+    let commit = "commit full.mem d1.mem d2.mem --remove";
+    work.fails(commit, 2, &["branch.mem.zst", "--force"]);
+    fs::remove_file(work.path("branch.mem.zst")).unwrap();
+    // A full image needs no other one, and a raw file may begin like a compressed one.
+    work.good("convert full.mem -o copy.mem.zst");
+    work.copy("copy.mem.zst", "raw");
+    work.good(commit);
+}
+
+/// Files that are found by their ids are looked for again under the lock.
+#[test]
+fn a_run_that_waited_finds_the_chain_as_it_is_then() {
+    for (command, state) in [
+        ("diff --chain . d2.mem --ram first -o new.mem", "new.mem"),
+        ("commit --chain . d2.mem", "d2.mem"),
+        ("rebase --chain . d2.mem --onto base.mem", "d2.mem"),
+    ] {
+        let work = Work::with_chain();
+        work.good("dump first -o base.mem");
+        let dir = File::open(work.path(".")).unwrap();
+        dir.lock().unwrap();
+        let mut waiting = Command::new(RAMSNAP);
+        waiting.args(command.split(' ')).current_dir(work.path("."));
+        waiting.stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut waiting = waiting.spawn().unwrap();
+        let mut first = String::new();
+        let mut errors = BufReader::new(waiting.stderr.take().unwrap());
+        errors.read_line(&mut first).unwrap();
+        assert!(first.contains("waiting"), "{command}: {first}");
+        // As another run would that commits d1.mem to full.mem.
+        work.good("merge full.mem d1.mem -o merged");
+        fs::rename(work.path("merged"), work.path("full.mem")).unwrap();
+        fs::remove_file(work.path("d1.mem")).unwrap();
+        drop(dir);
+        let mut rest = String::new();
+        std::io::Read::read_to_string(&mut errors, &mut rest).unwrap();
+        assert!(waiting.wait().unwrap().success(), "{command}: {rest}");
+        work.good(&format!("restore --chain . {state} -o out"));
+    }
 }

@@ -65,6 +65,11 @@ pub enum ImagesFailure {
          directory, or add --force to give it up: {why}"
     )]
     MayNeedLost { path: PathBuf, why: String },
+    #[error(
+        "{path:?} follows the image {parent}, which no other file here has or leads to, so the result could not be \
+         read: begin with a full image, or add --force"
+    )]
+    FollowsNone { path: PathBuf, parent: ImageId },
     #[error("say what to compact: add --keep N, --older-than AGE or --max-size SIZE")]
     NoPolicy,
 
@@ -108,6 +113,7 @@ impl ImagesFailure {
             | Self::NeededByOther { .. }
             | Self::MayFollowRaw { .. }
             | Self::MayNeedLost { .. }
+            | Self::FollowsNone { .. }
             | Self::OntoItself { .. }
             | Self::NoPolicy => ExitStatus::Usage,
             Self::NoParent { .. } | Self::NoMetadata { .. } => ExitStatus::CheckFailed,

@@ -1,11 +1,11 @@
 //! Which states other images need.
 
-use std::collections::{BTreeMap, btree_map};
+use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use image_format::ImageId;
-use memory_image::Chain;
+use image_format::{Footer, ImageId};
+use memory_image::{Chain, Image};
 
 use crate::catalog::{Catalog, Entry, Unusable};
 use crate::chain_lock::dirs_of;
@@ -41,10 +41,9 @@ impl Neighbors {
     /// of the chain are removed.
     pub fn check_not_needed(&mut self, chain: &Chain, removes: bool) -> anyhow::Result<()> {
         let paths: Vec<PathBuf> = chain.paths().map(Path::to_owned).collect();
-        let is_raw = chain
-            .images()
-            .next()
-            .is_some_and(|it| it.footer().is_none());
+        let raw = |image: &Image| image.footer().is_none();
+        let is_raw = chain.images().next().is_some_and(raw);
+        let any_raw = chain.images().any(raw);
         // A raw image gets no id, by which later diffs would follow it.
         let followed = chain.id().filter(|_| !is_raw || !removes);
         let is_lost = |id: ImageId| Some(id) != followed && chain.ids().any(|it| it == id);
@@ -67,11 +66,25 @@ impl Neighbors {
                         return Err(ImagesFailure::NeededByOther { path, parent }.into());
                     }
                 }
-                None if is_raw && is_other(&entry.path) => {
+                None if any_raw && is_other(&entry.path) => {
                     return Err(ImagesFailure::MayFollowRaw { path: path() }.into());
                 }
                 Some(_) | None => {}
             }
+        }
+        // The result would follow an image that is nowhere.
+        let first = chain.images().next().filter(|_| !chain.is_full());
+        let below = first.and_then(Image::footer).and_then(Footer::parent);
+        if let Some(parent) = below.filter(|parent| !is_readable(*parent, entries, is_other)) {
+            let path = paths[0].clone();
+            return Err(ImagesFailure::FollowsNone { path, parent }.into());
+        }
+        if let Some(path) = catalogs().flat_map(|it| &it.compressed_diffs).next() {
+            return Err(ImagesFailure::MayNeedLost {
+                path: path.clone(),
+                why: "it is compressed, so that its parent cannot be seen".to_owned(),
+            }
+            .into());
         }
         let mut unusable = catalogs().flat_map(|catalog| &catalog.unusable);
         match unusable.find(|it| is_other(&it.path)) {
@@ -89,4 +102,28 @@ impl Neighbors {
             catalog.read_again(ids);
         }
     }
+}
+
+/// Returns whether a state can be read from the images that are not among those that are merged: a
+/// full image has it, or diffs that lead to one.
+fn is_readable<'e, E: Iterator<Item = &'e Entry>>(
+    state: ImageId,
+    entries: impl Fn() -> E,
+    is_other: impl Fn(&Path) -> bool,
+) -> bool {
+    let (mut states, mut seen) = (vec![state], BTreeSet::new());
+    while let Some(state) = states.pop() {
+        if !seen.insert(state) {
+            continue;
+        }
+        for entry in entries().filter(|it| it.id == state && is_other(&it.path)) {
+            match (entry.is_diff, entry.parent) {
+                (false, _) => return true,
+                (true, Some(parent)) => states.push(parent),
+                // On a raw image, which has no id.
+                (true, None) => return true,
+            }
+        }
+    }
+    false
 }

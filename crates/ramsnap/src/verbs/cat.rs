@@ -68,7 +68,9 @@ impl Cat {
         if self.bytes {
             stream::check_stdout()?;
         }
-        let chain = input::chain(session, &self.files, self.formats, &self.raw)?;
+        let chain = self.from.open(0, &self.files, |files| {
+            input::chain(session, files, self.formats, &self.raw)
+        })?;
         let offsets = self.offsets(&chain)?;
         let mut out = print::stdout().context("cannot write to stdout")?;
         let mut dump = Hexdump::new(self.at);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::args::{Formats, FromDir, ImageFile, RawImages};
-use crate::chain_lock::{ChainLock, Sharing};
+use crate::chain_lock::Sharing;
 use crate::exit_status::ExitStatus;
 use crate::failure::ImagesFailure;
 use crate::in_place::Merging;
@@ -66,8 +66,13 @@ impl Commit {
             return Err(ImagesFailure::NothingToCommit.into());
         }
         memory_reserve::check_new(&self.files[0].path)?;
-        let _lock = ChainLock::take(session, &input::paths(&self.files), Sharing::Exclusive)?;
-        let chain = input::chain(session, &self.files, self.formats, &self.raw)?;
+        let (_lock, files) = self
+            .from
+            .lock(session, 0, &self.files, &[], Sharing::Exclusive)?;
+        if files.len() < 2 {
+            return Err(ImagesFailure::NothingToCommit.into());
+        }
+        let chain = input::chain(session, &files, self.formats, &self.raw)?;
         if !self.force {
             in_place::check_not_needed(&chain, self.remove)?;
         }

@@ -97,9 +97,10 @@ impl Compare {
             [] => self.files.split_at(self.files.len() - 1),
             to => (&self.files[..], to),
         };
-        let one = input::full_chain(session, one, self.formats, &self.raw)?;
-        let other = input::full_chain(session, other, self.formats, &self.raw)
-            .map_err(|error| self.with_to(error))?;
+        let open = |files: &[ImageFile]| input::full_chain(session, files, self.formats, &self.raw);
+        let one = self.from.open(0, one, open)?;
+        let other = self.from.open(1, other, open);
+        let other = other.map_err(|error| self.with_to(error))?;
         if !self.no_verify {
             // Damage is not a difference of the guests.
             let beside = other

@@ -19,6 +19,7 @@ use crate::args::{
     self, Extras, Format, Formats, ImageFile, Output, RawImages, ReadExtras, VmmFiles, image_id,
     kept_seal, layouts,
 };
+use crate::chain_lock::{ChainLock, Sharing};
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::session::Session;
@@ -109,7 +110,13 @@ impl Convert {
         if let Some(format) = self.vmm_format()? {
             return self.convert_guest(session, format, extras);
         }
-        let chain = self.open(session, self.open_input()?)?;
+        let mut image = self.open_input()?;
+        let is_diff = image.is_diff() || self.raw_diff;
+        let _lock = is_diff.then(|| self.lock(session)).transpose()?;
+        if is_diff {
+            image = self.open_input()?;
+        }
+        let chain = self.open(session, image)?;
         if let Some(to) = self.vmm.to {
             return self.export_chain(session, to, &chain);
         }
@@ -138,6 +145,16 @@ impl Convert {
         self.pack_and_send(session, &chain, extras, check)
     }
 
+    /// Locks the directories of the files: a diff that is written builds on an image that another
+    /// run must not replace meanwhile.
+    fn lock(&self, session: &Session) -> anyhow::Result<ChainLock> {
+        let files = [Some(&self.input), self.parent.as_ref()];
+        let files = files.into_iter().flatten().map(|file| &file.path);
+        let files = files.chain([&self.output.path]).cloned();
+        let files: Vec<_> = files.filter(|path| !is_stream(path)).collect();
+        ChainLock::take(session, &files, Sharing::Shared)
+    }
+
     /// Returns whether the result is sent to stdout.
     pub fn sends(&self) -> bool {
         is_stream(&self.output.path)
@@ -162,6 +179,8 @@ impl Convert {
         stream::check_path_of(&file)?;
         let incoming = Incoming::begin(session, &self.input.path)?;
         self.check_header(incoming.header(), staged.as_ref(), as_it_is, &dir)?;
+        let is_diff = incoming.header().is_diff();
+        let _lock = is_diff.then(|| self.lock(session)).transpose()?;
         incoming.write_to(&file, &dir)?;
 
         let path = print::path(&self.input.path);

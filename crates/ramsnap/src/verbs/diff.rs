@@ -15,7 +15,7 @@ use crate::args::{
     self, Extras, Format, Formats, FromDir, ImageFile, InProcess, Output, RawImages, kept_seal,
     layouts,
 };
-use crate::chain_lock::ChainLock;
+use crate::chain_lock::Sharing;
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::numbers::text_of;
@@ -108,7 +108,7 @@ impl Diff {
 
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let session = &self.process.session(session);
-        let (old_files, new_files) = self.states()?;
+        let (old_files, new_files) = self.states(&self.files)?;
         let new_is_diff = self.new_is_diff(new_files)?;
         let output = self.output.as_ref().map(|path| Output {
             path: path.clone(),
@@ -120,7 +120,15 @@ impl Diff {
             save::check_output(output, &self.extras.and_inputs(files))?;
             args::check_records(self.layout, !self.extras.is_empty(), &output.path)?;
         }
-        let _lock = ChainLock::of_parents(session, output.as_ref(), old_files)?;
+        // Another run must not replace the old state meanwhile.
+        let locked = output.as_ref().map(|output| {
+            let others = [output.path.clone()];
+            self.from
+                .lock(session, 0, &self.files, &others, Sharing::Shared)
+        });
+        let (_lock, files) = locked.transpose()?.unzip();
+        let files = files.unwrap_or_else(|| self.files.clone());
+        let (old_files, new_files) = self.states(&files)?;
         let old = input::full_chain(session, old_files, self.formats, &self.raw)?;
         let mut new = match (&self.ram, self.process.find()?) {
             (Some(path), _) => New::Ram(Ram::File(RamFile::open(path)?)),
@@ -194,14 +202,15 @@ impl Diff {
     }
 
     /// The files of the old state, and of the new one: none where that is RAM.
-    fn states(&self) -> Result<(&[ImageFile], &[ImageFile]), Failure> {
+    fn states<'f>(
+        &'f self,
+        files: &'f [ImageFile],
+    ) -> Result<(&'f [ImageFile], &'f [ImageFile]), Failure> {
         let ram = self.ram.is_some();
         match (ram, self.process.is_given(), &self.to[..]) {
-            (true, false, []) | (false, true, []) => Ok((&self.files, &[])),
-            (false, false, to @ [_, ..]) => Ok((&self.files, to)),
-            (false, false, []) if self.files.len() > 1 => {
-                Ok(self.files.split_at(self.files.len() - 1))
-            }
+            (true, false, []) | (false, true, []) => Ok((files, &[])),
+            (false, false, to @ [_, ..]) => Ok((files, to)),
+            (false, false, []) if files.len() > 1 => Ok(files.split_at(files.len() - 1)),
             _ => Err(Failure::NoNewState),
         }
     }

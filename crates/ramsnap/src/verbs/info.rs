@@ -40,13 +40,18 @@ impl InfoArgs {
 
     pub fn run(&self) -> anyhow::Result<ExitStatus> {
         let info = |file: &ImageFile| ImageInfo::of(&file.open(self.formats.format)?);
-        let (mut infos, mut failures) = (Vec::new(), Vec::new());
-        for file in &self.files {
-            match info(file) {
-                Ok(info) => infos.push(info),
-                Err(error) => failures.push(error),
+        let all = |files: &[ImageFile]| {
+            let (mut infos, mut failures) = (Vec::new(), Vec::new());
+            for file in files {
+                match info(file) {
+                    Ok(info) => infos.push(info),
+                    Err(error) => failures.push(error),
+                }
             }
-        }
+            (infos, failures)
+        };
+        let good = |(_, failures): &(_, Vec<_>)| failures.is_empty();
+        let (infos, mut failures) = self.from.attempt(0, &self.files, all, good)?;
         if self.json {
             print::json(&infos)?;
         } else {

@@ -87,11 +87,10 @@ impl Map {
     }
 
     fn maps(&self) -> anyhow::Result<Vec<PageMap>> {
-        let maps = self
-            .files
-            .iter()
-            .map(|file| PageMap::of(file, self.formats));
-        let maps = maps.collect::<anyhow::Result<Vec<_>>>()?;
+        let maps = self.from.open(0, &self.files, |files| {
+            let maps = files.iter().map(|file| PageMap::of(file, self.formats));
+            maps.collect::<anyhow::Result<Vec<_>>>()
+        })?;
         match maps.iter().find(|map| map.ram_bytes != maps[0].ram_bytes) {
             None => Ok(maps),
             Some(other) => {

@@ -6,7 +6,7 @@ use clap::{ArgGroup, Args};
 use memory_image::{Chain, Image, Layout};
 
 use crate::args::{Formats, FromDir, ImageFile, Output, RawImages, layouts};
-use crate::chain_lock::{ChainLock, Sharing};
+use crate::chain_lock::Sharing;
 use crate::exit_status::ExitStatus;
 use crate::failure::Failure;
 use crate::in_place::Merging;
@@ -87,17 +87,24 @@ impl Merge {
 
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
         let output = self.checked_output()?;
-        let _lock = match self.in_place {
-            true => {
-                let files = input::paths(&self.files);
-                Some(ChainLock::take(session, &files, Sharing::Exclusive)?)
-            }
-            false => None,
+        let open = |files: &[ImageFile]| match self.raw_diffs {
+            true => input::raw_diffs(session, files, &self.raw),
+            false => input::chain(session, files, self.formats, &self.raw),
         };
-        let chain = match self.raw_diffs {
-            true => input::raw_diffs(session, &self.files, &self.raw)?,
-            false => input::chain(session, &self.files, self.formats, &self.raw)?,
+        let lock = |sharing| {
+            let output = output.iter().map(|output| output.path.clone());
+            let others: Vec<_> = output.collect();
+            self.from.lock(session, 0, &self.files, &others, sharing)
         };
+        let mut locked = None;
+        let mut chain = match self.in_place {
+            true => open(&locked.insert(lock(Sharing::Exclusive)?).1)?,
+            false => self.from.open(0, &self.files, open)?,
+        };
+        if locked.is_none() && !chain.is_full() {
+            // The result builds on an image that another run must not replace meanwhile.
+            chain = open(&locked.insert(lock(Sharing::Shared)?).1)?;
+        }
         if self.in_place && !self.force {
             in_place::check_not_needed(&chain, false)?;
         }

@@ -8,7 +8,7 @@ use memory_image::{Chain, Image, find_difference};
 use page_reader::Touched;
 
 use crate::args::{Formats, FromDir, ImageFile, Output, RawImages, kept_seal};
-use crate::chain_lock::{ChainLock, Sharing};
+use crate::chain_lock::Sharing;
 use crate::exit_status::ExitStatus;
 use crate::failure::{Failure, ImagesFailure};
 use crate::numbers::text_of;
@@ -69,13 +69,17 @@ impl Rebase {
             return Err(ImagesFailure::OntoTheDiff { path }.into());
         }
         memory_reserve::check_new(&path)?;
-        let _lock = ChainLock::take(session, &self.files(), Sharing::Exclusive)?;
-        let state = input::full_chain(session, &self.files, self.formats, &self.raw)?;
+        let all = self.files();
+        let (_lock, files) = self
+            .from
+            .lock(session, 0, &self.files, &all, Sharing::Exclusive)?;
+        let onto = self.from.find_again(1, &self.onto)?;
+        let state = input::full_chain(session, &files, self.formats, &self.raw)?;
         let diff = state.images().last().context("there is no image")?;
         if !diff.is_diff() {
             return Err(ImagesFailure::NotADiff { path }.into());
         }
-        let onto = input::full_chain(session, &self.onto, self.formats, &self.raw)?;
+        let onto = input::full_chain(session, &onto, self.formats, &self.raw)?;
         check_same_guest(&onto, &state)?;
         let mut seal = state.seal();
         if let Some(id) = state.id().filter(|it| onto.ids().any(|id| id == *it))

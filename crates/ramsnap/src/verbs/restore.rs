@@ -104,7 +104,9 @@ impl Restore {
             true => memory_reserve::check_in_place(&self.output)?,
             false => memory_reserve::check_new(&self.output)?,
         }
-        let chain = input::full_chain(session, &self.files, self.formats, &self.raw)?;
+        let chain = self.from.open(0, &self.files, |files| {
+            input::full_chain(session, files, self.formats, &self.raw)
+        })?;
         if self.verify
             && let Some(raw) = chain.images().find(|image| image.footer().is_none())
         {

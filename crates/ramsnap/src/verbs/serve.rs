@@ -187,7 +187,9 @@ impl Serve {
         }
         // Before images are opened, of which as many stay open as the limit permits.
         let most = raise_limit().min(self.max_vms.into());
-        let chain = input::full_chain(session, &self.files, self.formats, &self.raw)?;
+        let chain = self.from.open(0, &self.files, |files| {
+            input::full_chain(session, files, self.formats, &self.raw)
+        })?;
         let options = self.options()?;
         let source = Counted::new(chain, !self.no_verify);
         let images = source.bytes();

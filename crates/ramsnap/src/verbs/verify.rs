@@ -51,47 +51,65 @@ impl Verify {
     }
 
     pub fn run(&self, session: &Session) -> anyhow::Result<ExitStatus> {
-        let mut failed = None;
-        let mut files = Vec::new();
-        for file in &self.files {
-            let checked = Checked::file(session, file, self.formats);
-            files.push(checked.unwrap_or_else(|error| {
-                // A failure does not prevent the other files from being checked.
-                let why = words::text(&error);
-                if let Some(other) = failed.replace(error) {
-                    words::print_error(&other);
-                }
-                let file = file.path.clone().into();
-                let state = State::Unreadable { why };
-                Checked { file, state }
-            }));
+        let checked = |files: &[ImageFile]| self.check(session, files);
+        let good = |checked: &anyhow::Result<(Report, Vec<_>)>| matches!(checked, Ok((report, failures)) if report.good && failures.is_empty());
+        let (report, mut failures) = self.from.attempt(0, &self.files, checked, good)??;
+        let last = failures.pop();
+        for other in failures {
+            words::print_error(&other);
         }
-        let links = match &failed {
-            None => self.links(session, &files)?,
-            Some(_) => None,
-        };
-        let good = files.iter().all(|file| file.is_good(self.allow_raw));
-        let report = Report {
-            good: good && links.as_ref().is_none_or(Links::are_good),
-            files,
-            links,
-        };
         if self.json {
             print::json(&report)?;
         } else {
             print::line(&report.text())?;
         }
-        match failed {
+        match last {
             None => Ok(ExitStatus::of_check(report.good)),
             Some(error) => Err(error),
         }
     }
 
-    fn links(&self, session: &Session, files: &[Checked]) -> anyhow::Result<Option<Links>> {
-        if files.len() < 2 {
+    /// Checks the files, and returns the report and the errors. A failure does not prevent the
+    /// other files from being checked.
+    fn check(
+        &self,
+        session: &Session,
+        files: &[ImageFile],
+    ) -> anyhow::Result<(Report, Vec<anyhow::Error>)> {
+        let (mut checked, mut failures) = (Vec::new(), Vec::new());
+        for file in files {
+            let found = Checked::file(session, file, self.formats);
+            checked.push(found.unwrap_or_else(|error| {
+                let why = words::text(&error);
+                failures.push(error);
+                let file = file.path.clone().into();
+                let state = State::Unreadable { why };
+                Checked { file, state }
+            }));
+        }
+        let links = match failures.is_empty() {
+            true => self.links(session, files, &checked)?,
+            false => None,
+        };
+        let good = checked.iter().all(|file| file.is_good(self.allow_raw));
+        let report = Report {
+            good: good && links.as_ref().is_none_or(Links::are_good),
+            files: checked,
+            links,
+        };
+        Ok((report, failures))
+    }
+
+    fn links(
+        &self,
+        session: &Session,
+        files: &[ImageFile],
+        checked: &[Checked],
+    ) -> anyhow::Result<Option<Links>> {
+        if checked.len() < 2 {
             return Ok(None);
         }
-        if let Some(file) = files.iter().find(|file| !file.has_links(self.allow_raw)) {
+        if let Some(file) = checked.iter().find(|file| !file.has_links(self.allow_raw)) {
             let why = format!("{} cannot be linked", print::path(&file.file));
             return Ok(Some(Links::Unknown { why }));
         }
@@ -99,7 +117,7 @@ impl Verify {
             page_size: None,
             trust_holes: true,
         };
-        match input::chain(session, &self.files, self.formats, &raw) {
+        match input::chain(session, files, self.formats, &raw) {
             Ok(chain) => {
                 let names = |image: &Image| image.footer().is_some_and(|it| it.parent().is_some());
                 let unnamed = chain.images().skip(1).filter(|image| !names(image));
