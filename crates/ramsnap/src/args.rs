@@ -23,7 +23,7 @@ use vmm_files::Machine;
 
 use crate::failure::Failure;
 use crate::numbers::{page_size, range, text_of};
-use crate::{device, ram_lock};
+use crate::{device, input, ram_lock};
 
 pub use format::{Format, check_records, kept_seal, layouts};
 pub use from_dir::FromDir;
@@ -184,7 +184,7 @@ impl Extras {
         };
         let sizes = of_guest.iter().map(|region| region.end - region.start);
         let given = self.regions_of(sizes.sum())?;
-        match given.is_empty() || given == of_guest {
+        match given.is_empty() || input::same_regions(&given, of_guest) {
             true => Ok(()),
             false => Err(Failure::OtherRegionsGiven {
                 regions: text_of(of_guest),

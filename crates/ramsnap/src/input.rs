@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use dirty_bitmap::coalesce;
 use image_format::{Footer, ImageId};
 use memory_image::{Chain, ChainError, Image, NotFullError, ReadAmbiguity, VerifyError};
 use sparse_file::FileIdentity;
@@ -119,6 +120,11 @@ fn check_order(
 pub fn regions(chain: &Chain) -> Option<&[Range<u64>]> {
     let footer = chain.images().find_map(Image::footer);
     footer.map(|footer| &footer.regions[..])
+}
+
+/// Returns whether two lists of regions are of the same RAM: adjacent regions are the same as one.
+pub fn same_regions(one: &[Range<u64>], other: &[Range<u64>]) -> bool {
+    coalesce(one.iter().cloned()).eq(coalesce(other.iter().cloned()))
 }
 
 /// Warns if the result of `chain` has no metadata because its newest image is raw. The metadata of

@@ -334,3 +334,18 @@ fn metadata_is_found_in_a_directory() {
     let none = work.run("metadata --chain dir none -o out");
     none.fails(3, &["none"]);
 }
+
+/// As the segments of an ELF core are.
+#[test]
+fn adjacent_regions_are_the_same_ram_as_one() {
+    let work = Work::with_ram();
+    let split = "--region-at 0:4MiB --region-at 4MiB:4MiB";
+    work.good(&format!("dump ram -o split.mem {split}"));
+    work.good("dump ram -o whole.mem --region-at 0:8MiB");
+    work.good("compare split.mem whole.mem");
+    work.change(3, 1);
+    work.good("diff split.mem --ram ram -o d1.mem --region-at 0:8MiB");
+    work.good("rebase split.mem d1.mem --onto whole.mem");
+    work.good("restore whole.mem d1.mem -o out");
+    work.assert_same("out", "ram");
+}

@@ -166,7 +166,7 @@ fn differences(session: &Session, one: &Chain, other: &Chain) -> anyhow::Result<
     }
     let regions = [input::regions(one), input::regions(other)];
     if let [Some(old), Some(new)] = regions
-        && old != new
+        && !input::same_regions(old, new)
     {
         let (old, new) = (text_of(old), text_of(new));
         return Err(Failure::OtherRegions { old, new }.into());

@@ -177,7 +177,7 @@ impl Diff {
     fn check_regions(&self, old: &Chain, new: &New) -> Result<(), Failure> {
         let (old, new) = (input::regions(old), new.regions());
         if let (Some(old), Some(new)) = (old, new)
-            && old != new
+            && !input::same_regions(old, new)
         {
             let (old, new) = (text_of(old), text_of(new));
             return Err(Failure::OtherRegions { old, new });

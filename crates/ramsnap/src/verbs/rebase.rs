@@ -135,7 +135,7 @@ fn check_same_guest(onto: &Chain, state: &Chain) -> Result<(), Failure> {
         return Err(Failure::OtherGuest { old, new });
     }
     match (input::regions(onto), input::regions(state)) {
-        (Some(old), Some(new)) if old != new => {
+        (Some(old), Some(new)) if !input::same_regions(old, new) => {
             let (old, new) = (text_of(old), text_of(new));
             Err(Failure::OtherRegions { old, new })
         }
