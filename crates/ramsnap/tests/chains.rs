@@ -339,7 +339,7 @@ fn metadata_is_found_in_a_directory() {
 #[test]
 fn adjacent_regions_are_the_same_ram_as_one() {
     let work = Work::with_ram();
-    let split = "--region-at 0:4MiB --region-at 4MiB:4MiB";
+    let split = "--region-at 0:4MiB --region-at 0x400000:4MiB";
     work.good(&format!("dump ram -o split.mem {split}"));
     work.good("dump ram -o whole.mem --region-at 0:8MiB");
     work.good("compare split.mem whole.mem");

@@ -127,7 +127,7 @@ fn refused_client_is_named_and_not_counted_as_failed() {
     let mut client = Client::spawn("page_client");
     client.map(&Memory::private([MIB]));
     let process = named(&client);
-    client.connect(&server.socket());
+    client.connect_to_be_refused(&server.socket());
     assert_eq!(client.ended_by(), Some(Signal::SIGKILL as i32));
     assert_eq!(server.code(), Some(3));
     let errors = server.errors();
@@ -173,6 +173,8 @@ fn fault_reads_as_many_pages_as_requested() {
         let mut server = Server::start(&images, &options);
         let mut client = server.client(&memory());
         client.read(2 * MIB, 1).unwrap();
+        // Waits until the last page of them is filled.
+        client.read(2 * MIB + (pages - 1) * PAGE, 1).unwrap();
         client.signal(Signal::SIGKILL);
         assert_eq!(server.code(), Some(0), "{}", server.errors());
         let text = fs::read_to_string(&metrics).unwrap();

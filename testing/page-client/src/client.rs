@@ -66,6 +66,13 @@ impl Client {
         self.send(&message);
     }
 
+    /// Connects to a server, and sends it all that it needs. The server may end the process.
+    pub fn connect_to_be_refused(&mut self, socket: &Path) {
+        self.open(socket);
+        let message = self.message();
+        self.request(&Request::Send(message));
+    }
+
     /// Connects to a server, and sends nothing.
     pub fn open(&mut self, socket: &Path) {
         self.done(&Request::Connect(socket.to_owned()));
