@@ -208,7 +208,7 @@ pub fn commit_staged(session: &Session, staged: AtomicWriter) -> anyhow::Result<
     put_image_in_place(session, staged, Content::Footer)
 }
 
-/// What tells the content of a staged image.
+/// Where the content of a staged image is described.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     /// Its footer.

@@ -202,3 +202,32 @@ fn an_image_that_is_sent_is_opened_once() {
     let opened = log.lines().filter(|line| line.contains("\"full.mem\""));
     assert_eq!(opened.count(), 1, "{log}");
 }
+
+/// A chain that is found by its ids can be read at each moment of a commit.
+#[rstest]
+fn a_reader_finds_the_chain_again_after_a_commit(
+    #[values("restore --chain . d2.mem -o out", "verify --chain . d2.mem")] command: &str,
+) {
+    needs!(Strace);
+    let made = Work::with_chain();
+    for number in 1.. {
+        let work = Work::empty();
+        for name in ["full.mem", "d1.mem", "d2.mem", "ram"] {
+            fs::copy(made.path(name), work.path(name)).unwrap();
+        }
+        let open = ("openat".to_owned(), number);
+        let Some(held) = Held::before(&work.command(command), &open) else {
+            assert!(number > 3);
+            break;
+        };
+        // As a commit does.
+        work.good("merge full.mem d1.mem -o merged");
+        fs::rename(work.path("merged"), work.path("full.mem")).unwrap();
+        fs::remove_file(work.path("d1.mem")).unwrap();
+        let (status, error) = held.release();
+        assert_eq!(status.code(), Some(0), "at {number}: {error}");
+        if command.contains("out") {
+            assert!(work.read("out") == work.read("ram"), "at {number}");
+        }
+    }
+}

@@ -94,8 +94,8 @@ impl FakeHvf {
         let backend = tests(sh, "crates/hvf-backend")?;
         let fake = tests(sh, "testing/fake-hvf")?;
         let live = ["--test", "hvf"].map(String::from).to_vec();
-        // All builds select `demo` or `adaptive`: with either, cargo selects the same features of all
-        // dependencies, and builds each once. `adaptive` selects no feature of hvf-backend.
+        // All builds select `demo` or `adaptive`: with either, cargo selects the same features of
+        // all dependencies, and builds each once. `adaptive` selects no feature of hvf-backend.
         let backend_only = ["-p", "ramsnap-hvf-backend", "-p", "adaptive"];
         let all = [
             "-p",
