@@ -102,7 +102,7 @@ mod tests {
 
     #[rstest]
     #[case::one_crate(&["crates/image-format/src/read.rs"], &["tests", "packages", "macos", "demo", "crash", "faults", "soak", "fs-matrix", "fuzzing", "sanitize", "load"])]
-    #[case::a_model(&["crates/hvf-backend/src/tracker/vcpus.rs"], &["tests", "packages", "interleavings", "macos", "syndromes", "demo", "sanitize", "mutants", "load"])]
+    #[case::a_model(&["crates/hvf-backend/src/tracker/vcpus.rs"], &["tests", "packages", "interleavings", "macos", "fake-hvf", "syndromes", "demo", "sanitize", "mutants", "load"])]
     #[case::a_program(&["testing/soak/src/main.rs"], &["tests", "macos", "soak", "load"])]
     #[case::the_scenarios(&["testing/scenarios/src/lib.rs"], &["tests", "macos", "crash", "faults", "fs-matrix", "load"])]
     #[case::a_page(&["docs/reliability.md"], &[])]
