@@ -3,9 +3,9 @@
 mod support;
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::symlink;
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 
 use support::{Ended, RAMSNAP, Work};
 
@@ -122,6 +122,19 @@ fn compact_continues_where_merged_diffs_were_left() {
     work.good("diff full.mem --ram ram");
 }
 
+/// Starts the tool in a locked directory, until it says that it waits.
+fn waiting_run(work: &Work, command: &str) -> (Child, BufReader<ChildStderr>) {
+    let mut waiting = Command::new(RAMSNAP);
+    waiting.args(command.split(' ')).current_dir(work.path("."));
+    waiting.stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut waiting = waiting.spawn().unwrap();
+    let mut first = String::new();
+    let mut errors = BufReader::new(waiting.stderr.take().unwrap());
+    errors.read_line(&mut first).unwrap();
+    assert!(first.contains("waiting"), "{command}: {first}");
+    (waiting, errors)
+}
+
 /// Runs in which one would replace an image that the other needs wait for each other.
 #[test]
 fn a_run_waits_while_another_one_uses_the_images() {
@@ -142,14 +155,7 @@ fn a_run_waits_while_another_one_uses_the_images() {
             true => dir.lock_shared().unwrap(),
             false => dir.lock().unwrap(),
         }
-        let mut waiting = Command::new(RAMSNAP);
-        waiting.args(command.split(' ')).current_dir(work.path("."));
-        waiting.stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut waiting = waiting.spawn().unwrap();
-        let mut first = String::new();
-        let mut errors = BufReader::new(waiting.stderr.take().unwrap());
-        errors.read_line(&mut first).unwrap();
-        assert!(first.contains("waiting"), "{command}: {first}");
+        let (mut waiting, _errors) = waiting_run(&work, command);
         assert_eq!(waiting.try_wait().unwrap(), None, "{command}");
         drop(dir);
         assert!(waiting.wait().unwrap().success(), "{command}");
@@ -255,21 +261,14 @@ fn a_run_that_waited_finds_the_chain_as_it_is_then() {
         work.good("dump first -o base.mem");
         let dir = File::open(work.path(".")).unwrap();
         dir.lock().unwrap();
-        let mut waiting = Command::new(RAMSNAP);
-        waiting.args(command.split(' ')).current_dir(work.path("."));
-        waiting.stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut waiting = waiting.spawn().unwrap();
-        let mut first = String::new();
-        let mut errors = BufReader::new(waiting.stderr.take().unwrap());
-        errors.read_line(&mut first).unwrap();
-        assert!(first.contains("waiting"), "{command}: {first}");
+        let (mut waiting, mut errors) = waiting_run(&work, command);
         // As another run would that commits d1.mem to full.mem.
         work.good("merge full.mem d1.mem -o merged");
         fs::rename(work.path("merged"), work.path("full.mem")).unwrap();
         fs::remove_file(work.path("d1.mem")).unwrap();
         drop(dir);
         let mut rest = String::new();
-        std::io::Read::read_to_string(&mut errors, &mut rest).unwrap();
+        errors.read_to_string(&mut rest).unwrap();
         assert!(waiting.wait().unwrap().success(), "{command}: {rest}");
         work.good(&format!("restore --chain . {state} -o out"));
     }

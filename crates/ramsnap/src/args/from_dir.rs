@@ -39,34 +39,32 @@ impl FromDir {
             return Err(ImagesFailure::SeveralNewest.into());
         };
         self.newest.push(newest.path.clone());
-        *files = self.chain_of(self.newest.len() - 1)?;
+        *files = self.find_again(self.newest.len() - 1, files)?;
         Ok(())
     }
 
-    /// Returns the images of the chain that was found as the `number`-th one.
-    fn chain_of(&self, number: usize) -> anyhow::Result<Vec<ImageFile>> {
+    /// Returns the images of the chain that was found as the `number`-th one as they are now, or
+    /// `files` without the option.
+    pub fn find_again(&self, number: usize, files: &[ImageFile]) -> anyhow::Result<Vec<ImageFile>> {
         let (Some(dir), Some(newest)) = (&self.chain, self.newest.get(number)) else {
-            return Ok(Vec::new());
+            return Ok(files.to_vec());
         };
         // Another run may rename a new state into place, and remove the files that it had, between
         // two looks at the directory.
         let mut catalog = Catalog::of(dir)?;
+        let mut found = catalog.chain(newest);
         for _ in 0..TRIES {
-            let found = catalog.chain(newest);
-            let Err(error) = found else {
-                return Ok(found?.into_iter().map(ImageFile::at).collect());
-            };
+            if found.is_ok() {
+                break;
+            }
             let now = Catalog::of(dir)?;
             if now == catalog {
-                return Err(error);
+                break;
             }
             catalog = now;
+            found = catalog.chain(newest);
         }
-        Ok(catalog
-            .chain(newest)?
-            .into_iter()
-            .map(ImageFile::at)
-            .collect())
+        Ok(found?.into_iter().map(ImageFile::at).collect())
     }
 
     /// Locks the directories of the chain that was found as the `number`-th one, or of `files`
@@ -89,15 +87,6 @@ impl FromDir {
                 return Ok((lock, files));
             }
             files = now;
-        }
-    }
-
-    /// Returns the images of the chain that was found as the `number`-th one as they are now, or
-    /// `files` without the option.
-    pub fn find_again(&self, number: usize, files: &[ImageFile]) -> anyhow::Result<Vec<ImageFile>> {
-        match self.newest.get(number) {
-            Some(_) => self.chain_of(number),
-            None => Ok(files.to_vec()),
         }
     }
 
@@ -129,7 +118,7 @@ impl FromDir {
             if is_last || is_good(&result) {
                 return Ok(result);
             }
-            let now = self.chain_of(number)?;
+            let now = self.find_again(number, &files)?;
             // Files that are the same now may have been opened while they changed.
             is_last = input::paths(&now) == input::paths(&files);
             files = now;

@@ -96,15 +96,21 @@ impl Merge {
             let others: Vec<_> = output.collect();
             self.from.lock(session, 0, &self.files, &others, sharing)
         };
-        let mut locked = None;
-        let mut chain = match self.in_place {
-            true => open(&locked.insert(lock(Sharing::Exclusive)?).1)?,
-            false => self.from.open(0, &self.files, open)?,
+        let read_only = match self.in_place {
+            true => None,
+            // A full image builds on nothing that another run may replace meanwhile.
+            false => Some(self.from.open(0, &self.files, open)?).filter(Chain::is_full),
         };
-        if locked.is_none() && !chain.is_full() {
-            // The result builds on an image that another run must not replace meanwhile.
-            chain = open(&locked.insert(lock(Sharing::Shared)?).1)?;
-        }
+        let (_lock, chain) = match (read_only, self.in_place) {
+            (Some(chain), _) => (None, chain),
+            (None, in_place) => {
+                let (lock, files) = lock(match in_place {
+                    true => Sharing::Exclusive,
+                    false => Sharing::Shared,
+                })?;
+                (Some(lock), open(&files)?)
+            }
+        };
         if self.in_place && !self.force {
             in_place::check_not_needed(&chain, false)?;
         }
