@@ -13,7 +13,7 @@ use image_format::{FooterError, ImageId};
 use memory_image::{Image, Layout, OpenImageError};
 
 use crate::failure::ImagesFailure;
-use crate::{stream, words};
+use crate::words;
 
 /// A sealed or packed image in the directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,10 +43,8 @@ pub struct Catalog {
     /// By name.
     pub entries: Vec<Entry>,
     pub unusable: Vec<Unusable>,
-    /// The number of other regular files, which may be raw images.
-    pub others: u64,
-    /// Those of them that are compressed streams of diffs.
-    pub compressed_diffs: Vec<PathBuf>,
+    /// Other regular files, which may be raw images.
+    pub others: Vec<PathBuf>,
 }
 
 impl Catalog {
@@ -91,8 +89,7 @@ impl Catalog {
             dir: dir.to_owned(),
             entries: entries.collect(),
             unusable: unusable.collect(),
-            others: self.others,
-            compressed_diffs: Vec::new(),
+            others: self.others.iter().filter_map(|path| at(path)).collect(),
         }
     }
 
@@ -112,8 +109,7 @@ impl Catalog {
             dir: dir.to_owned(),
             entries: Vec::new(),
             unusable: Vec::new(),
-            others: 0,
-            compressed_diffs: Vec::new(),
+            others: Vec::new(),
         };
         for name in names(dir)? {
             if is_listed(&name) {
@@ -130,12 +126,7 @@ impl Catalog {
         }
         match Entry::at(&path) {
             Ok(Some(entry)) => self.entries.push(entry),
-            Ok(None) => {
-                self.others += 1;
-                if stream::is_compressed_diff(&path) {
-                    self.compressed_diffs.push(path);
-                }
-            }
+            Ok(None) => self.others.push(path),
             Err(error) => {
                 let why = words::text(&error);
                 self.unusable.push(Unusable { path, why });

@@ -7,10 +7,10 @@ use anyhow::Context;
 use image_format::{Footer, ImageId};
 use memory_image::{Chain, Image};
 
-use crate::catalog::{Catalog, Entry, Unusable};
+use crate::catalog::{Catalog, Entry};
 use crate::chain_lock::dirs_of;
 use crate::failure::ImagesFailure;
-use crate::input;
+use crate::{input, stream};
 
 /// The images of directories, also hidden ones. Each footer is read once.
 #[derive(Debug, Default)]
@@ -79,17 +79,20 @@ impl Neighbors {
             let path = paths[0].clone();
             return Err(ImagesFailure::FollowsNone { path, parent }.into());
         }
-        if let Some(path) = catalogs().flat_map(|it| &it.compressed_diffs).next() {
-            return Err(ImagesFailure::MayNeedLost {
-                path: path.clone(),
-                why: "it is compressed, so that its parent cannot be seen".to_owned(),
-            }
-            .into());
-        }
-        let mut unusable = catalogs().flat_map(|catalog| &catalog.unusable);
-        match unusable.find(|it| is_other(&it.path)) {
-            Some(Unusable { path, why }) => {
-                let (path, why) = (path.clone(), why.clone());
+        let mut others = catalogs().flat_map(|catalog| &catalog.others);
+        let compressed = others.find(|path| stream::is_compressed_diff(path));
+        let compressed = compressed.map(|path| {
+            let why = "it is compressed, so that its parent cannot be seen";
+            (path, why.to_owned())
+        });
+        let unreadable = || {
+            let mut unusable = catalogs().flat_map(|catalog| &catalog.unusable);
+            let found = unusable.find(|it| is_other(&it.path))?;
+            Some((&found.path, found.why.clone()))
+        };
+        match compressed.or_else(unreadable) {
+            Some((path, why)) => {
+                let path = path.clone();
                 Err(ImagesFailure::MayNeedLost { path, why }.into())
             }
             None => Ok(()),

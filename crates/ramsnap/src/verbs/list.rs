@@ -117,7 +117,7 @@ impl Listing {
             dir: catalog.dir.clone().into(),
             images: tree.images,
             unusable: unusable.collect(),
-            other_files: catalog.others,
+            other_files: catalog.others.len() as u64,
         }
     }
 

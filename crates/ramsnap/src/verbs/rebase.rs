@@ -73,6 +73,7 @@ impl Rebase {
         let (_lock, files) = self
             .from
             .lock(session, 0, &self.files, &all, Sharing::Exclusive)?;
+        let path = files[files.len() - 1].path.clone();
         let onto = self.from.find_again(1, &self.onto)?;
         let state = input::full_chain(session, &files, self.formats, &self.raw)?;
         let diff = state.images().last().context("there is no image")?;
